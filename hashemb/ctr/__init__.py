@@ -1,0 +1,1 @@
+"""CTR modelling on hashemb's public API: readers, models, metrics, progressive validation."""

@@ -1,0 +1,54 @@
+"""The exceptions that hashemb raises on purpose.
+
+Wrong arguments are a `TypeError` or a `ValueError`, a missing table a `FileNotFoundError`, as everywhere in
+Python; the classes here are for what only a table can suffer. All of them carry the numbers in their message.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+__all__ = [
+    "ClosedTableError",
+    "CorruptTableError",
+    "FormatError",
+    "HashembError",
+    "MissingExtraError",
+    "NoSpaceError",
+    "ReadOnlyTableError",
+]
+
+
+class HashembError(Exception):
+    """Base class of every error defined by hashemb."""
+
+
+class FormatError(HashembError):
+    """The path is not a hashemb table, or was written in a newer format than this version reads."""
+
+
+class CorruptTableError(FormatError):
+    """The table is damaged: the message names the file, what was expected and what was found."""
+
+
+class ReadOnlyTableError(HashembError):
+    """A write was asked of a table opened with mode "r", or of one on files that cannot be written."""
+
+
+class ClosedTableError(HashembError):
+    """The table has been closed."""
+
+
+class NoSpaceError(HashembError, OSError):
+    """The file system is full. Nothing of the call that raised this was written to the table."""
+
+    def __init__(self, message: str, filename: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(errno.ENOSPC, message, None if filename is None else os.fspath(filename))
+
+
+class MissingExtraError(HashembError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs {package}: install it with  pip install 'hashemb[{extra}]'")

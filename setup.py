@@ -1,0 +1,33 @@
+"""Builds the extension; everything else about the package is in pyproject.toml.
+
+The kernels are plain C with run-time dispatch (csrc/), so the flags name no CPU. `-ffp-contract=off` keeps
+the compiler from fusing multiply and add, which would give other bits on CPUs that have FMA;
+`-fno-math-errno` and `-fno-trapping-math` change no value and let square roots be vectorised.
+"""
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CSRC = "hashemb/csrc/"
+C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+           "-fno-trapping-math", "-Wall", "-Wextra"]
+
+core = Extension(
+    "hashemb._core",
+    sources=["hashemb/_core.pyx"],
+    depends=[],
+    include_dirs=[CSRC, numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    extra_compile_args=C_FLAGS,
+    extra_link_args=["-pthread"],
+)
+
+setup(
+    ext_modules=cythonize(
+        [core],
+        compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False,
+                             "cdivision": True, "initializedcheck": False, "embedsignature": True},
+        show_all_warnings=True,
+    )
+)

@@ -114,7 +114,7 @@ def initial_rows(
     """
     first = np.asarray(row).reshape(-1, 1).astype(np.uint64)
     num_pairs = (embedding_dim + 1) // 2
-    index: U64 = first * np.uint64(num_pairs) + np.arange(num_pairs, dtype=np.uint64)
+    index = np.asarray(first * np.uint64(num_pairs) + np.arange(num_pairs, dtype=np.uint64), np.uint64)
     u = _half_words(splitmix64(_seed_output(seed, 1 << 32), index), embedding_dim)
     if isinstance(init, Uniform):
         scale = np.float32(init.scale / math.sqrt(num_hashes))

@@ -66,8 +66,8 @@ cdef int _check_size(const uint8_t[::1] raw, Py_ssize_t width_bytes, uint64_t[:]
 
 
 cdef int _raise_not_unicode(Py_ssize_t position) except -1:
-    raise ValueError(f"string at position {position} is not valid Unicode: it has a lone surrogate or a code point"
-                     " past U+10FFFF, so it has no UTF-8 bytes to hash")
+    raise ValueError(f"the string at position {position} is not valid Unicode: it has a lone surrogate or a"
+                     " code point past U+10FFFF, so it has no UTF-8 bytes to hash")
 
 
 def hash_integers(const uint8_t[::1] raw, Py_ssize_t width_bytes, bint is_signed, uint32_t seed,
@@ -144,12 +144,13 @@ cdef bint _is_missing(object value):
 cdef uint64_t _hash_other(object value, Py_ssize_t position, uint32_t seed) except? 1:
     if isinstance(value, _np.bool_):
         return murmur_hash_word(<uint64_t>bool(value), seed)
-    if isinstance(value, _np.integer) or (hasattr(type(value), "__index__") and not isinstance(value, _np.ndarray)):
+    if hasattr(type(value), "__index__") and not isinstance(value, _np.ndarray):
         return _hash_integer(value.__index__(), position, seed)
     if _is_missing(value):
         return murmur_hash_null(seed)
-    raise TypeError(f"cannot hash the {type(value).__name__} at position {position}: values are integers, strings,"
-                    " bytes or missing; bin floats (numpy.digitize) or cast other types to integers or strings")
+    raise TypeError(f"cannot hash the {type(value).__name__} at position {position}: values are integers,"
+                    " strings, bytes or missing; bin floats (numpy.digitize) or cast other types to integers"
+                    " or strings")
 
 
 cdef inline uint64_t _hash_object(object value, Py_ssize_t position, uint32_t seed) except? 1:
@@ -186,7 +187,7 @@ cdef int _check_arrow_type(const ArrowSchema *schema, str unsupported) except -1
 cdef int _hash_arrow_chunk(const ArrowSchema *schema, const ArrowArray *array, uint32_t seed, uint64_t[:] out,
                            Py_ssize_t start) except -1:
     if array.length > out.shape[0] - start:
-        raise ValueError(f"an Arrow array of {start + array.length} values or more does not fit {out.shape[0]} keys")
+        raise ValueError(f"{start + array.length} values or more do not fit {out.shape[0]} keys")
     if array.length == 0:
         return 0
     cdef uint64_t[::1] distinct = _np.empty(arrow_num_distinct(array) + 1, _np.uint64)
@@ -195,12 +196,13 @@ cdef int _hash_arrow_chunk(const ArrowSchema *schema, const ArrowArray *array, u
     with nogil:
         status = arrow_hash(schema, array, &distinct[0], seed, &out[start], stride)
     if status != HASH_OK:
-        raise ValueError(f"not a valid Arrow array: the offsets or the dictionary code of element {start + status}"
-                         " point outside its buffers")
+        raise ValueError(f"not a valid Arrow array: the offsets or the dictionary code at position"
+                         f" {start + status} point outside its buffers")
     return 0
 
 
-def hash_arrow_array(object schema_capsule, object array_capsule, uint32_t seed, uint64_t[:] out, str unsupported):
+def hash_arrow_array(object schema_capsule, object array_capsule, uint32_t seed, uint64_t[:] out,
+                     str unsupported):
     """Hash one array of the Arrow C data interface (what `__arrow_c_array__` returns).
 
     `unsupported` is the message of the TypeError that a type which has no keys gets.
@@ -218,7 +220,8 @@ cdef int _raise_stream_error(ArrowArrayStream *stream, int code) except -1:
     raise OSError(code, "the Arrow stream failed" if reason == NULL else reason.decode("utf-8", "replace"))
 
 
-cdef Py_ssize_t _hash_arrow_chunks(ArrowArrayStream *stream, ArrowSchema *schema, uint32_t seed, uint64_t[:] out) except -1:
+cdef Py_ssize_t _hash_arrow_chunks(ArrowArrayStream *stream, const ArrowSchema *schema, uint32_t seed,
+                                   uint64_t[:] out) except -1:
     cdef ArrowArray chunk
     cdef Py_ssize_t done = 0
     cdef int code
@@ -237,7 +240,8 @@ cdef Py_ssize_t _hash_arrow_chunks(ArrowArrayStream *stream, ArrowSchema *schema
 
 def hash_arrow_stream(object stream_capsule, uint32_t seed, uint64_t[:] out, str unsupported):
     """Hash the chunks of an Arrow C stream (what `__arrow_c_stream__` returns), one after the other."""
-    cdef ArrowArrayStream *stream = <ArrowArrayStream *>PyCapsule_GetPointer(stream_capsule, "arrow_array_stream")
+    cdef void *pointer = PyCapsule_GetPointer(stream_capsule, "arrow_array_stream")
+    cdef ArrowArrayStream *stream = <ArrowArrayStream *>pointer
     cdef ArrowSchema schema
     cdef int code = stream.get_schema(stream, &schema)
     cdef Py_ssize_t done

@@ -2,8 +2,8 @@
 
 Every accepted container is first turned into a `_Column`: its shape and a function that writes the keys of
 its values. Types and lengths are thus checked before anything is hashed, and a field of a wide batch is
-written straight into its place in the result. pandas, polars and pyarrow are never imported here: a value that
-is theirs is known by its class, and Arrow data is read through the Arrow C data interface.
+written straight into its place in the result. pandas, polars and pyarrow are never imported here: what is
+theirs is known by its class, and Arrow data is read through the Arrow C data interface.
 
 The bytes that each value stands for are fixed; see docs/hashing.md.
 """
@@ -196,7 +196,7 @@ def _array(array: NDArray[Any]) -> _Column:
 
 
 def _raw_bytes(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
-    """The elements one after the other in native byte order, copied only where they are not; bytes of each."""
+    """The elements one after the other in native byte order (a copy only where they are not); bytes of each."""
     if array.dtype.itemsize == 0:  # S0 and U0 hold empty strings only
         array = array.astype(f"{array.dtype.kind}1")
     if not array.dtype.isnative or not array.flags.c_contiguous:

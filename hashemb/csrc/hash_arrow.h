@@ -1,9 +1,9 @@
 /* Hashing of columns handed over through the Arrow C data interface
  * (https://arrow.apache.org/docs/format/CDataInterface.html), which pyarrow, polars and others all speak.
  *
- * Values are hashed where they lie, in the producer's buffers; the library itself is neither linked nor imported.
- * Ranges that the interface lets us check (offsets, views, dictionary codes) are checked before they are followed.
- * Nothing here allocates.
+ * Values are hashed where they lie, in the producer's buffers; the library itself is neither linked nor
+ * imported. Ranges that the interface lets us check (offsets, views, dictionary codes) are checked before
+ * they are followed. Nothing here allocates.
  */
 #ifndef HASHEMB_HASH_ARROW_H
 #define HASHEMB_HASH_ARROW_H
@@ -84,8 +84,8 @@ static inline int64_t arrow_hash_spans(const struct ArrowArray *array, int wide,
 }
 
 /* Views of 16 bytes: length, then up to 12 bytes of the value itself, or its prefix, buffer and offset. */
-static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t first, int64_t n, uint32_t seed,
-                                       uint64_t *out, ptrdiff_t stride)
+static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t first, int64_t n,
+                                       uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {
     const uint8_t *validity = arrow_validity(array);
     const int64_t *sizes = array->buffers[array->n_buffers - 1];
@@ -100,8 +100,9 @@ static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t f
             return i;
         if (parts.length <= 12) {
             size_t length = (size_t)parts.length, above8 = length > 8 ? length - 8 : 0;
-            out[i * stride] = murmur_hash_short(murmur_load64(view + 4) & murmur_byte_mask(length),
-                                                murmur_load32(view + 12) & murmur_byte_mask(above8), length, seed);
+            uint64_t k1 = murmur_load64(view + 4) & murmur_byte_mask(length);
+            uint64_t k2 = murmur_load32(view + 12) & murmur_byte_mask(above8);
+            out[i * stride] = murmur_hash_short(k1, k2, length, seed);
             continue;
         }
         if (parts.buffer < 0 || parts.buffer >= num_buffers || parts.offset < 0
@@ -114,15 +115,15 @@ static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t f
     return HASH_OK;
 }
 
-static inline void arrow_hash_fixed(const uint8_t *values, size_t width, int64_t n, uint32_t seed, uint64_t *out,
-                                    ptrdiff_t stride)
+static inline void arrow_hash_fixed(const uint8_t *values, size_t width, int64_t n, uint32_t seed,
+                                    uint64_t *out, ptrdiff_t stride)
 {
     for (int64_t i = 0; i < n; i++)
         out[i * stride] = murmur_hash(values + i * (int64_t)width, width, seed);
 }
 
-static inline void arrow_hash_bits(const uint8_t *bits, int64_t first, int64_t n, uint32_t seed, uint64_t *out,
-                                   ptrdiff_t stride)
+static inline void arrow_hash_bits(const uint8_t *bits, int64_t first, int64_t n, uint32_t seed,
+                                   uint64_t *out, ptrdiff_t stride)
 {
     uint64_t keys[2] = {murmur_hash_word(0, seed), murmur_hash_word(1, seed)};
     for (int64_t i = 0; i < n; i++)
@@ -184,7 +185,7 @@ static inline int64_t arrow_hash_values(const char *format, const struct ArrowAr
     return HASH_OK;
 }
 
-/* Whether the column's type, or that of its dictionary, has keys: integers, booleans, strings, bytes, null. */
+/* Whether the column's type, or its dictionary's, has keys: integers, booleans, strings, bytes, null. */
 static inline int arrow_is_supported(const struct ArrowSchema *schema)
 {
     static const char *const others[] = {"b", "n", "u", "z", "U", "Z", "vu", "vz"};
@@ -240,10 +241,11 @@ static inline uint64_t arrow_load_code(const uint8_t *codes, int width, int64_t 
     return key;
 }
 
-/* Dictionary codes. `distinct` holds the keys of the dictionary's values, or is NULL where the dictionary is longer
- * than the column (a short batch of a long file): then each element's value is hashed by itself. */
+/* Dictionary codes. `distinct` holds the keys of the dictionary's values, or is NULL where the dictionary is
+ * longer than the column (a short batch of a long file): then each element's value is hashed by itself. */
 static inline int64_t arrow_hash_codes(const struct ArrowSchema *schema, const struct ArrowArray *array,
-                                       const uint64_t *distinct, uint32_t seed, uint64_t *out, ptrdiff_t stride)
+                                       const uint64_t *distinct, uint32_t seed, uint64_t *out,
+                                       ptrdiff_t stride)
 {
     const struct ArrowArray *dictionary = array->dictionary;
     const uint8_t *validity = arrow_validity(array);
@@ -273,8 +275,8 @@ static inline int64_t arrow_num_distinct(const struct ArrowArray *array)
     return hash_once ? array->dictionary->length : 0;
 }
 
-/* The whole array of a supported type: array->length keys. Returns HASH_OK or the position of an element that points
- * outside the array's buffers (or outside its dictionary, counted in the dictionary where that is damaged). */
+/* The whole array of a supported type: array->length keys. Returns HASH_OK or the position of an element that
+ * points outside the array's buffers or its dictionary (where the dictionary is damaged, a position in it). */
 static inline int64_t arrow_hash(const struct ArrowSchema *schema, const struct ArrowArray *array,
                                  uint64_t *distinct, uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {

@@ -148,17 +148,22 @@ static inline uint8_t *encode_utf8(const uint8_t *from, size_t length, uint8_t *
     return to;
 }
 
+/* Code points up to and including the last one that is not zero. */
+static inline size_t stripped_chars(const uint8_t *text, size_t width)
+{
+    while (width >= 2 && load_char_pair(text, width - 2) == 0)
+        width -= 2;
+    return width > 0 && load_char(text, width - 1) == 0 ? width - 1 : width;
+}
+
 /* NumPy `U`: `width` > 0 code points each in native order, padded with zeros. `scratch` holds 4 * width + 16
  * bytes. */
 static inline int64_t hash_fixed_ucs4(const uint8_t *raw, size_t width, int64_t n, uint32_t seed,
                                       uint8_t *scratch, uint64_t *out, ptrdiff_t stride)
 {
     for (int64_t i = 0; i < n; i++) {
-        const uint8_t *p = raw + i * (int64_t)(4 * width);
-        size_t length = width;
-        while (length > 0 && load_char(p, length - 1) == 0)
-            length--;
-        uint8_t *end = encode_utf8(p, length, scratch);
+        const uint8_t *text = raw + i * (int64_t)(4 * width);
+        uint8_t *end = encode_utf8(text, stripped_chars(text, width), scratch);
         if (end == NULL)
             return i;
         out[i * stride] = murmur_hash_within(scratch, (size_t)(end - scratch), 4 * width + 16, seed);

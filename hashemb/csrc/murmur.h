@@ -2,7 +2,7 @@
  *
  * Written from the algorithm that Austin Appleby placed in the public domain
  * (https://github.com/aappleby/smhasher, src/MurmurHash3.cpp). Nothing here allocates, fails or reads a byte
- * outside what it is given. Words are read as little-endian on every machine, so a value has one key everywhere.
+ * outside what it is given. Words are read as little-endian on all machines, so a value has one key on all.
  */
 #ifndef HASHEMB_MURMUR_H
 #define HASHEMB_MURMUR_H
@@ -19,7 +19,7 @@ static inline uint64_t murmur_rotl64(uint64_t x, int bits)
     return (x << bits) | (x >> (64 - bits));
 }
 
-/* The finaliser: a bijection of 64-bit words in which every input bit flips every output bit half the time. */
+/* The finaliser: a bijection of words in which every input bit flips every output bit half the time. */
 static inline uint64_t murmur_fmix64(uint64_t x)
 {
     x ^= x >> 33;
@@ -49,8 +49,8 @@ static inline uint64_t murmur_load32(const uint8_t *p)
     return word;
 }
 
-/* The first `length` <= 8 bytes as a little-endian word; reads no other byte. Loads overlap instead of looping:
- * a byte read twice lands twice on the same bits. */
+/* The first `length` <= 8 bytes as a little-endian word; reads no other byte. Loads overlap instead of
+ * looping: a byte read twice lands twice on the same bits. */
 static inline uint64_t murmur_load_upto8(const uint8_t *p, size_t length)
 {
     if (length >= 8)
@@ -101,8 +101,8 @@ static inline uint64_t murmur_hash_word(uint64_t word, uint32_t seed)
     return murmur_finish(seed ^ murmur_mix1(word), seed, 8);
 }
 
-/* The key of `length` bytes at `p`, from where `readable` >= `length` bytes may be read. Where there are 16 bytes left
- * to read, the tail is two masked loads, with no branch on its length for the processor to mispredict. */
+/* The key of `length` bytes at `p`, from where `readable` >= `length` bytes may be read. Where 16 bytes are
+ * left to read, the tail is two masked loads, with no branch on its length for the processor to mispredict. */
 static inline uint64_t murmur_hash_within(const uint8_t *p, size_t length, size_t readable, uint32_t seed)
 {
     uint64_t h1 = seed, h2 = seed, k1, k2;

@@ -196,7 +196,7 @@ def _array(array: NDArray[Any]) -> _Column:
 
 
 def _raw_bytes(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
-    """The elements one after the other in native byte order (a copy only where they are not); bytes of each."""
+    """The elements one after the other in native order, copied only where they are not; bytes of each."""
     if array.dtype.itemsize == 0:  # S0 and U0 hold empty strings only
         array = array.astype(f"{array.dtype.kind}1")
     if not array.dtype.isnative or not array.flags.c_contiguous:

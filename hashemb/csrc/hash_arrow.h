@@ -276,7 +276,7 @@ static inline int64_t arrow_num_distinct(const struct ArrowArray *array)
 }
 
 /* The whole array of a supported type: array->length keys. Returns HASH_OK or the position of an element that
- * points outside the array's buffers or its dictionary (where the dictionary is damaged, a position in it). */
+ * points outside the array's buffers or its dictionary (if the dictionary is damaged, a position in it). */
 static inline int64_t arrow_hash(const struct ArrowSchema *schema, const struct ArrowArray *array,
                                  uint64_t *distinct, uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {

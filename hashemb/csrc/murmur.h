@@ -102,7 +102,7 @@ static inline uint64_t murmur_hash_word(uint64_t word, uint32_t seed)
 }
 
 /* The key of `length` bytes at `p`, from where `readable` >= `length` bytes may be read. Where 16 bytes are
- * left to read, the tail is two masked loads, with no branch on its length for the processor to mispredict. */
+ * left to read, the tail is two masked loads, with no branch on its length for the CPU to mispredict. */
 static inline uint64_t murmur_hash_within(const uint8_t *p, size_t length, size_t readable, uint32_t seed)
 {
     uint64_t h1 = seed, h2 = seed, k1, k2;

@@ -3,6 +3,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+__test__: dict[str, str]
+
 class Core:
     def __init__(self, arrays: dict[str, Any], scalars: dict[str, Any]) -> None: ...
     def lookup(

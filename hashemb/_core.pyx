@@ -369,7 +369,7 @@ cdef bint _is_missing(object value):
 cdef uint64_t _hash_other(object value, Py_ssize_t position, uint32_t seed) except? 1:
     if isinstance(value, _np.bool_):
         return murmur_hash_word(<uint64_t>bool(value), seed)
-    if hasattr(type(value), "__index__") and not isinstance(value, _np.ndarray):
+    if hasattr(type(value), "__index__") and not (isinstance(value, _np.ndarray) and value.ndim > 0):
         return _hash_integer(value.__index__(), position, seed)
     if _is_missing(value):
         return murmur_hash_null(seed)

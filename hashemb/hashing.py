@@ -76,7 +76,7 @@ def hash_keys(values: Any, field: str | None = None) -> Keys:
     --------
     >>> import hashemb
     >>> hashemb.hash_keys(["Berlin", "Paris", None], field="city")
-    array([ 8149117139026402193, 12106408926812024386, 14223160092437206610],
+    array([ 4747406783840420977, 12080231636599394452, 11306016469232221311],
           dtype=uint64)
     >>> hashemb.hash_keys(5) == hashemb.hash_keys("5")
     np.False_
@@ -133,7 +133,11 @@ def _seed(field: str | None) -> int:
         return 0
     if not isinstance(field, str):
         raise TypeError(f"field must be a str or None, got {type(field).__name__} {field!r}")
-    return int(mmh3.hash(field, 0, signed=False))
+    try:
+        name = field.encode()  # given the str, mmh3 5.3.1 crashes on a lone surrogate
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {field!r} is not valid Unicode: {error}") from error
+    return int(mmh3.hash(name, 0, signed=False))
 
 
 def _unhashable(what: str) -> str:
@@ -173,7 +177,7 @@ def _objects(values: list[Any] | tuple[Any, ...], shape: tuple[int, ...]) -> _Co
 
 
 def _sequence(values: Sequence[Any]) -> _Column:
-    if len(values) > 0 and isinstance(values[0], (list, tuple, np.ndarray)):
+    if len(values) > 0 and (isinstance(values[0], (list, tuple)) or getattr(values[0], "ndim", 0) > 0):
         return _array(np.array(values, dtype=object))
     return _objects(values if isinstance(values, (list, tuple)) else tuple(values), (len(values),))
 

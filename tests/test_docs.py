@@ -1,7 +1,7 @@
 """What the documentation says is run: Python blocks of README.md and docs/, and the doctests of every module.
 
 The ``python`` blocks of a page run in order, in one namespace and in an empty directory; blocks with prompts
-(``>>>``) are compared with the output they show. A block that needs a package which is not installed is skipped.
+(``>>>``) are compared with the output they show. A page that needs a package which is not there is skipped.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ def run_page(name: str, page: str) -> int:
     return len(blocks)
 
 
+def broken_links(page: str, folder: Path) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)", page)
+    return [link for link in links if not (folder / link).exists()]
+
+
 def is_missing_extra(error: BaseException) -> bool:
     """Whether an import failed for want of a package that is not ours."""
     name = getattr(error, "name", None)
@@ -66,6 +72,17 @@ def test_page_runs(path: Path) -> None:
         if not is_missing_extra(error):
             raise
         pytest.skip(f"{path.name} needs a package that is not installed: {error}")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_canary_links(tmp_path: Path) -> None:
+    page = "[a](gone.md#part) [b](https://example.com) [c](#here) [d](there.md)"
+    (tmp_path / "there.md").touch()
+    assert broken_links(page, tmp_path) == ["gone.md"]
 
 
 def test_the_readme_holds_a_program() -> None:
@@ -99,7 +116,13 @@ def test_canary_page(page: str, error: type[Exception]) -> None:
 
 
 def test_blocks_share_names_and_other_languages_are_left_alone() -> None:
-    page = "```python\nx = 1\n```\n```console\nrm -rf /\n```\n```python\n>>> x\n1\n>>> y = 2\n```\n```python\nassert y == 2\n```\n"
+    blocks = (
+        "python\nx = 1\n",
+        "console\n$ hashemb demo\n",
+        "python\n>>> x\n1\n>>> y = 2\n",
+        "python\nassert y == 2\n",
+    )
+    page = "".join(f"```{block}```\n" for block in blocks)
     assert [line for line, _ in python_blocks(page)] == [2, 8, 13]
     assert run_page("canary", page) == 3
 

@@ -17,11 +17,16 @@ import hashemb
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hashemb"
-SUFFIXES = {".py", ".pyx", ".pxd", ".c", ".h"}
+SUFFIXES = {".py", ".pyx", ".pxd", ".c", ".h", ".inc"}
 FOLDERS = ("hashemb", "tests", "bench", "examples")
 BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 
-PUBLIC_NAMES = ["FTRL", "SGD", "Adagrad", "Normal", "RowWiseAdagrad", "Uniform", "Zeros", "errors"]
+# fmt: off
+PUBLIC_NAMES = [
+    "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "RowWiseAdagrad", "TableInfo", "TableStats", "Uniform", "Zeros",
+    "__version__", "create", "errors", "get_num_threads", "info", "open", "set_num_threads",
+]
+# fmt: on
 
 needs_source = pytest.mark.skipif(not PACKAGE.is_dir(), reason="the source of the package is not here")
 
@@ -187,6 +192,7 @@ def test_only_storage_touches_files() -> None:
         "import mmap",
         "from fcntl import lockf",
         "import os\nos.ftruncate(3, 0)",
+        "import os\nos.path.exists('x')",
         "from os import fsync",
         "f = open('x')",
         "path.write_bytes(b'')",
@@ -198,7 +204,7 @@ def test_canary_files(text: str) -> None:
 
 
 def test_paths_and_a_function_named_open_are_no_files() -> None:
-    text = "import os\ndef open(path): ...\nopen(os.fspath('x'))\nisinstance('x', os.PathLike)"
+    text = "import os\ndef open(path): ...\nopen(os.path.normpath('x'))\nisinstance('x', os.PathLike)"
     assert tidy.touches_files("table", text) == []
 
 

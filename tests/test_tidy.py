@@ -23,7 +23,8 @@ BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 
 # fmt: off
 PUBLIC_NAMES = [
-    "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "RowWiseAdagrad", "TableInfo", "TableStats", "Uniform", "Zeros",
+    "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "RowWiseAdagrad", "TableInfo", "TableStats", "Uniform",
+    "Zeros",
     "__version__", "create", "errors", "get_num_threads", "info", "open", "set_num_threads",
 ]
 # fmt: on

@@ -1,8 +1,8 @@
 """A trained model on disk: one directory, the table's files plus `model.json`.
 
-The table holds all that was learned; `model.json` says what the table's rows mean (kind, rank, fields), how to
-read data for it, how far each source has been learned and how that went. It is replaced as a whole (written beside, synced,
-renamed), so that a reader finds the old one or the new one, never a mixture.
+The table holds all that was learned; `model.json` says what the table's rows mean (kind, rank, fields), how to read
+data for it, how far each source has been learned and how that went. It is replaced as a whole (written beside,
+synced, renamed), so that a reader finds the old one or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +37,48 @@ class SourcePosition:
     Attributes
     ----------
     size_bytes, digest : int, str
-        Of the file when it was first opened; the digest is over its first and last 64 KiB.
+        Of the file when it was last opened; the digest is over the first and the last 64 KiB.
     passes : int
         Passes completed.
     rows : int
         Good rows learned in the pass under way; 0 between passes.
+    rows_per_pass : int
+        Good rows of the last pass that was completed.
     """
 
     size_bytes: int
     digest: str
     passes: int = 0
     rows: int = 0
+    rows_per_pass: int = 0
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourcePosition:
         """The beginning of the file at `path`; reads at most 128 KiB of it."""
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{os.fspath(path)} is not a regular file, so no position in it can be kept")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(file.read(_DIGEST_BYTES), digest_size=16)
-            file.seek(max(0, size - _DIGEST_BYTES))
-            digest.update(file.read(_DIGEST_BYTES))
-        return cls(size, digest.hexdigest())
+        size_bytes = os.path.getsize(path)
+        return cls(size_bytes, _digest(path, size_bytes))
 
-    def same_file(self, other: SourcePosition) -> bool:
-        """Whether both describe a file of the same contents."""
-        return (self.size_bytes, self.digest) == (other.size_bytes, other.digest)
+    def in_file(self, path: str | os.PathLike[str]) -> SourcePosition | None:
+        """This position in the file as it is now: it may have grown since. None if it has changed otherwise.
+
+        In a file that was learned to its end and then grew, the last pass goes on with what has been added.
+        """
+        now = SourcePosition.of(path)
+        if now.size_bytes < self.size_bytes or _digest(path, self.size_bytes) != self.digest:
+            return None
+        if now.size_bytes > self.size_bytes and self.passes and not self.rows:
+            return replace(now, passes=self.passes - 1, rows=self.rows_per_pass)
+        return replace(now, passes=self.passes, rows=self.rows, rows_per_pass=self.rows_per_pass)
+
+
+def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
+    """Of the first 64 KiB of the file's first `size_bytes`, and of the last 64 KiB of those."""
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(min(_DIGEST_BYTES, size_bytes)), digest_size=16)
+        tail = max(0, size_bytes - _DIGEST_BYTES)
+        file.seek(tail)
+        digest.update(file.read(size_bytes - tail))
+    return digest.hexdigest()
 
 
 @dataclass
@@ -75,10 +89,11 @@ class ModelCard:
     ----------
     rank : int
         Of the factorisation machine; 0 is logistic regression.
-    field_names : list of str
-        The data's fields, which salt the keys. Empty until the first file is opened.
+    schema : dict
+        Field -> kind, in the order of the key columns: how the reader made keys of the first file, and has to of
+        all others. Empty until then.
     data_format, label : str, str or None
-        Reader options of the training data.
+        Format that the data is read as, and the column that is the label.
     batch_size : int
         Examples per update.
     table_step : int
@@ -93,7 +108,7 @@ class ModelCard:
     """
 
     rank: int
-    field_names: list[str] = field(default_factory=list)
+    schema: dict[str, str] = field(default_factory=dict)
     data_format: str = "auto"
     label: str | None = None
     batch_size: int = 4096
@@ -102,19 +117,9 @@ class ModelCard:
     progress: dict[str, Any] = field(default_factory=dict)
     hashemb_version: str = hashemb.__version__
 
-    def check_fields(self, names: list[str], path: str | os.PathLike[str]) -> None:
-        """Raise `ValueError` unless the fields of the file at `path` are those the model was trained on."""
-        missing = [name for name in self.field_names if name not in names]
-        unknown = [name for name in names if name not in self.field_names]
-        if missing or unknown:
-            raise ValueError(
-                f"{os.fspath(path)}: {len(names)} fields, but the model was trained on {len(self.field_names)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown to the model: {', '.join(unknown) or 'none'}"
-            )
-
 
 def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
-    """Replace the directory's `model.json`, atomically and durably. One writer at a time: see `training_lock`."""
+    """Replace the directory's `model.json`, atomically and durably. One writer at a time: `training_lock`."""
     card.hashemb_version = hashemb.__version__
     text = json.dumps({"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}, indent=1)
     temporary = Path(directory, MODEL_FILE + ".new")

@@ -114,8 +114,8 @@ def open_or_create(
 ) -> tuple[FactorizationMachine, ModelCard]:
     """Open the model in `directory` for learning; make it if the directory does not exist.
 
-    An untrained table without `model.json` is taken as the beginning of a model: that is how to train with options
-    that only `hashemb.create` has.
+    An untrained table without `model.json` is taken as the beginning of a model: that is how to train with
+    options that only `hashemb.create` has.
 
     Raises
     ------
@@ -141,7 +141,8 @@ def open_or_create(
 
 
 def _create(path: Path, options: ModelOptions) -> tuple[FactorizationMachine, ModelCard]:
-    assert options.rank is not None and options.init_scale is not None
+    assert options.rank is not None
+    assert options.init_scale is not None
     table = hashemb.create(
         path,
         num_embeddings=options.rows,

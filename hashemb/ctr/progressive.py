@@ -1,8 +1,8 @@
 """Progressive validation: every example is scored before it is learned.
 
-The running loss is then that of unseen data, without a held-out set and in one pass: the number a model serving
-live traffic would have had (Blum, Kalai, Langford: Beating the Hold-Out, COLT 1999; the "average loss" of Vowpal
-Wabbit). It stops being so when an example comes round again; hence one validator per pass over the data.
+The running loss is then that of unseen data, without a held-out set and in one pass: the number that a model
+serving live traffic would have had (Blum, Kalai, Langford: Beating the Hold-Out, COLT 1999; the "average loss" of
+Vowpal Wabbit). It stops being so when an example comes round again; hence one validator per pass over the data.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class ProgressRow:
 class ProgressiveValidator:
     """Feeds batches to a model and keeps the metrics of what it predicted before learning them.
 
-    Rows fall due at exact counts of examples, wherever batches begin and end: all predictions of a batch precede
-    its one update, so the metrics may be read between any two of them.
+    Rows fall due at exact counts of examples, wherever batches begin and end: all predictions of a batch come
+    before its one update, so the metrics may be read between any two of them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Reading and learning at the same time: a thread parses the next batches while the caller works on this one."""
+"""Reading and learning at once: a thread parses the next batches while the caller works on this one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Iterate over `items` from a thread of its own, at most `depth` items ahead.
 
-    The order is kept, an exception of `items` is raised here in its place, and closing the iterator (or leaving
-    the loop and dropping it) ends the thread.
+    The order is kept, an exception of `items` is raised here in its place, and closing the iterator ends the
+    thread.
 
     Parameters
     ----------
@@ -36,7 +36,8 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     def put(item: T | None, error: BaseException | None, more: bool) -> None:
         while not stop.is_set():
             try:
-                return ready.put((item, error, more), timeout=0.1)
+                ready.put((item, error, more), timeout=0.1)
+                return
             except queue.Full:
                 continue
 

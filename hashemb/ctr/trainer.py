@@ -1,15 +1,16 @@
 """Learning files into a model directory, in an order and in batches that an interruption doesn't change.
 
 Invariant: after every batch the pair (table, card) says exactly which examples have been learned. Batches never
-span two files and always start at a multiple of the batch size within a file, so a run that was stopped between batches and
-started again takes the same batches, and ends with the same bits, as one that was not.
+span two files and are cut at multiples of the batch size from a file's beginning, so a run that was stopped between
+two batches and started again takes the same batches, and ends with the same bits, as one that was not.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,14 @@ class Trainer:
     Raises
     ------
     ValueError
-        A file given twice, or changed since it was half learned.
+        A file given twice, or replaced since it was half learned.
     FileNotFoundError
         No such file.
 
     Notes
     -----
     Iterating over `run` does the work; stop at any step and call `save`, and a later trainer goes on from there.
-    A run that is killed instead goes on from the last save: up to `save_seconds` of examples are learned twice.
+    After a kill it goes on from the last save: the examples of up to `save_seconds` are learned twice.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class Trainer:
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
         self.sources = _positions(card, paths)
+        if passes > 1 and any(is_stream(path) for path in self.sources):
+            raise ValueError(f"standard input and pipes can be read once, not {passes} times")
         self.bytes_total = sum(
             position.size_bytes * max(0, passes - position.passes) for position in self.sources.values()
         )
@@ -127,7 +130,7 @@ class Trainer:
         """Whether every file has been learned as often as asked."""
         return all(position.passes >= self.passes for position in self.sources.values())
 
-    def run(self) -> Iterator[TrainStep]:
+    def run(self) -> Generator[TrainStep, None, None]:
         """Learn what is left to learn, one batch a step."""
         saved_at = self._clock()
         for number in range(1, self.passes + 1):
@@ -145,7 +148,8 @@ class Trainer:
     def save(self) -> None:
         """Write the table to its disk, then the card that says what it holds."""
         self.model.table.flush()
-        self.card.sources.update(self.sources)
+        kept = {path: position for path, position in self.sources.items() if not is_stream(path)}
+        self.card.sources.update(kept)
         self.card.table_step = self.model.table.step
         if self.validator is not None:
             self.card.progress = {"pass": self.pass_number, **self.validator.state()}
@@ -170,15 +174,7 @@ class Trainer:
 
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
-        reader = open_reader(
-            [path],
-            format=self.card.data_format,
-            label=self.card.label,
-            batch_size=self.card.batch_size,
-            strict=self.strict,
-            start=position.rows,
-        )
-        self._check_fields(reader, path)
+        reader = self._open(path, position)
         batches = read_ahead(reader)
         try:
             for batch in batches:
@@ -189,41 +185,52 @@ class Trainer:
                 self.examples += len(batch.labels)
                 done = self._bytes_finished + reader.bytes_read
                 yield TrainStep(path, self.pass_number, rows, self.examples, done)
-            position.passes, position.rows = position.passes + 1, 0
+            position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
             self._bytes_finished += position.size_bytes
         finally:
             batches.close()
             self.bad_lines.add(reader)
 
-    def _check_fields(self, reader: Reader, path: str) -> None:
-        names = list(reader.field_names)
-        if not self.card.field_names:
-            self.card.field_names = names
-        self.card.check_fields(names, path)
+    def _open(self, path: str, position: SourcePosition) -> Reader:
+        """Open a file at its position; the first one ever decides how all others are read."""
+        card = self.card
+        reader = open_reader(
+            [path],
+            format=card.data_format,
+            label=card.label,
+            schema=card.schema or None,
+            batch_size=card.batch_size,
+            strict=self.strict,
+            start=position.rows,
+        )
+        if not card.schema:
+            card.schema, card.label = dict(reader.schema), reader.label
+        return reader
 
 
-def _positions(
-    card: ModelCard, paths: Sequence[str | os.PathLike[str]]
-) -> dict[str, SourcePosition]:
+def _positions(card: ModelCard, paths: Sequence[str | os.PathLike[str]]) -> dict[str, SourcePosition]:
     """Where to take up each file: absolute path -> position, in the order given."""
     positions: dict[str, SourcePosition] = {}
     for path in paths:
-        absolute = str(Path(path).absolute())
-        if absolute in positions:
+        name = os.fspath(path) if is_stream(path) else str(Path(path).absolute())
+        if name in positions:
             raise ValueError(f"{os.fspath(path)} is given twice; to learn it again, raise passes")
-        positions[absolute] = _position(card.sources.get(absolute), absolute)
+        positions[name] = SourcePosition(0, "") if is_stream(path) else _position(card.sources.get(name), name)
     return positions
 
 
 def _position(known: SourcePosition | None, path: str) -> SourcePosition:
-    beginning = SourcePosition.of(path)
     if known is None:
-        return beginning
-    if known.same_file(beginning):
-        return known
-    if known.rows:
+        return SourcePosition.of(path)
+    position = known.in_file(path)
+    if position is None and known.rows:
         raise ValueError(
-            f"{path} has changed since its first {known.rows:,} rows were learned (it had "
-            f"{known.size_bytes:,} bytes and has {beginning.size_bytes:,}): give the new contents a new name"
+            f"{path} is another file than the one whose first {known.rows:,} rows have been learned (that had "
+            f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"
         )
-    return beginning
+    return SourcePosition.of(path) if position is None else position
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is standard input or a pipe: read once, with no position to come back to."""
+    return os.fspath(path) == "-" or stat.S_ISFIFO(os.stat(path).st_mode)

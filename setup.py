@@ -5,18 +5,21 @@ the compiler from fusing multiply and add, which would give other bits on CPUs t
 `-fno-math-errno` and `-fno-trapping-math` change no value and let square roots be vectorised.
 """
 
+from glob import glob
+
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
+C_SOURCES = ["control.c", "kernels.c", "lookup.c", "parallel.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
            "-fno-trapping-math", "-Wall", "-Wextra"]
 
 core = Extension(
     "hashemb._core",
-    sources=["hashemb/_core.pyx"],
-    depends=[],
+    sources=["hashemb/_core.pyx", *(CSRC + name for name in C_SOURCES)],
+    depends=glob(CSRC + "*.h") + glob(CSRC + "*.inc"),
     include_dirs=[CSRC, numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     extra_compile_args=C_FLAGS,

@@ -1,9 +1,37 @@
-"""Embedding tables as files: hashed keys, memory-mapped rows, fused lazy sparse Adagrad."""
+"""Embedding tables as files: hashed keys, memory-mapped rows, fused lazy sparse Adagrad.
+
+`create`, `open` and `info` make and open tables; `hash_keys` and `hash_fields` turn values into keys;
+`hashemb.reference` holds the same algorithms in plain NumPy.
+"""
 
 from hashemb import errors
+from hashemb._core import get_num_threads, set_num_threads
+from hashemb._version import __version__
+from hashemb.entry import TableInfo, create, info, open
+from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
+from hashemb.stats import TableStats
+from hashemb.table import EmbeddingTable
 
-__version__ = "0.1.0"
-
-__all__ = ["FTRL", "SGD", "Adagrad", "Normal", "RowWiseAdagrad", "Uniform", "Zeros", "errors"]
+__all__ = [
+    "FTRL",
+    "SGD",
+    "Adagrad",
+    "EmbeddingTable",
+    "Normal",
+    "RowWiseAdagrad",
+    "TableInfo",
+    "TableStats",
+    "Uniform",
+    "Zeros",
+    "__version__",
+    "create",
+    "errors",
+    "get_num_threads",
+    "hash_fields",
+    "hash_keys",
+    "info",
+    "open",
+    "set_num_threads",
+]

@@ -1,8 +1,481 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It knows arrays and numbers, never paths.
+It knows arrays and numbers, never paths. `table.py` has brought every argument to the dtype, shape and order
+named here; what is checked again is what would otherwise read or write outside an array.
 """
 
+import os
+
 cimport numpy as cnp
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 cnp.import_array()
+
+
+# ---- the table kernels ----
+
+cdef void *data_of(cnp.ndarray array, int type_number, const char *name) except? NULL:
+    if cnp.PyArray_TYPE(array) != type_number or not cnp.PyArray_IS_C_CONTIGUOUS(array):
+        raise TypeError(f"{name.decode()}: expected a C-contiguous array of another dtype than {array.dtype}")
+    return cnp.PyArray_DATA(array)
+
+
+cdef class Core:
+    """The kernels bound to the arrays of one table.
+
+    Parameters
+    ----------
+    arrays : dict
+        "weight" (num_embeddings, embedding_dim), "blocks" (num_blocks,), "control" (4096 bytes), "states": list
+        of float32 arrays, "paid" or None. Read-only arrays do for every method but `plan` and `apply`.
+    scalars : dict
+        The fields of he_table by name (see csrc/table.h).
+
+    Not thread-safe between `plan` and `apply`; look-ups may run at any time.
+    """
+
+    cdef he_table table
+    cdef he_plan current
+    cdef he_control *control
+    cdef object arrays
+    cdef char *memory
+    cdef int64_t memory_bytes
+
+    def __cinit__(self, dict arrays, dict scalars):
+        cdef he_table *t = &self.table
+        cdef int i
+        self.arrays = arrays
+        memset(t, 0, sizeof(he_table))
+        t.weight = <char *>cnp.PyArray_DATA(arrays["weight"])
+        t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, b"blocks")
+        self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, b"control")
+        for i, state in enumerate(arrays["states"]):
+            t.state[i] = <float *>data_of(state, cnp.NPY_FLOAT32, b"state")
+        if arrays["paid"] is not None:
+            t.paid = <double *>data_of(arrays["paid"], cnp.NPY_FLOAT64, b"paid")
+        t.num_rows, t.dim = arrays["weight"].shape
+        t.row_bytes = t.dim * arrays["weight"].itemsize
+        t.dtype, t.optimizer, t.init = scalars["dtype"], scalars["optimizer"], scalars["init"]
+        t.block_shift = scalars["block_shift"]
+        t.init_scale = t.init_std = scalars["init_scale"]
+        t.init_key, t.rounding_key = scalars["init_key"], scalars["rounding_key"]
+        t.num_hashes = len(scalars["salts"])
+        if not 1 <= t.num_hashes <= HE_MAX_HASHES:
+            raise ValueError(f"num_hashes must be between 1 and {HE_MAX_HASHES}, got {t.num_hashes}")
+        for i in range(t.num_hashes):
+            t.salts[i] = scalars["salts"][i]
+        t.eps, t.initial_accumulator = scalars["eps"], scalars["initial_accumulator"]
+        t.beta, t.l1, t.l2 = scalars["beta"], scalars["l1"], scalars["l2"]
+        t.weight_decay = scalars["weight_decay"]
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    cdef int fill_batch(self, he_batch *b, cnp.ndarray keys, offsets, weights, int pooling) except -1:
+        b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        b.num_keys = b.num_bags = cnp.PyArray_SIZE(keys)
+        b.offsets = NULL
+        b.weights = NULL
+        b.pooling = pooling
+        if offsets is not None:
+            b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, b"offsets")
+            b.num_bags = cnp.PyArray_SIZE(offsets) - 1
+        if weights is not None:
+            b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, b"per_sample_weights")
+        return 0
+
+    def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
+        """Writes the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
+        cdef he_batch b
+        cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, b"out")
+        self.fill_batch(&b, keys, offsets, weights, pooling)
+        if cnp.PyArray_SIZE(out) != b.num_bags * self.table.dim:
+            raise ValueError(f"out holds {out.size} values, {b.num_bags * self.table.dim} expected")
+        if b.num_bags == 0:
+            return
+        cdef int num_threads = he_lookup_threads(&self.table, &b)
+        cdef float *scratch = <float *>malloc(2 * num_threads * self.table.dim * sizeof(float))
+        if scratch == NULL:
+            raise MemoryError()
+        with nogil:
+            he_lookup(&self.table, &b, he_decay_total(self.control), num_threads, scratch, target)
+        free(scratch)
+
+    def rows(self, cnp.ndarray keys not None, cnp.ndarray out not None):
+        """Writes each key's rows to `out`, int64 (num_keys, num_hashes)."""
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, b"out")
+        cdef int64_t n = cnp.PyArray_SIZE(keys)
+        if cnp.PyArray_SIZE(out) != n * self.table.num_hashes:
+            raise ValueError(f"out holds {out.size} values, {n * self.table.num_hashes} expected")
+        with nogil:
+            he_rows(&self.table, source, n, target)
+
+    def plan(self, cnp.ndarray keys not None, cnp.ndarray grads not None, offsets=None, weights=None, int pooling=0,
+             *, bint force_wide=False):
+        """Checks and sorts an update; returns the blocks it touches that are older than the epoch, uint64.
+
+        The arrays must stay alive and unchanged until `apply`. `force_wide` sorts with 128-bit entries, which
+        otherwise only batches need whose row and occurrence numbers together exceed 64 bits.
+        """
+        cdef he_plan *p = &self.current
+        cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
+        cdef uint32_t epoch = <uint32_t>self.control.epoch
+        p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, b"grads")
+        self.fill_batch(&p.batch, keys, offsets, weights, pooling)
+        if num_grads != p.batch.num_bags * dim:
+            raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
+        self.reserve(force_wide)
+        with nogil:
+            bad = he_first_not_finite(p.grads, num_grads)
+        if bad >= 0:
+            raise ValueError(f"gradients must be finite: grads[{bad // dim}, {bad % dim}] is {p.grads[bad]} in float32")
+        with nogil:
+            he_plan_layout(&self.table, p, self.memory)
+            bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
+            if bad < 0:
+                he_update_plan(&self.table, p, epoch)
+        if bad >= 0:
+            raise ValueError(f"the weight of key {bad} in its bag must be finite, got {p.scales[bad]} in float32")
+        return self.stale_blocks()
+
+    cdef int reserve(self, bint force_wide) except -1:
+        """Grows the scratch memory to what the current plan needs; it is kept between calls."""
+        cdef he_plan *p = &self.current
+        he_plan_init(&self.table, p, force_wide)
+        cdef int64_t needed = he_plan_bytes(&self.table, p)
+        if needed <= self.memory_bytes:
+            return 0
+        free(self.memory)
+        self.memory_bytes = 0
+        self.memory = <char *>malloc(needed)
+        if self.memory == NULL:
+            raise MemoryError(f"an update of {p.batch.num_keys} keys needs {needed} bytes of scratch memory")
+        self.memory_bytes = needed
+        return 0
+
+    cdef stale_blocks(self):
+        cdef he_plan *p = &self.current
+        cdef int64_t total = 0, at = 0
+        cdef cnp.npy_intp length
+        cdef int i
+        for i in range(p.num_threads):
+            total += p.shares[i].num_stale
+        length = total
+        cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &length, cnp.NPY_UINT64, 0)
+        cdef uint64_t *target = <uint64_t *>cnp.PyArray_DATA(out)
+        for i in range(p.num_threads):
+            for j in range(p.shares[i].num_stale):
+                target[at] = p.shares[i].stale[j]
+                at += 1
+        return out
+
+    def apply(self):
+        """Writes the planned update and counts it as one step of the table."""
+        cdef he_step step
+        cdef uint64_t touched
+        with nogil:
+            he_step_begin(self.control, self.table.weight_decay, &step)
+            touched = he_update_apply(&self.table, &self.current, &step)
+            if touched:
+                he_rows_touched_add(self.control, touched)
+
+
+# ---- threads and instruction sets ----
+
+def get_num_threads():
+    """Threads that a call may use: HASHEMB_NUM_THREADS, else the CPUs this process may use; 1 after a fork."""
+    return he_threads_get()
+
+
+def set_num_threads(n):
+    """Sets how many threads a call may use, 1 to 64. Results are the same bits for any number."""
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"the number of threads must be an integer, got {type(n).__name__} {n!r}")
+    n = n.__index__()
+    if not 1 <= n <= HE_MAX_THREADS:
+        raise ValueError(f"the number of threads must be between 1 and {HE_MAX_THREADS}, got {n}")
+    he_threads_set(n)
+
+
+def get_isa():
+    """The instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
+    return he_kernels_active().name.decode()
+
+
+def available_isas():
+    """The instruction sets that this CPU runs, slowest first."""
+    names = []
+    while he_isa_available(len(names)) != NULL:
+        names.append(he_isa_available(len(names)).decode())
+    return names
+
+
+def set_isa(name):
+    """Selects the kernels of one instruction set. Results are the same bits for any of them."""
+    if he_isa_force(name.encode()) != 0:
+        raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
+
+
+def _configure(environment):
+    threads, isa = environment.get("HASHEMB_NUM_THREADS"), environment.get("HASHEMB_ISA")
+    if threads:
+        if not threads.strip().isdigit():
+            raise ValueError(f"HASHEMB_NUM_THREADS must be an integer, got {threads!r}")
+        set_num_threads(int(threads))
+    if isa:
+        set_isa(isa)
+
+
+_configure(os.environ)
+
+
+# ---- hashing ----
+# Columns of values -> uint64 keys. Every function fills `out`, whose stride is free, and returns nothing.
+
+cimport cython as _cython
+import numpy as _np
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_GET_SIZE
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.unicode cimport PyUnicode_Check
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size_bytes) except NULL
+
+cdef extern from "murmur.h":
+    uint64_t murmur_hash_word(uint64_t word, uint32_t seed) noexcept nogil
+    uint64_t murmur_hash_null(uint32_t seed) noexcept nogil
+    uint64_t murmur_hash(const uint8_t *data, size_t size_bytes, uint32_t seed) noexcept nogil
+
+cdef extern from "hash_columns.h":
+    const int64_t HASH_OK
+    void c_hash_integers "hash_integers"(
+        const uint8_t *raw, int width, bint is_signed, int64_t n, uint32_t seed, uint64_t *out,
+        Py_ssize_t stride) noexcept nogil
+    void c_hash_fixed_bytes "hash_fixed_bytes"(
+        const uint8_t *raw, size_t width, int64_t n, uint32_t seed, uint64_t *out,
+        Py_ssize_t stride) noexcept nogil
+    int64_t c_hash_fixed_ucs4 "hash_fixed_ucs4"(
+        const uint8_t *raw, size_t width, int64_t n, uint32_t seed, uint8_t *scratch, uint64_t *out,
+        Py_ssize_t stride) noexcept nogil
+
+cdef extern from "hash_arrow.h":
+    struct ArrowSchema:
+        void (*release)(ArrowSchema *) noexcept
+    struct ArrowArray:
+        int64_t length
+        void (*release)(ArrowArray *) noexcept
+    struct ArrowArrayStream:
+        int (*get_schema)(ArrowArrayStream *, ArrowSchema *) noexcept
+        int (*get_next)(ArrowArrayStream *, ArrowArray *) noexcept
+        const char *(*get_last_error)(ArrowArrayStream *) noexcept
+    bint arrow_is_supported(const ArrowSchema *schema) noexcept nogil
+    int64_t arrow_num_distinct(const ArrowArray *array) noexcept nogil
+    int64_t arrow_hash(const ArrowSchema *schema, const ArrowArray *array, uint64_t *distinct, uint32_t seed,
+                       uint64_t *out, Py_ssize_t stride) noexcept nogil
+
+
+cdef inline Py_ssize_t _stride(uint64_t[:] out) noexcept:
+    return out.strides[0] // <Py_ssize_t>sizeof(uint64_t)
+
+
+cdef int _check_size(const uint8_t[::1] raw, Py_ssize_t width_bytes, uint64_t[:] out) except -1:
+    if width_bytes <= 0 or raw.shape[0] != width_bytes * out.shape[0]:
+        raise ValueError(f"{raw.shape[0]} bytes are not {out.shape[0]} values of {width_bytes} bytes")
+    return 0
+
+
+cdef int _raise_not_unicode(Py_ssize_t position) except -1:
+    raise ValueError(f"the string at position {position} is not valid Unicode: it has a lone surrogate or a"
+                     " code point past U+10FFFF, so it has no UTF-8 bytes to hash")
+
+
+def hash_integers(const uint8_t[::1] raw, Py_ssize_t width_bytes, bint is_signed, uint32_t seed,
+                  uint64_t[:] out):
+    """Hash native-order integers of 1, 2, 4 or 8 bytes, given as raw bytes."""
+    _check_size(raw, width_bytes, out)
+    if width_bytes not in (1, 2, 4, 8):
+        raise ValueError(f"integers have 1, 2, 4 or 8 bytes, got {width_bytes}")
+    if out.shape[0] == 0:
+        return
+    cdef Py_ssize_t stride = _stride(out)
+    with nogil:
+        c_hash_integers(&raw[0], <int>width_bytes, is_signed, out.shape[0], seed, &out[0], stride)
+
+
+def hash_fixed_bytes(const uint8_t[::1] raw, Py_ssize_t width_bytes, uint32_t seed, uint64_t[:] out):
+    """Hash byte strings of a fixed width without their trailing NULs: NumPy's dtype `S`."""
+    _check_size(raw, width_bytes, out)
+    if out.shape[0] == 0:
+        return
+    cdef Py_ssize_t stride = _stride(out)
+    with nogil:
+        c_hash_fixed_bytes(&raw[0], width_bytes, out.shape[0], seed, &out[0], stride)
+
+
+def hash_fixed_ucs4(const uint8_t[::1] raw, Py_ssize_t width_chars, uint32_t seed, uint64_t[:] out):
+    """Hash the UTF-8 of native-order UCS-4 strings of a fixed width: NumPy's dtype `U`."""
+    _check_size(raw, 4 * width_chars, out)
+    if out.shape[0] == 0:
+        return
+    cdef uint8_t[::1] scratch = _np.zeros(4 * width_chars + 16, _np.uint8)
+    cdef Py_ssize_t stride = _stride(out)
+    cdef int64_t status
+    with nogil:
+        status = c_hash_fixed_ucs4(&raw[0], width_chars, out.shape[0], seed, &scratch[0], &out[0], stride)
+    if status != HASH_OK:
+        _raise_not_unicode(status)
+
+
+cdef uint64_t _hash_text(object text, Py_ssize_t position, uint32_t seed) except? 1:
+    cdef Py_ssize_t size_bytes = 0
+    cdef const char *data = NULL
+    try:
+        data = PyUnicode_AsUTF8AndSize(text, &size_bytes)
+    except UnicodeEncodeError:
+        _raise_not_unicode(position)
+    return murmur_hash(<const uint8_t *>data, size_bytes, seed)
+
+
+cdef int _raise_too_large(object value, Py_ssize_t position) except -1:
+    # Python refuses to print integers of thousands of digits.
+    shown = value if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
+    raise OverflowError(f"{shown} at position {position} does not fit in 64 bits: integers must be in"
+                        " [-2**63, 2**64)")
+
+
+cdef uint64_t _hash_integer(object value, Py_ssize_t position, uint32_t seed) except? 1:
+    cdef int overflow
+    cdef long long word = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow == 0:
+        return murmur_hash_word(<uint64_t>word, seed)
+    if overflow < 0 or value.bit_length() > 64:
+        _raise_too_large(value, position)
+    return murmur_hash_word(PyLong_AsUnsignedLongLong(value), seed)
+
+
+cdef bint _is_missing(object value):
+    if isinstance(value, (float, _np.floating)):
+        return value != value
+    kind = type(value)
+    return kind.__name__ in ("NAType", "NaTType") and kind.__module__.startswith("pandas.")
+
+
+cdef uint64_t _hash_other(object value, Py_ssize_t position, uint32_t seed) except? 1:
+    if isinstance(value, _np.bool_):
+        return murmur_hash_word(<uint64_t>bool(value), seed)
+    if hasattr(type(value), "__index__") and not isinstance(value, _np.ndarray):
+        return _hash_integer(value.__index__(), position, seed)
+    if _is_missing(value):
+        return murmur_hash_null(seed)
+    raise TypeError(f"cannot hash the {type(value).__name__} at position {position}: values are integers,"
+                    " strings, bytes or missing; bin floats (numpy.digitize) or cast other types to integers"
+                    " or strings")
+
+
+cdef inline uint64_t _hash_object(object value, Py_ssize_t position, uint32_t seed) except? 1:
+    if PyUnicode_Check(value):
+        return _hash_text(value, position, seed)
+    if PyLong_Check(value):
+        return _hash_integer(value, position, seed)
+    if PyBytes_Check(value):
+        return murmur_hash(<const uint8_t *>PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value), seed)
+    if value is None:
+        return murmur_hash_null(seed)
+    return _hash_other(value, position, seed)
+
+
+@_cython.boundscheck(True)
+def hash_objects(object values not None, uint32_t seed, uint64_t[:] out):
+    """Hash Python objects in a list or a tuple: str, bytes, integers, None, and NaN, NA and NaT as missing.
+
+    The bounds of `values` are checked at every element, because an object's `__index__` may shorten the list.
+    """
+    cdef Py_ssize_t i
+    if len(values) != out.shape[0]:
+        raise ValueError(f"{len(values)} values do not fill {out.shape[0]} keys")
+    for i in range(out.shape[0]):
+        out[i] = _hash_object(values[i], i, seed)
+
+
+cdef int _check_arrow_type(const ArrowSchema *schema, str unsupported) except -1:
+    if not arrow_is_supported(schema):
+        raise TypeError(unsupported)
+    return 0
+
+
+cdef int _hash_arrow_chunk(const ArrowSchema *schema, const ArrowArray *array, uint32_t seed, uint64_t[:] out,
+                           Py_ssize_t start) except -1:
+    if array.length > out.shape[0] - start:
+        raise ValueError(f"{start + array.length} values or more do not fit {out.shape[0]} keys")
+    if array.length == 0:
+        return 0
+    cdef uint64_t[::1] distinct = _np.empty(arrow_num_distinct(array) + 1, _np.uint64)
+    cdef Py_ssize_t stride = _stride(out)
+    cdef int64_t status
+    with nogil:
+        status = arrow_hash(schema, array, &distinct[0], seed, &out[start], stride)
+    if status != HASH_OK:
+        raise ValueError(f"not a valid Arrow array: the offsets or the dictionary code at position"
+                         f" {start + status} point outside its buffers")
+    return 0
+
+
+def hash_arrow_array(object schema_capsule, object array_capsule, uint32_t seed, uint64_t[:] out,
+                     str unsupported):
+    """Hash one array of the Arrow C data interface (what `__arrow_c_array__` returns).
+
+    `unsupported` is the message of the TypeError that a type which has no keys gets.
+    """
+    cdef ArrowSchema *schema = <ArrowSchema *>PyCapsule_GetPointer(schema_capsule, "arrow_schema")
+    cdef ArrowArray *array = <ArrowArray *>PyCapsule_GetPointer(array_capsule, "arrow_array")
+    _check_arrow_type(schema, unsupported)
+    _hash_arrow_chunk(schema, array, seed, out, 0)
+    if array.length != out.shape[0]:
+        raise ValueError(f"an Arrow array of {array.length} values does not fill {out.shape[0]} keys")
+
+
+cdef int _raise_stream_error(ArrowArrayStream *stream, int code) except -1:
+    cdef const char *reason = stream.get_last_error(stream)
+    raise OSError(code, "the Arrow stream failed" if reason == NULL else reason.decode("utf-8", "replace"))
+
+
+cdef Py_ssize_t _hash_arrow_chunks(ArrowArrayStream *stream, const ArrowSchema *schema, uint32_t seed,
+                                   uint64_t[:] out) except -1:
+    cdef ArrowArray chunk
+    cdef Py_ssize_t done = 0
+    cdef int code
+    while True:
+        code = stream.get_next(stream, &chunk)
+        if code != 0:
+            _raise_stream_error(stream, code)
+        if chunk.release == NULL:  # the stream has ended
+            return done
+        try:
+            _hash_arrow_chunk(schema, &chunk, seed, out, done)
+            done += chunk.length
+        finally:
+            chunk.release(&chunk)
+
+
+def hash_arrow_stream(object stream_capsule, uint32_t seed, uint64_t[:] out, str unsupported):
+    """Hash the chunks of an Arrow C stream (what `__arrow_c_stream__` returns), one after the other."""
+    cdef void *pointer = PyCapsule_GetPointer(stream_capsule, "arrow_array_stream")
+    cdef ArrowArrayStream *stream = <ArrowArrayStream *>pointer
+    cdef ArrowSchema schema
+    cdef int code = stream.get_schema(stream, &schema)
+    cdef Py_ssize_t done
+    if code != 0:
+        _raise_stream_error(stream, code)
+    try:
+        _check_arrow_type(&schema, unsupported)
+        done = _hash_arrow_chunks(stream, &schema, seed, out)
+    finally:
+        schema.release(&schema)
+    if done != out.shape[0]:
+        raise ValueError(f"an Arrow stream of {done} values does not fill {out.shape[0]} keys")

@@ -1,0 +1,206 @@
+"""Checks of arguments: any accepted form in, the one form that the core takes out, or a clear error.
+
+Every function is pure and names the argument and the numbers in its message.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from hashemb import _format
+from hashemb._version import __version__
+from hashemb.init import Normal, Uniform, Zeros
+from hashemb.optim import Adagrad
+
+_MAX_BYTES = (1 << 63) - 1
+POOLINGS = {"sum": 0, "mean": 1, "sqrtn": 2}
+
+Keys = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int in [low, high]."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    number = int(value.__index__())
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {number}")
+    return number
+
+
+def keys_array(keys: Any) -> Keys:
+    """Keys of any integer dtype and shape as uint64 in C order; negative ones by two's complement."""
+    array = np.asarray(keys)
+    if array.dtype.kind not in "iu":
+        if array.size == 0 and isinstance(keys, (list, tuple)):
+            return np.empty(array.shape, np.uint64)
+        raise TypeError(
+            f"keys must be integers, got dtype {array.dtype}; turn other values into keys with hashemb.hash_keys"
+        )
+    if array.dtype.kind == "i":
+        array = np.ascontiguousarray(array, np.int64).reshape(array.shape)
+        return array.view(np.uint64)
+    return np.ascontiguousarray(array, np.uint64).reshape(array.shape)
+
+
+def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
+    """Floats of exactly this shape as float32 in C order. Their finiteness is checked by the core."""
+    array = np.asarray(values)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name} must be floats, got dtype {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is then refused
+        return np.ascontiguousarray(array, np.float32).reshape(shape)
+
+
+def offsets_array(offsets: Any, num_keys: int) -> npt.NDArray[np.int64]:
+    """Bag boundaries as int64: 0 first, never falling, `num_keys` last."""
+    array = np.asarray(offsets)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"offsets must be integers, got dtype {array.dtype}")
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            f"offsets must have shape (num_bags + 1,), at least one entry, got shape {array.shape}"
+        )
+    if array.dtype == np.uint64 and int(array.max()) > num_keys:
+        raise ValueError(f"offsets must not exceed the {num_keys} keys, got {int(array.max())}")
+    array = np.ascontiguousarray(array, np.int64)
+    if array[0] != 0:
+        raise ValueError(f"offsets must start at 0, got {int(array[0])}")
+    falls = np.flatnonzero(array[1:] < array[:-1])
+    if falls.size:
+        i = int(falls[0])
+        raise ValueError(
+            f"offsets must not fall: offsets[{i}] is {array[i]}, offsets[{i + 1}] is {array[i + 1]}"
+        )
+    if array[-1] != num_keys:
+        raise ValueError(f"offsets must end at the number of keys, {num_keys}, got {int(array[-1])}")
+    return array
+
+
+def pooling_code(pooling: Any) -> int:
+    """The core's number for a pooling."""
+    if not isinstance(pooling, str) or pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
+    return POOLINGS[pooling]
+
+
+def sample_weights(weights: Any, num_keys: int) -> Floats:
+    """One finite float32 weight per key."""
+    array = float_array("per_sample_weights", weights, (num_keys,))
+    bad = np.flatnonzero(~np.isfinite(array))
+    if bad.size:
+        i = int(bad[0])
+        raise ValueError(f"per_sample_weights must be finite: per_sample_weights[{i}] is {array[i]} in float32")
+    return array
+
+
+class Batch:
+    """The keys of one call, checked.
+
+    Attributes
+    ----------
+    keys : ndarray of uint64
+    offsets, weights : ndarray or None
+    pooling : int
+    shape : tuple of int
+        Shape of the result: one vector per key, or per bag.
+    """
+
+    __slots__ = ("keys", "offsets", "pooling", "shape", "weights")
+
+    def __init__(self, keys: Any, offsets: Any, pooling: Any, weights: Any, dim: int) -> None:
+        if sparse.issparse(keys):
+            keys, offsets, weights = _from_csr(keys, offsets, weights)
+        self.pooling = pooling_code(pooling)
+        self.keys = keys_array(keys)
+        self.offsets: npt.NDArray[np.int64] | None = None
+        self.weights: Floats | None = None
+        if offsets is None:
+            if weights is not None:
+                raise ValueError("per_sample_weights needs offsets")
+            if self.pooling != 0:
+                raise ValueError(f"pooling={pooling!r} needs offsets")
+            self.shape: tuple[int, ...] = (*self.keys.shape, dim)
+            return
+        if self.keys.ndim != 1:
+            raise ValueError(f"keys must be one-dimensional with offsets, got shape {self.keys.shape}")
+        self.offsets = offsets_array(offsets, self.keys.size)
+        if weights is not None:
+            self.weights = sample_weights(weights, self.keys.size)
+        self.shape = (self.offsets.size - 1, dim)
+
+
+def _from_csr(matrix: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
+    if matrix.format != "csr":
+        raise TypeError(f"sparse keys must be in CSR format, got {matrix.format}: convert with .tocsr()")
+    if offsets is not None or weights is not None:
+        raise ValueError("a CSR matrix brings its own offsets and per_sample_weights: give neither")
+    nnz = int(matrix.indptr[-1]) if matrix.indptr.size else 0
+    return matrix.indices[:nnz], matrix.indptr, np.asarray(matrix.data[:nnz], np.float32)
+
+
+def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
+    """A new result array, or the caller's `out` if it can take the result."""
+    if out is None:
+        return np.empty(shape, np.float32)
+    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.dtype.isnative:
+        found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+        raise TypeError(f"out must be a float32 array, got {found}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("out must be C-contiguous and writeable")
+    return out
+
+
+# ---- geometry of a new table ----
+
+
+def table_meta(
+    num_embeddings: Any, embedding_dim: Any, dtype: Any, optimizer: Any, init: Any, num_hashes: Any, seed: Any
+) -> _format.TableMeta:
+    """The metadata of a new table, from the arguments of `create`."""
+    optimizer = Adagrad() if optimizer is None else optimizer
+    init = Uniform() if init is None else init
+    if type(optimizer) not in _format.OPTIMIZERS.values():
+        raise TypeError(f"optimizer must be Adagrad, RowWiseAdagrad, SGD or FTRL(...), got {optimizer!r}")
+    if not isinstance(init, (Uniform, Normal, Zeros)):
+        raise TypeError(f"init must be Uniform, Normal or Zeros(...), got {init!r}")
+    if dtype not in _format.STORAGE_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, _format.STORAGE_DTYPES))}, got {dtype!r}")
+    rows = integer("num_embeddings", num_embeddings, 1, _MAX_BYTES)
+    dim = integer("embedding_dim", embedding_dim, 1, 1 << 24)
+    itemsize = np.dtype(_format.STORAGE_DTYPES[dtype]).itemsize
+    meta = _format.TableMeta(
+        num_embeddings=rows,
+        embedding_dim=dim,
+        dtype=dtype,
+        optimizer=optimizer,
+        init=init,
+        num_hashes=integer("num_hashes", num_hashes, 1, _format.MAX_HASHES),
+        seed=integer("seed", seed, 0, (1 << 64) - 1),
+        block_rows=_format.rows_per_block(dim * itemsize),
+        id=uuid.uuid4().hex,
+        created_by=f"hashemb {__version__}",
+    )
+    largest = max(spec.file_bytes for spec in meta.files.values())
+    if largest > _MAX_BYTES:
+        raise ValueError(f"{rows} rows of {dim} need a file of {largest} bytes, more than 2**63 - 1")
+    return meta
+
+
+def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -> None:
+    """`ValueError` unless both are the same table, apart from when and by what they were made."""
+    names = ("num_embeddings", "embedding_dim", "dtype", "optimizer", "init", "num_hashes", "seed")
+    differing = [n for n in names if getattr(found, n) != getattr(wanted, n)]
+    if differing:
+        details = "; ".join(f"{n} is {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in differing)
+        raise ValueError(f"{path} holds another table: {details}")

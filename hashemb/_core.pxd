@@ -1,0 +1,71 @@
+"""The C API of the core: csrc/table.h, as Cython sees it. Everything here is `noexcept nogil`."""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+
+cdef extern from "table.h" nogil:
+    enum: HE_MAX_HASHES
+    enum: HE_MAX_THREADS
+    enum: HE_SUM
+
+    ctypedef struct he_table:
+        char *weight
+        float *state[2]
+        double *paid
+        uint32_t *blocks
+        uint64_t num_rows
+        int64_t dim, row_bytes
+        int32_t dtype, optimizer, init, num_hashes, block_shift
+        float init_scale
+        double init_std
+        uint64_t init_key, rounding_key
+        uint64_t salts[16]
+        float eps, initial_accumulator, beta, l1, l2
+        double weight_decay
+
+    ctypedef struct he_batch:
+        const uint64_t *keys
+        const int64_t *offsets
+        const float *weights
+        int64_t num_keys, num_bags
+        int32_t pooling
+
+    ctypedef struct he_control:
+        uint64_t step, epoch
+
+    ctypedef struct he_step:
+        uint64_t step
+        uint32_t epoch
+
+    ctypedef struct he_share:
+        const uint64_t *stale
+        int64_t num_stale
+
+    ctypedef struct he_plan:
+        he_batch batch
+        const float *grads
+        const float *scales
+        int32_t num_threads
+        he_share shares[64]
+
+    ctypedef struct he_kernels:
+        const char *name
+
+    const he_kernels *he_kernels_active() noexcept
+    int he_isa_force(const char *name) noexcept
+    const char *he_isa_available(int i) noexcept
+    int he_threads_get() noexcept
+    void he_threads_set(int n) noexcept
+    int he_lookup_threads(const he_table *t, const he_batch *b) noexcept
+    void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch,
+                   float *out) noexcept
+    void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out) noexcept
+    int64_t he_first_not_finite(const float *values, int64_t n) noexcept
+    void he_plan_init(const he_table *t, he_plan *p, int force_wide) noexcept
+    int64_t he_plan_bytes(const he_table *t, const he_plan *p) noexcept
+    void he_plan_layout(const he_table *t, he_plan *p, char *memory) noexcept
+    void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) noexcept
+    uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
+    void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
+    double he_decay_total(const he_control *c) noexcept
+    void he_rows_touched_add(he_control *c, uint64_t n) noexcept

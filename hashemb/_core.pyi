@@ -1,0 +1,54 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class Core:
+    def __init__(self, arrays: dict[str, Any], scalars: dict[str, Any]) -> None: ...
+    def lookup(
+        self,
+        keys: npt.NDArray[np.uint64],
+        out: npt.NDArray[np.float32],
+        offsets: npt.NDArray[np.int64] | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
+        pooling: int = 0,
+    ) -> None: ...
+    def rows(self, keys: npt.NDArray[np.uint64], out: npt.NDArray[np.int64]) -> None: ...
+    def plan(
+        self,
+        keys: npt.NDArray[np.uint64],
+        grads: npt.NDArray[np.float32],
+        offsets: npt.NDArray[np.int64] | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
+        pooling: int = 0,
+        *,
+        force_wide: bool = False,
+    ) -> npt.NDArray[np.uint64]: ...
+    def apply(self) -> None: ...
+
+def get_num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def get_isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+
+# ---- hashing ----
+
+def hash_integers(
+    raw: npt.NDArray[np.uint8], width_bytes: int, is_signed: bool, seed: int, out: npt.NDArray[np.uint64]
+) -> None: ...
+def hash_fixed_bytes(
+    raw: npt.NDArray[np.uint8], width_bytes: int, seed: int, out: npt.NDArray[np.uint64]
+) -> None: ...
+def hash_fixed_ucs4(
+    raw: npt.NDArray[np.uint8], width_chars: int, seed: int, out: npt.NDArray[np.uint64]
+) -> None: ...
+def hash_objects(
+    values: list[Any] | tuple[Any, ...], seed: int, out: npt.NDArray[np.uint64]
+) -> None: ...
+def hash_arrow_array(
+    schema_capsule: object, array_capsule: object, seed: int, out: npt.NDArray[np.uint64], unsupported: str
+) -> None: ...
+def hash_arrow_stream(
+    stream_capsule: object, seed: int, out: npt.NDArray[np.uint64], unsupported: str
+) -> None: ...

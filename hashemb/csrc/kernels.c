@@ -1,0 +1,100 @@
+/* The kernels, compiled for each instruction set, and the choice among them.
+ *
+ * The choice is made once, at import, by what the CPU has; HASHEMB_ISA or he_isa_force names another. */
+#include <string.h>
+
+#include "numerics.h"
+#include "table.h"
+
+enum { HE_CHUNK = 64, HE_UPDATE_AHEAD = 16 };
+
+/* What a bag's sum is multiplied by: 1 / total weight, or 1 / root of the total square; 0 for a total of 0. */
+HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
+    int64_t begin = b->offsets[bag], end = b->offsets[bag + 1];
+    float total = 0.0f;
+    if (b->pooling == HE_SUM) return 1.0f;
+    if (!b->weights) total = (float)(end - begin);
+    else if (b->pooling == HE_MEAN) for (int64_t i = begin; i < end; i++) total += b->weights[i];
+    else for (int64_t i = begin; i < end; i++) total += b->weights[i] * b->weights[i];
+    if (total == 0.0f) return 0.0f;
+    return 1.0f / (b->pooling == HE_MEAN ? total : __builtin_sqrtf(total));
+}
+
+#define HE_TABLE(suffix)                                                                                          \
+    {#suffix, lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, apply_##suffix}
+
+#define HE_NAME(f) f##_baseline
+#include "kernels_lookup.inc"
+#include "kernels_update.inc"
+#undef HE_NAME
+
+#if HE_X86
+HE_BEGIN_TARGET("avx2,bmi,bmi2")
+#define HE_NAME(f) f##_avx2
+#include "kernels_lookup.inc"
+#include "kernels_update.inc"
+#undef HE_NAME
+HE_END_TARGET
+
+HE_BEGIN_TARGET("avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
+#define HE_NAME(f) f##_avx512
+#include "kernels_lookup.inc"
+#include "kernels_update.inc"
+#undef HE_NAME
+HE_END_TARGET
+#endif
+
+/* Slowest first. */
+static const he_kernels variants[] = {
+    HE_TABLE(baseline),
+#if HE_X86
+    HE_TABLE(avx2),
+    HE_TABLE(avx512),
+#endif
+};
+enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]) };
+
+static int supported(int variant) {
+#if HE_X86
+    __builtin_cpu_init();
+    if (variant == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    if (variant == 2)
+        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+    return variant == 0;
+}
+
+static const he_kernels *active;
+
+const he_kernels *he_kernels_active(void) {
+    if (!active)
+        for (int v = 0; v < NUM_VARIANTS; v++)
+            if (supported(v)) active = &variants[v];
+    return active;
+}
+
+int he_isa_force(const char *name) {
+    for (int v = 0; v < NUM_VARIANTS; v++)
+        if (strcmp(name, variants[v].name) == 0 && supported(v)) {
+            active = &variants[v];
+            return 0;
+        }
+    return -1;
+}
+
+const char *he_isa_available(int i) {
+    for (int v = 0; v < NUM_VARIANTS; v++)
+        if (supported(v) && i-- == 0) return variants[v].name;
+    return NULL;
+}
+
+void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales) {
+    for (int64_t bag = 0; bag < b->num_bags; bag++) {
+        float scale = he_bag_scale(b, bag);
+        for (int64_t i = b->offsets[bag]; i < b->offsets[bag + 1]; i++) {
+            bag_of[i] = bag;
+            if (scales) scales[i] = b->weights ? b->weights[i] * scale : scale;
+        }
+    }
+}

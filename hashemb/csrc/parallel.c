@@ -1,0 +1,111 @@
+/* The worker threads of this process. One call uses them at a time; a call that finds them busy runs serially,
+ * which gives the same result. Workers don't survive fork(), so a child starts with none and with one thread. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <string.h>
+
+#include "portability.h"
+#include "table.h"
+
+typedef struct {
+    pthread_mutex_t in_use; /* held by the call that uses the workers */
+    pthread_mutex_t lock;   /* guards the rest */
+    pthread_cond_t work, done;
+    void (*fn)(void *, int);
+    void *arg;
+    int num_tasks, num_pending, num_workers;
+    uint64_t generation;
+} pool_t;
+
+#define POOL_EMPTY                                                                                        \
+    {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, \
+     NULL, NULL, 0, 0, 0, 0}
+
+static pool_t pool = POOL_EMPTY;
+static int num_threads; /* 0: not set yet */
+
+static void after_fork_in_child(void) {
+    static const pool_t empty = POOL_EMPTY;
+    memcpy(&pool, &empty, sizeof(pool));
+    num_threads = 1;
+}
+
+__attribute__((constructor)) static void set_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+
+static void *worker_main(void *arg) {
+    int index = (int)(intptr_t)arg;
+    uint64_t seen = 0;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.generation == seen || index >= pool.num_tasks) {
+            seen = pool.generation;
+            pthread_cond_wait(&pool.work, &pool.lock);
+        }
+        seen = pool.generation;
+        void (*fn)(void *, int) = pool.fn;
+        void *fn_arg = pool.arg;
+        pthread_mutex_unlock(&pool.lock);
+        fn(fn_arg, index);
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.num_pending == 0) pthread_cond_signal(&pool.done);
+    }
+    return NULL;
+}
+
+/* Starts workers up to index n - 1; returns how many tasks can run at once. Called with in_use held. */
+static int ensure_workers(int n) {
+    while (pool.num_workers + 1 < n) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker_main, (void *)(intptr_t)(pool.num_workers + 1))) break;
+        pthread_detach(thread);
+        pool.num_workers++;
+    }
+    return pool.num_workers + 1;
+}
+
+static void run_with_workers(void (*fn)(void *, int), void *arg, int n) {
+    pthread_mutex_lock(&pool.lock);
+    pool.fn = fn;
+    pool.arg = arg;
+    pool.num_tasks = n;
+    pool.num_pending = n - 1;
+    pool.generation++;
+    pthread_cond_broadcast(&pool.work);
+    pthread_mutex_unlock(&pool.lock);
+    fn(arg, 0);
+    pthread_mutex_lock(&pool.lock);
+    while (pool.num_pending > 0) pthread_cond_wait(&pool.done, &pool.lock);
+    pool.num_tasks = 0;
+    pthread_mutex_unlock(&pool.lock);
+}
+
+void he_parallel(void (*fn)(void *, int), void *arg, int n) {
+    int together = 1;
+    if (n > 1 && pthread_mutex_trylock(&pool.in_use) == 0) {
+        together = ensure_workers(n);
+        if (together >= n) run_with_workers(fn, arg, n);
+        pthread_mutex_unlock(&pool.in_use);
+        if (together >= n) return;
+    }
+    for (int i = 0; i < n; i++) fn(arg, i);
+}
+
+static int cpus_allowed(void) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set)) return 1;
+    return HE_MIN(CPU_COUNT(&set), HE_MAX_THREADS);
+}
+
+int he_threads_get(void) {
+    if (num_threads == 0) num_threads = cpus_allowed();
+    return num_threads;
+}
+
+void he_threads_set(int n) { num_threads = n; }
+
+int he_threads_for(int64_t work_items, int64_t items_per_thread) {
+    int64_t useful = work_items / items_per_thread;
+    int available = he_threads_get();
+    return useful < 1 ? 1 : useful < available ? (int)useful : available;
+}

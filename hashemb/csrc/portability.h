@@ -1,0 +1,55 @@
+/* Every difference between compilers and CPUs lives here: hints, the 128-bit multiply, and the pragmas that
+ * compile one source for several instruction sets. All macros start with HE_. */
+#ifndef HASHEMB_PORTABILITY_H
+#define HASHEMB_PORTABILITY_H
+
+#include <stdint.h>
+
+#if !defined(__GNUC__)
+#error "hashemb needs GCC or Clang"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "hashemb's files are little-endian, and so must the machine be"
+#endif
+
+#define HE_LIKELY(x) __builtin_expect(!!(x), 1)
+#define HE_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define HE_INLINE static inline __attribute__((always_inline, unused))
+#define HE_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define HE_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+enum { HE_LINE_BYTES = 64 };
+
+/* High 64 bits of a 128-bit product: maps a 64-bit hash onto [0, n) without a division (Lemire 2019,
+ * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
+HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
+
+HE_INLINE void he_prefetch_read(const void *p) { __builtin_prefetch(p, 0, 3); }
+HE_INLINE void he_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+
+/* Touch every cache line of [p, p + bytes). */
+HE_INLINE void he_prefetch_range(const char *p, int64_t bytes, int for_write) {
+    const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(HE_LINE_BYTES - 1));
+    for (; line < p + bytes; line += HE_LINE_BYTES)
+        if (for_write) he_prefetch_write(line);
+        else he_prefetch_read(line);
+}
+
+/* Between HE_BEGIN_* and HE_END_TARGET functions are compiled for one instruction set. Neither target names
+ * `fma`, and the build has -ffp-contract=off: all variants give the same bits. */
+#if defined(__x86_64__)
+#define HE_X86 1
+#define HE_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define HE_BEGIN_TARGET(features) \
+    HE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define HE_END_TARGET HE_PRAGMA(clang attribute pop)
+#else
+#define HE_BEGIN_TARGET(features) HE_PRAGMA(GCC push_options) HE_PRAGMA(GCC target(features))
+#define HE_END_TARGET HE_PRAGMA(GCC pop_options)
+#endif
+#else
+#define HE_X86 0
+#endif
+
+#endif

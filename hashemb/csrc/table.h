@@ -1,0 +1,123 @@
+/* What the kernels know of a table, and the functions that the extension calls. This is the C API of the core.
+ *
+ * Invariants: kernels never allocate, print, raise or touch Python; rows, counts and bytes are 64 bits; all
+ * checks are done before he_update_apply, which is the only function that writes to a table. */
+#ifndef HASHEMB_TABLE_H
+#define HASHEMB_TABLE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { HE_MAX_HASHES = 16, HE_MAX_THREADS = 64 };
+enum { HE_FLOAT32 = 0, HE_FLOAT16 = 1, HE_BFLOAT16 = 2 };
+enum { HE_SGD = 0, HE_ADAGRAD = 1, HE_ROWWISE_ADAGRAD = 2, HE_FTRL = 3 };
+enum { HE_ZEROS = 0, HE_UNIFORM = 1, HE_NORMAL = 2 };
+enum { HE_SUM = 0, HE_MEAN = 1, HE_SQRTN = 2 };
+
+typedef struct {
+    char *weight;        /* num_rows rows of row_bytes bytes */
+    float *state[2];     /* accumulator | z, n; NULL where the optimiser has none */
+    double *paid;        /* per row: the decay total that the row has paid; NULL without weight decay */
+    uint32_t *blocks;    /* per block: the epoch that last wrote it */
+    uint64_t num_rows;
+    int64_t dim, row_bytes;
+    int32_t dtype, optimizer, init, num_hashes, block_shift;
+    float init_scale;    /* already divided by sqrt(num_hashes) */
+    double init_std;     /* the same, in the precision that HE_NORMAL needs */
+    uint64_t init_key, rounding_key;
+    uint64_t salts[HE_MAX_HASHES];
+    float eps, initial_accumulator, beta, l1, l2;
+    double weight_decay;
+} he_table;
+
+/* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
+typedef struct {
+    const uint64_t *keys;
+    const int64_t *offsets;
+    const float *weights; /* per key, or NULL */
+    int64_t num_keys, num_bags;
+    int32_t pooling;
+} he_batch;
+
+/* The mutable page that all processes share; the first fields of the file `control`, little-endian. */
+typedef struct {
+    char magic[8];
+    uint32_t format, reserved;
+    uint64_t step, epoch;
+    double lr, decay_total;
+    uint64_t clean, rows_touched;
+} he_control;
+
+/* What one update is: a snapshot of the control page taken when its step began. */
+typedef struct {
+    uint64_t step;
+    uint32_t epoch;
+    float lr;
+    double decay_total;
+} he_step;
+
+/* One thread's share of a planned update: its entries sorted by row, and blocks not yet of this epoch. An entry
+ * is (row << occurrence_bits | occurrence) in 64 bits, or in 128 where they do not suffice (he_plan.wide). */
+typedef struct {
+    void *entries, *spare; /* capacity: num_keys * num_hashes entries each */
+    uint64_t *stale;       /* == spare once sorted: block numbers, ascending */
+    int64_t num_entries, num_stale;
+    float *scratch; /* 2 * dim floats */
+    uint64_t rows_touched;
+} he_share;
+
+typedef struct {
+    he_batch batch;
+    const float *grads;     /* (num_bags, dim) */
+    const int64_t *bag_of;  /* per key, or NULL without bags */
+    const float *scales;    /* per key, or NULL where all are 1 */
+    int32_t num_threads, occurrence_bits, row_bits, wide;
+    he_share shares[HE_MAX_THREADS];
+} he_plan;
+
+/* One instruction set's kernels. */
+typedef struct {
+    const char *name;
+    void (*lookup)(const he_table *, const uint64_t *keys, int64_t begin, int64_t end, double decay_total, float *scratch,
+                   float *out);
+    void (*lookup_pooled)(const he_table *, const he_batch *, int64_t bag_begin, int64_t bag_end, double decay_total,
+                          float *scratch, float *out);
+    int64_t (*first_not_finite)(const float *values, int64_t begin, int64_t end);
+    void (*rows)(const he_table *, const uint64_t *keys, int64_t begin, int64_t end, int64_t *out);
+    void (*apply)(const he_table *, const he_plan *, he_share *, const he_step *);
+} he_kernels;
+
+/* kernels.c: the instruction set is chosen once, by CPU or by name. */
+const he_kernels *he_kernels_active(void);
+int he_isa_force(const char *name); /* 0, or -1: no such variant on this CPU */
+const char *he_isa_available(int i); /* the i-th variant that this CPU runs, slowest first; NULL past the end */
+
+/* parallel.c: run fn(arg, i) for i in [0, n), i = 0 on the caller. Runs serially while another call uses the pool. */
+void he_parallel(void (*fn)(void *, int), void *arg, int n);
+int he_threads_get(void);
+void he_threads_set(int n);
+int he_threads_for(int64_t work_items, int64_t items_per_thread);
+
+/* lookup.c */
+int he_lookup_threads(const he_table *t, const he_batch *b);
+void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out);
+void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out);
+int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */
+
+/* Per key of a batch of bags: its bag, and (where scales is not NULL) what its gradient is multiplied by. */
+void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
+
+/* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes; he_update_plan, which sorts; then
+ * the caller makes room for the stale blocks; he_update_apply, which writes and returns how many rows were new. */
+void he_plan_init(const he_table *t, he_plan *p, int force_wide);
+int64_t he_plan_bytes(const he_table *t, const he_plan *p);
+void he_plan_layout(const he_table *t, he_plan *p, char *memory);
+void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
+uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
+
+/* control.c: atomic access to the shared page. */
+void he_step_begin(he_control *c, double weight_decay, he_step *out);
+double he_decay_total(const he_control *c);
+void he_rows_touched_add(he_control *c, uint64_t n);
+
+#endif

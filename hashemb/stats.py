@@ -1,0 +1,71 @@
+"""What can be said of a table's use: a value type and the occupancy formulas behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["TableStats", "collision_rate", "estimate_distinct_keys"]
+
+
+@dataclass(frozen=True)
+class TableStats:
+    """Use of a table; see `EmbeddingTable.stats`.
+
+    Attributes
+    ----------
+    num_embeddings : int
+        Rows of the table.
+    rows_touched : int
+        Rows written at least once. Counted as they are first written, so several Hogwild writers may count a
+        row twice; with `exact` they are counted by reading the written blocks.
+    exact : bool
+        Whether `rows_touched` comes from a scan.
+    estimated_distinct_keys : float
+        Distinct keys that have been updated, estimated from `rows_touched`; inf when every row is touched.
+    collision_rate : float
+        Expected fraction of those keys all of whose rows are shared with another key.
+    logical_bytes, disk_bytes : int
+        Size of the files with and without their holes.
+    resident_bytes : int or None
+        Bytes of the files in the page cache; None where the kernel cannot tell.
+    """
+
+    num_embeddings: int
+    rows_touched: int
+    exact: bool
+    estimated_distinct_keys: float
+    collision_rate: float
+    logical_bytes: int
+    disk_bytes: int
+    resident_bytes: int | None
+
+
+def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: int = 1) -> float:
+    """Distinct keys that would touch this many rows, by inverting the expected occupancy.
+
+    D keys with k hashes touch ``n * (1 - (1 - 1/n)**(k * D))`` of n rows in expectation (the occupancy problem:
+    Feller, An Introduction to Probability Theory and Its Applications I, section IV.2; as "linear counting" in
+    Whang et al., ACM TODS 15, 1990).
+
+    >>> round(estimate_distinct_keys(632, 1000))
+    999
+    """
+    if rows_touched >= num_embeddings:
+        return math.inf if num_embeddings > 1 else float(rows_touched)
+    return math.log1p(-rows_touched / num_embeddings) / math.log1p(-1.0 / num_embeddings) / num_hashes
+
+
+def collision_rate(distinct_keys: float, num_embeddings: int, num_hashes: int = 1) -> float:
+    """Expected fraction of keys all of whose rows are shared with at least one other key.
+
+    >>> round(collision_rate(1000, 1000), 3)
+    0.632
+    """
+    if distinct_keys <= 1.0:
+        return 0.0
+    if num_embeddings == 1 or math.isinf(distinct_keys):
+        return 1.0
+    others = (distinct_keys - 1.0) * num_hashes
+    shared = -math.expm1(others * math.log1p(-1.0 / num_embeddings))
+    return float(shared**num_hashes)

@@ -1,0 +1,315 @@
+"""EmbeddingTable: checks arguments, calls the core. No arithmetic here, and no files: see csrc/ and _storage.py."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import warnings
+import weakref
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb import _arguments as arguments
+from hashemb import _core, _format, _storage
+from hashemb.errors import ClosedTableError, ReadOnlyTableError
+from hashemb.optim import FTRL
+from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
+
+__all__ = ["EmbeddingTable"]
+
+Mode = Literal["r", "r+"]
+Floats = npt.NDArray[np.float32]
+
+_DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_OPTIMIZER_CODES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "ftrl": 3}
+_INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
+
+
+class EmbeddingTable:
+    """A table of vectors in memory-mapped files. Made by `hashemb.create` and `hashemb.open`, not directly.
+
+    Any number of processes may have the same table open, and any number of threads may use one object: look-ups
+    run freely, updates of one object are applied one after another. A context manager: closes at the end.
+
+    Attributes
+    ----------
+    path : str
+    mode : {"r", "r+"}
+    num_embeddings, embedding_dim, num_hashes, seed : int
+    dtype : str
+    optimizer, init
+        As given to `create`.
+    """
+
+    def __init__(self, path: str, mode: Mode) -> None:
+        files = _storage.TableFiles(path, writable=mode == "r+")
+        meta = files.meta
+        self.path, self.mode = path, mode
+        self.num_embeddings, self.embedding_dim = meta.num_embeddings, meta.embedding_dim
+        self.num_hashes, self.seed, self.dtype = meta.num_hashes, meta.seed, meta.dtype
+        self.optimizer, self.init = meta.optimizer, meta.init
+        self._meta = meta
+        self._files: _storage.TableFiles | None = files
+        self._core: _core.Core | None = _bind_core(files)
+        self._update_lock, self._pid = threading.Lock(), os.getpid()
+        self._finalizer = weakref.finalize(self, files.close)
+        if files.recovered == "rebooted":
+            warnings.warn(
+                f"{path} was not closed cleanly before the machine restarted: updates since its last flush may "
+                "be lost or incomplete",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    # -- reading --
+
+    def lookup(
+        self,
+        keys: Any,
+        *,
+        offsets: Any = None,
+        pooling: str = "sum",
+        per_sample_weights: Any = None,
+        out: Floats | None = None,
+    ) -> Floats:
+        """Vectors of keys, or pooled vectors of bags of keys.
+
+        Parameters
+        ----------
+        keys : array_like of int, any shape and integer dtype; or scipy.sparse CSR matrix
+            Negative keys are their two's complement. Of a CSR matrix the column indices are keys, the data
+            weights and the rows bags. Other values: `hashemb.hash_keys` first.
+        offsets : array_like of int, shape (num_bags + 1,), optional
+            Bag b is ``keys[offsets[b]:offsets[b + 1]]``; starts at 0, ends at ``len(keys)``.
+        pooling : {"sum", "mean", "sqrtn"}
+            "mean" divides a bag's weighted sum by its total weight, "sqrtn" by the root of its total squared
+            weight (as TensorFlow's ``embedding_lookup_sparse``). An empty bag, and one whose divisor is 0, is 0.
+        per_sample_weights : array_like of float, shape (num_keys,), optional
+        out : ndarray of float32, C-contiguous, optional
+            Receives the result.
+
+        Returns
+        -------
+        ndarray of float32
+            ``keys.shape + (embedding_dim,)``, or ``(num_bags, embedding_dim)``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments of the wrong kind or shape, with the numbers.
+        ClosedTableError
+
+        Notes
+        -----
+        Reads ``num_hashes * embedding_dim * itemsize`` bytes per key; writes nothing to the table. Safe beside
+        writers in any thread or process; a row read during its update may mix old and new elements.
+        """
+        core = self._open_core()
+        batch = arguments.Batch(keys, offsets, pooling, per_sample_weights, self.embedding_dim)
+        result = arguments.output_array(out, batch.shape)
+        core.lookup(batch.keys, result, batch.offsets, batch.weights, batch.pooling)
+        return result
+
+    def rows(self, keys: Any) -> npt.NDArray[np.int64]:
+        """Rows of keys, int64 of shape ``keys.shape``; with num_hashes k > 1, ``keys.shape + (k,)``."""
+        core = self._open_core()
+        array = arguments.keys_array(keys)
+        shape = array.shape if self.num_hashes == 1 else (*array.shape, self.num_hashes)
+        result = np.empty(shape, np.int64)
+        core.rows(array, result)
+        return result
+
+    # -- writing --
+
+    def update(
+        self,
+        keys: Any,
+        grads: Any,
+        *,
+        offsets: Any = None,
+        pooling: str = "sum",
+        per_sample_weights: Any = None,
+    ) -> None:
+        """Applies one optimiser step.
+
+        Parameters
+        ----------
+        keys, offsets, pooling, per_sample_weights
+            As for the `lookup` whose result was used.
+        grads : array_like of float
+            Gradient of the loss by that result, of its shape.
+
+        Raises
+        ------
+        ValueError
+            Wrong shapes, NaN or infinite gradients; nothing has been written.
+        ReadOnlyTableError, ClosedTableError
+        NoSpaceError
+            The file system is full; nothing has been written, and the same call may be made again.
+
+        Notes
+        -----
+        Gradients of the same row (the same key, or colliding ones) are summed in batch order, then each row is
+        stepped once. Reads and writes each distinct row and its state once. Bits do not depend on the number of
+        threads. Counts as one step also when `keys` is empty.
+        """
+        core, files = self._writable()
+        batch = arguments.Batch(keys, offsets, pooling, per_sample_weights, self.embedding_dim)
+        values = arguments.float_array("grads", grads, batch.shape)
+        with self._lock():
+            stale = core.plan(batch.keys, values, batch.offsets, batch.weights, batch.pooling)
+            if stale.size:
+                files.reserve(stale)
+            files.mark_dirty()
+            core.apply()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, of every process that has the table open. FTRL: its alpha."""
+        return float(self._open_files().control["lr"][0])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        _, files = self._writable()
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+            raise TypeError(f"lr must be a float, got {type(value).__name__} {value!r}")
+        lr, decay = float(value), self.optimizer.weight_decay
+        zero_ok = not isinstance(self.optimizer, FTRL)
+        if not math.isfinite(lr) or lr < 0.0 or (lr == 0.0 and not zero_ok) or lr * decay >= 1.0:
+            limit = f" and < {1.0 / decay:g} = 1 / weight_decay" if decay else ""
+            raise ValueError(f"lr must be finite, {'>= 0' if zero_ok else '> 0'}{limit}, got {value!r}")
+        files.control["lr"] = lr
+
+    # -- looking inside --
+
+    @property
+    def weight(self) -> npt.NDArray[Any]:
+        """Read-only view of the storage, (num_embeddings, embedding_dim); bfloat16 as uint16.
+
+        Raw: rows never written are zero here, and weight decay that a row still owes is not applied.
+        """
+        return _read_only(self._open_files().arrays["weight"])
+
+    @property
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Read-only views of the optimiser's arrays, by name."""
+        arrays = self._open_files().arrays
+        return {name: _read_only(arrays[name]) for name in self._meta.row_files if name != "weight"}
+
+    @property
+    def step(self) -> int:
+        """Updates applied so far, by all processes."""
+        return int(self._open_files().control["step"][0])
+
+    def stats(self, exact: bool = False) -> TableStats:
+        """How full the table is; with `exact`, rows are counted by reading every block ever written."""
+        files = self._open_files()
+        touched = self._count_rows() if exact else int(files.control["rows_touched"][0])
+        touched = min(touched, self.num_embeddings)
+        distinct = estimate_distinct_keys(touched, self.num_embeddings, self.num_hashes)
+        return TableStats(
+            num_embeddings=self.num_embeddings,
+            rows_touched=touched,
+            exact=exact,
+            estimated_distinct_keys=distinct,
+            collision_rate=collision_rate(distinct, self.num_embeddings, self.num_hashes),
+            logical_bytes=self._meta.logical_bytes,
+            disk_bytes=_storage.disk_bytes(self.path),
+            resident_bytes=files.resident_bytes(),
+        )
+
+    def _count_rows(self) -> int:
+        arrays, rows = self._open_files().arrays, self._meta.block_rows
+        written = np.flatnonzero(arrays["blocks"])
+        weight = arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
+        return sum(int(weight[b * rows : (b + 1) * rows].any(axis=1).sum()) for b in written.tolist())
+
+    # -- life --
+
+    def flush(self) -> None:
+        """Returns when everything written so far is on disk: the durability point. Costs what is unwritten."""
+        self._open_files().flush()
+
+    def close(self) -> None:
+        """Closes the table; again is no error. Arrays from `weight` and `state` stay valid."""
+        self._core = None
+        self._files = None
+        self._finalizer()
+
+    def __enter__(self) -> EmbeddingTable:
+        self._open_files()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._files is None else f"step={self.step}, lr={self.lr:g}"
+        return (
+            f"<hashemb.EmbeddingTable {self.path!r}: {self.num_embeddings} x {self.embedding_dim} {self.dtype}, "
+            f"{self.optimizer}, {self.init}, num_hashes={self.num_hashes}, seed={self.seed}, "
+            f"mode={self.mode!r}, {state}>"
+        )
+
+    # -- internals --
+
+    def _open_core(self) -> _core.Core:
+        if self._core is None:
+            raise ClosedTableError(f"{self.path} has been closed")
+        return self._core
+
+    def _open_files(self) -> _storage.TableFiles:
+        if self._files is None:
+            raise ClosedTableError(f"{self.path} has been closed")
+        return self._files
+
+    def _writable(self) -> tuple[_core.Core, _storage.TableFiles]:
+        core, files = self._open_core(), self._open_files()
+        if self.mode == "r":
+            raise ReadOnlyTableError(f'{self.path} is open read-only; open it with mode="r+"')
+        return core, files
+
+    def _lock(self) -> threading.Lock:
+        """The lock that serialises updates; a new one in a forked child, where its holder may not exist."""
+        if self._pid != os.getpid():
+            self._update_lock, self._pid = threading.Lock(), os.getpid()
+        return self._update_lock
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _bind_core(files: _storage.TableFiles) -> _core.Core:
+    meta, arrays = files.meta, files.arrays
+    states = [arrays[name] for name in meta.optimizer.state_files]
+    width = getattr(meta.init, "scale", getattr(meta.init, "std", 0.0))
+    scalars = {
+        "dtype": _DTYPE_CODES[meta.dtype],
+        "optimizer": _OPTIMIZER_CODES[meta.optimizer.kind],
+        "init": _INIT_CODES[meta.init.kind],
+        "block_shift": meta.block_rows.bit_length() - 1,
+        "init_scale": width / math.sqrt(meta.num_hashes),
+        "init_key": _format.init_key(meta.seed),
+        "rounding_key": _format.rounding_key(meta.seed),
+        "salts": _format.salts(meta.seed, meta.num_hashes),
+        "eps": getattr(meta.optimizer, "eps", 0.0),
+        "initial_accumulator": getattr(meta.optimizer, "initial_accumulator_value", 0.0),
+        "beta": getattr(meta.optimizer, "beta", 0.0),
+        "l1": getattr(meta.optimizer, "l1", 0.0),
+        "l2": getattr(meta.optimizer, "l2", 0.0),
+        "weight_decay": meta.optimizer.weight_decay,
+    }
+    bound = {
+        "weight": arrays["weight"],
+        "blocks": arrays["blocks"],
+        "control": arrays["control"],
+        "states": states,
+        "paid": arrays.get("paid"),
+    }
+    return _core.Core(bound, scalars)

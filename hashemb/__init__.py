@@ -4,14 +4,15 @@
 `hashemb.reference` holds the same algorithms in plain NumPy.
 """
 
-__version__ = "0.1.0"
-
 from hashemb import errors
 from hashemb._core import get_num_threads, set_num_threads
+from hashemb._version import __version__
+from hashemb.entry import TableInfo, create, info, open
+from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
 from hashemb.stats import TableStats
-from hashemb.table import EmbeddingTable, TableInfo, create, info, open
+from hashemb.table import EmbeddingTable
 
 __all__ = [
     "FTRL",
@@ -24,9 +25,12 @@ __all__ = [
     "TableStats",
     "Uniform",
     "Zeros",
+    "__version__",
     "create",
     "errors",
     "get_num_threads",
+    "hash_fields",
+    "hash_keys",
     "info",
     "open",
     "set_num_threads",

@@ -5,12 +5,19 @@ Every function is pure and names the argument and the numbers in its message.
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from hashemb import _format
+from hashemb._version import __version__
+from hashemb.init import Normal, Uniform, Zeros
+from hashemb.optim import Adagrad
+
+_MAX_BYTES = (1 << 63) - 1
 POOLINGS = {"sum": 0, "mean": 1, "sqrtn": 2}
 
 Keys = npt.NDArray[np.uint64]
@@ -46,8 +53,7 @@ def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
     """Floats of exactly this shape as float32 in C order. Their finiteness is checked by the core."""
     array = np.asarray(values)
     if array.dtype.kind != "f":
-        if not (array.size == 0 and isinstance(values, (list, tuple))):
-            raise TypeError(f"{name} must be floats, got dtype {array.dtype}")
+        raise TypeError(f"{name} must be floats, got dtype {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is then refused
@@ -153,3 +159,48 @@ def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
     if not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError("out must be C-contiguous and writeable")
     return out
+
+
+# ---- geometry of a new table ----
+
+
+def table_meta(
+    num_embeddings: Any, embedding_dim: Any, dtype: Any, optimizer: Any, init: Any, num_hashes: Any, seed: Any
+) -> _format.TableMeta:
+    """The metadata of a new table, from the arguments of `create`."""
+    optimizer = Adagrad() if optimizer is None else optimizer
+    init = Uniform() if init is None else init
+    if type(optimizer) not in _format.OPTIMIZERS.values():
+        raise TypeError(f"optimizer must be Adagrad, RowWiseAdagrad, SGD or FTRL(...), got {optimizer!r}")
+    if not isinstance(init, (Uniform, Normal, Zeros)):
+        raise TypeError(f"init must be Uniform, Normal or Zeros(...), got {init!r}")
+    if dtype not in _format.STORAGE_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, _format.STORAGE_DTYPES))}, got {dtype!r}")
+    rows = integer("num_embeddings", num_embeddings, 1, _MAX_BYTES)
+    dim = integer("embedding_dim", embedding_dim, 1, 1 << 24)
+    itemsize = np.dtype(_format.STORAGE_DTYPES[dtype]).itemsize
+    meta = _format.TableMeta(
+        num_embeddings=rows,
+        embedding_dim=dim,
+        dtype=dtype,
+        optimizer=optimizer,
+        init=init,
+        num_hashes=integer("num_hashes", num_hashes, 1, _format.MAX_HASHES),
+        seed=integer("seed", seed, 0, (1 << 64) - 1),
+        block_rows=_format.rows_per_block(dim * itemsize),
+        id=uuid.uuid4().hex,
+        created_by=f"hashemb {__version__}",
+    )
+    largest = max(spec.file_bytes for spec in meta.files.values())
+    if largest > _MAX_BYTES:
+        raise ValueError(f"{rows} rows of {dim} need a file of {largest} bytes, more than 2**63 - 1")
+    return meta
+
+
+def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -> None:
+    """`ValueError` unless both are the same table, apart from when and by what they were made."""
+    names = ("num_embeddings", "embedding_dim", "dtype", "optimizer", "init", "num_hashes", "seed")
+    differing = [n for n in names if getattr(found, n) != getattr(wanted, n)]
+    if differing:
+        details = "; ".join(f"{n} is {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in differing)
+        raise ValueError(f"{path} holds another table: {details}")

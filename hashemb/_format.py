@@ -99,6 +99,11 @@ class TableMeta:
         """All arrays of the table, by name without `.npy`."""
         return {**self.row_files, "blocks": FileSpec((self.num_blocks,), "<u4")}
 
+    @property
+    def logical_bytes(self) -> int:
+        """Size of the table's array files and control page, holes included."""
+        return sum(spec.file_bytes for spec in self.files.values()) + CONTROL_BYTES
+
 
 def rows_per_block(row_bytes: int) -> int:
     """Rows in a block: the largest power of two of them that fits a 4096-byte page, at least 1.

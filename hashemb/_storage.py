@@ -16,7 +16,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -349,10 +349,8 @@ class TableFiles:
         if hasattr(self, "control"):
             del self.control
         for mapped in self._maps.values():
-            try:
+            with suppress(BufferError):  # a caller still holds table.weight; the mapping goes with the view
                 mapped.close()
-            except BufferError:
-                pass  # a caller still holds table.weight; the mapping goes with the view
         self._maps = {}
         while self._fds:
             os.close(self._fds.popitem()[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import ClassVar
 
 __all__ = ["Initializer", "Normal", "Uniform", "Zeros"]
 
@@ -50,4 +50,4 @@ class Zeros:
     kind: ClassVar[str] = "zeros"
 
 
-Initializer = Union[Uniform, Normal, Zeros]
+Initializer = Uniform | Normal | Zeros

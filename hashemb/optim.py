@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 __all__ = ["FTRL", "SGD", "Adagrad", "Optimizer", "RowWiseAdagrad"]
 
@@ -144,4 +144,4 @@ class FTRL:
         return self.alpha
 
 
-Optimizer = Union[Adagrad, RowWiseAdagrad, SGD, FTRL]
+Optimizer = Adagrad | RowWiseAdagrad | SGD | FTRL

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-import uuid
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +15,10 @@ import numpy.typing as npt
 from hashemb import _arguments as arguments
 from hashemb import _core, _format, _storage
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
-from hashemb.init import Initializer, Normal, Uniform, Zeros
-from hashemb.optim import FTRL, Adagrad, Optimizer
+from hashemb.optim import FTRL
 from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
 
-__all__ = ["EmbeddingTable", "TableInfo", "create", "info", "open"]
+__all__ = ["EmbeddingTable"]
 
 Mode = Literal["r", "r+"]
 Floats = npt.NDArray[np.float32]
@@ -29,154 +26,10 @@ Floats = npt.NDArray[np.float32]
 _DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _OPTIMIZER_CODES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "ftrl": 3}
 _INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
-_MAX_BYTES = (1 << 63) - 1
-
-
-@dataclass(frozen=True)
-class TableInfo:
-    """What `info` reads without mapping the table; fields as for `create`, and the state of the moment."""
-
-    path: str
-    num_embeddings: int
-    embedding_dim: int
-    dtype: str
-    optimizer: Optimizer
-    init: Initializer
-    num_hashes: int
-    seed: int
-    format: int
-    id: str
-    created_by: str
-    step: int
-    lr: float
-    rows_touched: int
-    logical_bytes: int
-    disk_bytes: int
-
-
-def create(
-    path: str | os.PathLike[str],
-    *,
-    num_embeddings: int,
-    embedding_dim: int,
-    dtype: str = "float32",
-    optimizer: Optimizer | None = None,
-    init: Initializer | None = None,
-    num_hashes: int = 1,
-    seed: int = 0,
-    exist_ok: bool = False,
-) -> EmbeddingTable:
-    """Creates a table and opens it read-write.
-
-    Parameters
-    ----------
-    path : str or path-like
-        Directory to create; its parent must exist.
-    num_embeddings : int
-        Rows, any number from 1; 10 to 20 % more rows than keys is no rule here: see `TableStats.collision_rate`.
-    embedding_dim : int
-        Floats in a row, any number from 1.
-    dtype : {"float32", "float16", "bfloat16"}
-        Storage; look-ups return and updates compute in float32, half precision is rounded stochastically.
-    optimizer : Adagrad, RowWiseAdagrad, SGD or FTRL
-        Default ``Adagrad(lr=0.01)``.
-    init : Uniform, Normal or Zeros
-        Value of rows not yet written. Default ``Uniform(scale=0.01)``.
-    num_hashes : int
-        Rows per key, 1 to 16; a key's vector is their sum.
-    seed : int
-        Of row hashing, initial values and rounding; 0 to 2**64 - 1.
-    exist_ok : bool
-        Open the table if `path` already holds one made with the same arguments.
-
-    Returns
-    -------
-    EmbeddingTable
-
-    Raises
-    ------
-    FileExistsError
-        `path` exists (with `exist_ok`: and is a table made with other arguments is a `ValueError`).
-    NoSpaceError
-        The file system is full.
-    ValueError, TypeError
-        For arguments out of range.
-
-    Notes
-    -----
-    O(1) in the size of the table: the files are holes until rows are written. The directory appears complete or
-    not at all.
-
-    Examples
-    --------
-    >>> import tempfile, hashemb
-    >>> table = hashemb.create(tempfile.mkdtemp() + "/ads.emb", num_embeddings=2**30, embedding_dim=16)
-    >>> table.lookup([7, -1]).shape
-    (2, 16)
-    >>> table.close()
-    """
-    path = _table_path(path)
-    meta = _checked_meta(num_embeddings, embedding_dim, dtype, optimizer, init, num_hashes, seed)
-    try:
-        _storage.create_table(path, meta)
-    except FileExistsError:
-        if not exist_ok:
-            raise
-        _check_same(path, _storage.read_meta(path), meta)
-    return EmbeddingTable(path, "r+")
-
-
-def open(path: str | os.PathLike[str], mode: Mode = "r") -> EmbeddingTable:
-    """Opens a table, in milliseconds at any size.
-
-    Parameters
-    ----------
-    path : str or path-like
-    mode : {"r", "r+"}
-        "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
-
-    Raises
-    ------
-    FileNotFoundError
-        Nothing is there.
-    FormatError
-        It is no table, or of a newer format.
-    CorruptTableError
-        It is damaged: the message says which file, what was expected and what was found.
-    ReadOnlyTableError
-        Mode "r+" on files that cannot be written.
-    """
-    if mode not in ("r", "r+"):
-        raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
-    return EmbeddingTable(_table_path(path), mode)
-
-
-def info(path: str | os.PathLike[str]) -> TableInfo:
-    """The table's metadata and state, read without mapping it. Errors as for `open`."""
-    path = _table_path(path)
-    meta, control = _storage.read_meta(path), _storage.read_control(path)
-    return TableInfo(
-        path=path,
-        num_embeddings=meta.num_embeddings,
-        embedding_dim=meta.embedding_dim,
-        dtype=meta.dtype,
-        optimizer=meta.optimizer,
-        init=meta.init,
-        num_hashes=meta.num_hashes,
-        seed=meta.seed,
-        format=_format.FORMAT,
-        id=meta.id,
-        created_by=meta.created_by,
-        step=int(control["step"]),
-        lr=float(control["lr"]),
-        rows_touched=int(control["rows_touched"]),
-        logical_bytes=_logical_bytes(meta),
-        disk_bytes=_storage.disk_bytes(path),
-    )
 
 
 class EmbeddingTable:
-    """A table of vectors in memory-mapped files. Made by `create` and `open`, not directly.
+    """A table of vectors in memory-mapped files. Made by `hashemb.create` and `hashemb.open`, not directly.
 
     Any number of processes may have the same table open, and any number of threads may use one object: look-ups
     run freely, updates of one object are applied one after another. A context manager: closes at the end.
@@ -363,7 +216,7 @@ class EmbeddingTable:
             exact=exact,
             estimated_distinct_keys=distinct,
             collision_rate=collision_rate(distinct, self.num_embeddings, self.num_hashes),
-            logical_bytes=_logical_bytes(self._meta),
+            logical_bytes=self._meta.logical_bytes,
             disk_bytes=_storage.disk_bytes(self.path),
             resident_bytes=files.resident_bytes(),
         )
@@ -426,65 +279,10 @@ class EmbeddingTable:
         return self._update_lock
 
 
-def _table_path(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"path must be a str or path-like of str, got {type(text).__name__}")
-    if not text:
-        raise ValueError("path must not be empty")
-    return os.path.normpath(text)
-
-
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _logical_bytes(meta: _format.TableMeta) -> int:
-    return sum(spec.file_bytes for spec in meta.files.values()) + _format.CONTROL_BYTES
-
-
-def _checked_meta(
-    num_embeddings: Any, embedding_dim: Any, dtype: Any, optimizer: Any, init: Any, num_hashes: Any, seed: Any
-) -> _format.TableMeta:
-    optimizer = Adagrad() if optimizer is None else optimizer
-    init = Uniform() if init is None else init
-    if type(optimizer) not in _format.OPTIMIZERS.values():
-        raise TypeError(f"optimizer must be Adagrad, RowWiseAdagrad, SGD or FTRL(...), got {optimizer!r}")
-    if not isinstance(init, (Uniform, Normal, Zeros)):
-        raise TypeError(f"init must be Uniform, Normal or Zeros(...), got {init!r}")
-    if dtype not in _format.STORAGE_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, _format.STORAGE_DTYPES))}, got {dtype!r}")
-    rows = arguments.integer("num_embeddings", num_embeddings, 1, _MAX_BYTES)
-    dim = arguments.integer("embedding_dim", embedding_dim, 1, 1 << 24)
-    itemsize = np.dtype(_format.STORAGE_DTYPES[dtype]).itemsize
-    from hashemb import __version__
-
-    meta = _format.TableMeta(
-        num_embeddings=rows,
-        embedding_dim=dim,
-        dtype=dtype,
-        optimizer=optimizer,
-        init=init,
-        num_hashes=arguments.integer("num_hashes", num_hashes, 1, _format.MAX_HASHES),
-        seed=arguments.integer("seed", seed, 0, (1 << 64) - 1),
-        block_rows=_format.rows_per_block(dim * itemsize),
-        id=uuid.uuid4().hex,
-        created_by=f"hashemb {__version__}",
-    )
-    largest = max(spec.file_bytes for spec in meta.files.values())
-    if largest > _MAX_BYTES:
-        raise ValueError(f"{rows} rows of {dim} need a file of {largest} bytes, more than 2**63 - 1")
-    return meta
-
-
-def _check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -> None:
-    names = ("num_embeddings", "embedding_dim", "dtype", "optimizer", "init", "num_hashes", "seed")
-    differing = [n for n in names if getattr(found, n) != getattr(wanted, n)]
-    if differing:
-        details = "; ".join(f"{n} is {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in differing)
-        raise ValueError(f"{path} holds another table: {details}")
 
 
 def _bind_core(files: _storage.TableFiles) -> _core.Core:

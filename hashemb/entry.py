@@ -1,0 +1,166 @@
+"""create, open, info: the three ways to a table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from hashemb import _arguments as arguments
+from hashemb import _format, _storage
+from hashemb.init import Initializer
+from hashemb.optim import Optimizer
+from hashemb.table import EmbeddingTable, Mode
+
+__all__ = ["TableInfo", "create", "info", "open"]
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """What `info` reads without mapping the table; fields as for `create`, and the state of the moment."""
+
+    path: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    optimizer: Optimizer
+    init: Initializer
+    num_hashes: int
+    seed: int
+    format: int
+    id: str
+    created_by: str
+    step: int
+    lr: float
+    rows_touched: int
+    logical_bytes: int
+    disk_bytes: int
+
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: str = "float32",
+    optimizer: Optimizer | None = None,
+    init: Initializer | None = None,
+    num_hashes: int = 1,
+    seed: int = 0,
+    exist_ok: bool = False,
+) -> EmbeddingTable:
+    """Creates a table and opens it read-write.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Directory to create; its parent must exist.
+    num_embeddings : int
+        Rows, any number from 1; 10 to 20 % more rows than keys is no rule here: see `TableStats.collision_rate`.
+    embedding_dim : int
+        Floats in a row, any number from 1.
+    dtype : {"float32", "float16", "bfloat16"}
+        Storage; look-ups return and updates compute in float32, half precision is rounded stochastically.
+    optimizer : Adagrad, RowWiseAdagrad, SGD or FTRL
+        Default ``Adagrad(lr=0.01)``.
+    init : Uniform, Normal or Zeros
+        Value of rows not yet written. Default ``Uniform(scale=0.01)``.
+    num_hashes : int
+        Rows per key, 1 to 16; a key's vector is their sum.
+    seed : int
+        Of row hashing, initial values and rounding; 0 to 2**64 - 1.
+    exist_ok : bool
+        Open the table if `path` already holds one made with the same arguments.
+
+    Returns
+    -------
+    EmbeddingTable
+
+    Raises
+    ------
+    FileExistsError
+        `path` exists (with `exist_ok`: and is a table made with other arguments is a `ValueError`).
+    NoSpaceError
+        The file system is full.
+    ValueError, TypeError
+        For arguments out of range.
+
+    Notes
+    -----
+    O(1) in the size of the table: the files are holes until rows are written. The directory appears complete or
+    not at all.
+
+    Examples
+    --------
+    >>> import tempfile, hashemb
+    >>> table = hashemb.create(tempfile.mkdtemp() + "/ads.emb", num_embeddings=2**30, embedding_dim=16)
+    >>> table.lookup([7, -1]).shape
+    (2, 16)
+    >>> table.close()
+    """
+    path = _table_path(path)
+    meta = arguments.table_meta(num_embeddings, embedding_dim, dtype, optimizer, init, num_hashes, seed)
+    try:
+        _storage.create_table(path, meta)
+    except FileExistsError:
+        if not exist_ok:
+            raise
+        arguments.check_same(path, _storage.read_meta(path), meta)
+    return EmbeddingTable(path, "r+")
+
+
+def open(path: str | os.PathLike[str], mode: Mode = "r") -> EmbeddingTable:
+    """Opens a table, in milliseconds at any size.
+
+    Parameters
+    ----------
+    path : str or path-like
+    mode : {"r", "r+"}
+        "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    FormatError
+        It is no table, or of a newer format.
+    CorruptTableError
+        It is damaged: the message says which file, what was expected and what was found.
+    ReadOnlyTableError
+        Mode "r+" on files that cannot be written.
+    """
+    if mode not in ("r", "r+"):
+        raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
+    return EmbeddingTable(_table_path(path), mode)
+
+
+def info(path: str | os.PathLike[str]) -> TableInfo:
+    """The table's metadata and state, read without mapping it. Errors as for `open`."""
+    path = _table_path(path)
+    meta, control = _storage.read_meta(path), _storage.read_control(path)
+    return TableInfo(
+        path=path,
+        num_embeddings=meta.num_embeddings,
+        embedding_dim=meta.embedding_dim,
+        dtype=meta.dtype,
+        optimizer=meta.optimizer,
+        init=meta.init,
+        num_hashes=meta.num_hashes,
+        seed=meta.seed,
+        format=_format.FORMAT,
+        id=meta.id,
+        created_by=meta.created_by,
+        step=int(control["step"]),
+        lr=float(control["lr"]),
+        rows_touched=int(control["rows_touched"]),
+        logical_bytes=meta.logical_bytes,
+        disk_bytes=_storage.disk_bytes(path),
+    )
+
+
+def _table_path(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or path-like of str, got {type(text).__name__}")
+    if not text:
+        raise ValueError("path must not be empty")
+    return os.path.normpath(text)

@@ -1,0 +1,154 @@
+"""The table equals its slow twin bit for bit, over dtype, dim, optimiser, batch, bags, threads and ISA."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import hashemb
+from hashemb import _core
+from hashemb.reference import ReferenceTable
+
+DIMS = (1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 128)
+DTYPES = ("float32", "float16", "bfloat16")
+OPTIMIZERS = {
+    "adagrad": hashemb.Adagrad(lr=0.05),
+    "adagrad_offset_decay": hashemb.Adagrad(lr=0.05, initial_accumulator_value=0.1, weight_decay=0.3),
+    "rowwise": hashemb.RowWiseAdagrad(lr=0.05, eps=1e-6),
+    "rowwise_decay": hashemb.RowWiseAdagrad(lr=0.1, weight_decay=0.01),
+    "sgd": hashemb.SGD(lr=0.5),
+    "sgd_decay": hashemb.SGD(lr=0.5, weight_decay=0.2),
+    "ftrl": hashemb.FTRL(alpha=0.1, beta=1.0, l1=0.02, l2=0.5),
+}
+INITS = (hashemb.Uniform(0.05), hashemb.Normal(0.1), hashemb.Zeros())
+
+
+def make_pair(tmp_path, **options):
+    fast = hashemb.create(tmp_path / f"t{np.random.default_rng().integers(2**62)}", **options)
+    return fast, ReferenceTable(**options)
+
+
+def random_batch(rng, num_keys, num_bags):
+    """Keys with duplicates and extreme values; offsets with empty bags."""
+    keys = rng.integers(-50, 50, num_keys)
+    keys[rng.random(num_keys) < 0.3] = rng.integers(-(2**63), 2**63 - 1, 1)
+    cuts = np.sort(rng.integers(0, num_keys + 1, num_bags - 1)) if num_bags > 1 else []
+    return keys, np.concatenate([[0], cuts, [num_keys]]).astype(np.int64)
+
+
+def assert_same(fast, slow, keys, **call):
+    np.testing.assert_array_equal(
+        fast.lookup(keys, **call).view(np.uint32), slow.lookup(keys, **call).view(np.uint32)
+    )
+
+
+def assert_same_bytes(fast, slow):
+    assert fast.weight.tobytes() == slow.weight.tobytes()
+    assert set(fast.state) == set(slow.state)
+    for name in slow.state:
+        assert fast.state[name].tobytes() == slow.state[name].tobytes(), name
+    assert fast.step == slow.step
+
+
+def train_both(fast, slow, rng, *, steps=3, num_keys=200):
+    dim = slow.embedding_dim
+    for i in range(steps):
+        keys, offsets = random_batch(rng, num_keys, 40)
+        grads = rng.normal(size=(num_keys, dim)).astype(np.float32)
+        fast.update(keys, grads)
+        slow.update(keys, grads)
+        fast.lr = slow.lr = slow.lr * 0.9
+        pooling = ("sum", "mean", "sqrtn")[i % 3]
+        weights = None if i == 1 else rng.normal(size=num_keys).astype(np.float32)
+        call = {"offsets": offsets, "pooling": pooling, "per_sample_weights": weights}
+        assert_same(fast, slow, keys, **call)
+        grads = rng.normal(size=(40, dim)).astype(np.float32)
+        fast.update(keys, grads, **call)
+        slow.update(keys, grads, **call)
+        assert_same(fast, slow, rng.integers(-60, 60, (7, 9)))
+    assert_same_bytes(fast, slow)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads_and_isa():
+    threads, isa = hashemb.get_num_threads(), _core.get_isa()
+    yield
+    hashemb.set_num_threads(threads)
+    _core.set_isa(isa)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_over_dims_and_optimizers(tmp_path, dim, dtype):
+    for i, (name, optimizer) in enumerate(OPTIMIZERS.items()):
+        rng = np.random.default_rng([dim, i])
+        options = {"num_embeddings": 301, "embedding_dim": dim, "dtype": dtype, "optimizer": optimizer}
+        fast, slow = make_pair(tmp_path, **options, init=INITS[i % 3], seed=i, num_hashes=1 + (i + dim) % 3)
+        with fast:
+            train_both(fast, slow, rng, steps=2)
+        assert np.count_nonzero(slow.weight.any(axis=1)) > 60, name  # the batches really spread
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("dim", [1, 5, 16, 128])
+def test_every_isa(tmp_path, isa, dim):
+    _core.set_isa(isa)
+    assert _core.get_isa() == isa
+    for dtype, (i, optimizer) in itertools.product(DTYPES, enumerate(OPTIMIZERS.values())):
+        options = {"num_embeddings": 97, "embedding_dim": dim, "dtype": dtype, "optimizer": optimizer}
+        fast, slow = make_pair(tmp_path, **options, init=INITS[(i + 1) % 3], num_hashes=1 + i % 2)
+        with fast:
+            train_both(fast, slow, np.random.default_rng(i), steps=1)
+
+
+def test_unknown_isa_is_refused():
+    with pytest.raises(ValueError, match="no kernels for the instruction set 'avx1024'"):
+        _core.set_isa("avx1024")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_threads_do_not_change_bits(tmp_path, optimizer):
+    """Large enough that all threads take part."""
+    rng = np.random.default_rng(5)
+    keys = rng.integers(0, 3000, 40_000)
+    offsets = np.concatenate([[0], np.sort(rng.integers(0, 40_000, 9_999)), [40_000]])
+    weights = rng.random(40_000).astype(np.float32)
+    grads, bag_grads = (rng.normal(size=(n, 5)).astype(np.float32) for n in (40_000, 10_000))
+    call = {"offsets": offsets, "pooling": "sqrtn", "per_sample_weights": weights}
+    slow = ReferenceTable(num_embeddings=2000, embedding_dim=5, optimizer=optimizer)
+    slow.update(keys, grads)
+    slow.update(keys, bag_grads, **call)
+    for num_threads in (1, 2, 3, 8):
+        hashemb.set_num_threads(num_threads)
+        with hashemb.create(
+            tmp_path / f"t{num_threads}", num_embeddings=2000, embedding_dim=5, optimizer=optimizer
+        ) as fast:
+            fast.update(keys, grads)
+            fast.update(keys, bag_grads, **call)
+            assert_same_bytes(fast, slow)
+            assert_same(fast, slow, keys)
+            assert_same(fast, slow, keys, **call)
+
+
+def test_wide_entries_give_the_same_bits(tmp_path):
+    """128-bit sort entries, which otherwise only enormous tables and batches need."""
+    rng = np.random.default_rng(6)
+    keys, grads = rng.integers(0, 500, 3000).astype(np.uint64), rng.normal(size=(3000, 7)).astype(np.float32)
+    tables = [hashemb.create(tmp_path / n, num_embeddings=700, embedding_dim=7) for n in "ab"]
+    for table, force_wide in zip(tables, (False, True), strict=True):
+        table._files.reserve(table._core.plan(keys, grads, force_wide=force_wide))
+        table._core.apply()
+    assert tables[0].weight.any()
+    assert tables[0].weight.tobytes() == tables[1].weight.tobytes()
+
+
+@pytest.mark.parametrize("num_embeddings", [1, 2, 2**31 - 1, 2**31, 2**33 + 7, 2**63 - 1])
+def test_rows_at_any_size(num_embeddings):
+    """The row formula alone, against Python's integers."""
+    from hashemb.reference import fmix64, mulhi64
+
+    keys = np.array([0, 1, 2**31, 2**63, 2**64 - 1, 12345678901234567], np.uint64)
+    expected = [int(k) * num_embeddings >> 64 for k in fmix64(keys)]
+    assert mulhi64(fmix64(keys), num_embeddings).tolist() == expected

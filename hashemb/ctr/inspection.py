@@ -68,7 +68,7 @@ def _model_facts(card: ModelCard) -> Facts:
         under_way = f", {position.rows:,} rows into the next" if position.rows else ""
         facts.append(("learned", f"{path}: {position.passes} pass{'' if position.passes == 1 else 'es'}{under_way}"))
     if card.progress:
-        metrics = StreamingMetrics.from_dict(card.progress["metrics"])
+        metrics = StreamingMetrics.from_state_dict(card.progress["metrics"])
         facts.append(
             (
                 f"pass {card.progress['pass']}",

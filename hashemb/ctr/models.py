@@ -43,8 +43,8 @@ def logistic_loss(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDA
     >>> logistic_loss(np.array([0.0, 1000.0, -1000.0]), np.array([1, 1, 1])).round(4).tolist()
     [0.6931, 0.0, 1000.0]
     """
-    z = np.asarray(logits, np.float64)
-    return np.logaddexp(0.0, z) - np.asarray(labels, np.float64) * z
+    z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
+    return y * np.logaddexp(0.0, -z) + (1.0 - y) * np.logaddexp(0.0, z)
 
 
 class FactorizationMachine:
@@ -118,7 +118,7 @@ class FactorizationMachine:
         scratch = self._gradients_like(min(n, self._block_len(num_fields)) * num_fields)
         for block in self._blocks(n, num_fields):
             size = block.stop - block.start
-            others = scratch[: size * num_fields].reshape(size, num_fields, -1)
+            others = scratch[: size * num_fields].reshape(size, num_fields, 1 + self.rank)
             logits[block] = _forward(vectors[block], others)
         logits += bias
         return logits

@@ -118,9 +118,9 @@ class ProgressiveValidator:
     ) -> None:
         self.model = model
         self.schedule: Schedule = PowersOfTwo() if schedule is None else schedule
-        self.metrics = StreamingMetrics() if state is None else StreamingMetrics.from_dict(state["metrics"])
+        self.metrics = StreamingMetrics() if state is None else StreamingMetrics.from_state_dict(state["metrics"])
         self._at_last_row = (
-            StreamingMetrics() if state is None else StreamingMetrics.from_dict(state["at_last_row"])
+            StreamingMetrics() if state is None else StreamingMetrics.from_state_dict(state["at_last_row"])
         )
         self._clock = clock
         self._mark = (clock(), self.metrics.examples)
@@ -150,7 +150,7 @@ class ProgressiveValidator:
 
     def state(self) -> dict[str, Any]:
         """All that a later validator needs to go on from here, as JSON-able values."""
-        return {"metrics": self.metrics.to_dict(), "at_last_row": self._at_last_row.to_dict()}
+        return {"metrics": self.metrics.state_dict(), "at_last_row": self._at_last_row.state_dict()}
 
     def _rate(self, pending: int) -> float:
         seconds, examples = self._mark
@@ -160,7 +160,7 @@ class ProgressiveValidator:
 
     def _row(self, rate: float) -> ProgressRow:
         recent = self.metrics - self._at_last_row
-        self._at_last_row = StreamingMetrics.from_dict(self.metrics.to_dict())
+        self._at_last_row = self.metrics.copy()
         return ProgressRow(
             examples=self.metrics.examples,
             logloss_since_last=recent.logloss,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 from hashemb.errors import HashembError, MissingExtraError
@@ -29,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     int
         Exit status.
     """
-    warnings.showwarning = _show_warning
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(arguments)
     except BrokenPipeError:  # the reader of our output has had enough: `hashemb predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -42,19 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    try:
-        import rich as _
-        import typer
-    except ImportError as error:
-        raise MissingExtraError(str(error.name), "ctr") from error
+    for package in ("typer", "rich", "pyarrow"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "ctr")
+    import typer
+
     from hashemb.ctr.commands import app
 
-    usage_error = typer.BadParameter.__bases__[0]  # typer has its own copy of click or uses click's, by version
+    usage_error: Any = typer.BadParameter.__bases__[0]  # typer's own copy of click or click's, by version
     command = typer.main.get_command(app)
     try:
-        status: Any = command.main(args=arguments, prog_name="hashemb", standalone_mode=False)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        status: Any = command.main(args=arguments or ["--help"], prog_name="hashemb", standalone_mode=False)
     except usage_error as error:
-        return _fail(f"{error.format_message()}{_hint(error)}", 2)  # type: ignore[attr-defined]
+        return _fail(f"{error.format_message()}{_hint(error)}", 2)
     except typer.Abort:
         return _fail("stopped", 130)
     return status if isinstance(status, int) else 0
@@ -76,7 +79,7 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _show_warning(message: Warning | str, *_details: Any) -> None:
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
     print(f"hashemb: warning: {message}", file=sys.stderr)
 
 

@@ -16,19 +16,17 @@ import hashemb
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
 from hashemb.ctr.inspection import describe
-from hashemb.ctr.model_dir import load_model, training_lock
+from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
 from hashemb.ctr.options import DEFAULTS, OPTIMIZERS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
-from hashemb.ctr.readers import open_reader
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
-from hashemb.ctr.trainer import Trainer
+from hashemb.ctr.trainer import Trainer, check_paths, is_stream, open_source
 
 __all__ = ["app"]
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Click-through-rate models whose embedding table is a directory of memory-mapped files.",
 )
@@ -66,7 +64,15 @@ def _default(name: str) -> str:
 Files = Annotated[list[Path], typer.Argument(help="Criteo TSV, CSV or Parquet; .gz and .zst are read as they are.")]
 Table = Annotated[Path, typer.Option("--table", "-t", help="Directory of the model.")]
 Count = _parser(parse_count)
-Format = Annotated[str | None, typer.Option(help="criteo, csv or parquet. [default: by name and contents]")]
+DataFormat = Annotated[
+    Any,
+    typer.Option(
+        "--format",
+        parser=_parser(_one_of("auto", "criteo", "csv", "parquet")),
+        metavar="NAME",
+        help="criteo, csv or parquet. [default: by name and contents]",
+    ),
+]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
 
 
@@ -94,7 +100,7 @@ def train(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
     initial_accumulator: Annotated[
-        float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 0]")
+        float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 1]")
     ] = None,
     init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
     num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
@@ -108,10 +114,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 4096]")
+        int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")
     ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Times to learn each file, earlier runs included.")] = 1,
-    format: Format = None,
+    data_format: DataFormat = None,
     label: Label = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")] = False,
     progress: Annotated[
@@ -130,11 +136,12 @@ def train(
         rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
         optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
-    if not table.exists():  # don't leave a new model behind for a file that can't be read
-        open_reader(files[:1], format=format or "auto", label=label).close()
+    check_paths(files)
+    if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
+        open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
     model, card = open_or_create(table, options)
     with closing(model.table), training_lock(table):
-        card.data_format = format or card.data_format
+        card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
         trainer = Trainer(
@@ -151,7 +158,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write here instead of to standard output.")
     ] = None,
-    format: Format = None,
+    data_format: DataFormat = None,
     label: Label = None,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave bad lines out of the output instead of stopping at one.")
@@ -160,7 +167,7 @@ def predict(
     """Print the probability of each example, one a line. Only reads the table, beside any trainer."""
     model, card = load_model(table)
     with closing(model.table):
-        reader = open_for_scoring(card, files, data_format=format, label=label, strict=not skip_bad_lines)
+        reader = open_for_scoring(card, files, data_format=data_format, label=label, strict=not skip_bad_lines)
         with _output(output) as file, progress_bar(Console(stderr=True), "scoring", reader.bytes_total) as advance:
             count = 0
             for batch in score(model, reader):

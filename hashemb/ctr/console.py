@@ -71,7 +71,7 @@ def bad_line_text(bad: BadLines) -> Iterator[str]:
 
 @contextmanager
 def progress_bar(
-    console: Console, label: str, total: int, *, unit_name: str = "examples"
+    console: Console, label: str, total: int | None, *, unit_name: str = "examples"
 ) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and remaining time below what is printed; nothing at all off a terminal.
 

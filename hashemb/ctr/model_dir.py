@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hashemb
+from hashemb.ctr.fields import Kind
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.errors import FormatError, HashembError
 
 __all__ = ["MODEL_FILE", "ModelCard", "SourcePosition", "load_model", "read_card", "training_lock", "write_card"]
+
+Format = Literal["auto", "criteo", "csv", "parquet"]
 
 MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
@@ -108,10 +111,10 @@ class ModelCard:
     """
 
     rank: int
-    schema: dict[str, str] = field(default_factory=dict)
-    data_format: str = "auto"
+    schema: dict[str, Kind] = field(default_factory=dict)
+    data_format: Format = "auto"
     label: str | None = None
-    batch_size: int = 4096
+    batch_size: int = 256
     table_step: int = 0
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
@@ -167,7 +170,7 @@ def _parse_card(values: Any) -> ModelCard:
 
 
 def load_model(
-    directory: str | os.PathLike[str], mode: str = "r"
+    directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
 ) -> tuple[FactorizationMachine, ModelCard]:
     """Open a trained model.
 

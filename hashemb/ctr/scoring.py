@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr.model_dir import ModelCard
+from hashemb.ctr.model_dir import Format, ModelCard
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import Reader, open_reader
@@ -29,7 +29,7 @@ def open_for_scoring(
     card: ModelCard,
     paths: Sequence[str | os.PathLike[str]],
     *,
-    data_format: str | None = None,
+    data_format: Format | None = None,
     label: str | None = None,
     strict: bool = True,
 ) -> Reader:

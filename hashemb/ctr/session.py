@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hashemb.ctr.console import bad_line_text, format_row, progress_bar, row_header, say
-from hashemb.ctr.stopping import stop_on_signals
-from hashemb.ctr.trainer import Trainer
+from hashemb.ctr.stopping import StopRequest, stop_on_signals
+from hashemb.ctr.trainer import Trainer, TrainStep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,25 +31,33 @@ def run_training(trainer: Trainer, console: Console) -> int:
         return 0
     _say_where_we_start(trainer, console)
     with stop_on_signals() as stop, closing(trainer.run()) as steps:
-        pass_number = 0
-        with progress_bar(console, "training", trainer.bytes_total) as advance:
-            for step in steps:
-                if step.pass_number != pass_number:
-                    pass_number = step.pass_number
-                    _say_pass(pass_number, console)
-                for row in step.rows:
-                    say(console, format_row(row))
-                advance(step.bytes_done, step.examples)
-                if stop:
-                    break
+        try:
+            _show(steps, trainer.bytes_total, stop, console)
+        except Exception:  # a bad line in strict mode, a full disk: what was learned before it stays learned
+            steps.close()
+            trainer.save()
+            raise
         steps.close()  # ends the reader, whose report belongs to the summary
         trainer.save()
-        _say_summary(trainer, console)
-        if stop:
-            where = Path(trainer.directory)
-            say(console, f"Stopped; {where} is saved and complete. The same command goes on from here.")
-            return stop.exit_code
-    return 0
+    _say_summary(trainer, console)
+    if stop:
+        say(console, f"Stopped. {trainer.directory} is saved and complete; the same command goes on from here.")
+    return stop.exit_code
+
+
+def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, console: Console) -> None:
+    """Run the steps, printing what they bring, until they end or a stop is asked for."""
+    pass_number = 0
+    with progress_bar(console, "training", bytes_total or None) as advance:
+        for step in steps:
+            if step.pass_number != pass_number:
+                pass_number = step.pass_number
+                _say_pass(pass_number, console)
+            for row in step.rows:
+                say(console, format_row(row))
+            advance(step.bytes_done, step.examples)
+            if stop:
+                break
 
 
 def _say_where_we_start(trainer: Trainer, console: Console) -> None:

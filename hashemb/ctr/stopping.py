@@ -28,8 +28,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C."""
-        return 128 + (self.signal or 0)
+        """0, or what a shell expects of a process that the signal ended: 130 for Ctrl-C."""
+        return 0 if self.signal is None else 128 + self.signal
 
 
 @contextmanager

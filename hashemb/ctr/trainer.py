@@ -21,7 +21,7 @@ from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
 
-__all__ = ["BadLines", "TrainStep", "Trainer"]
+__all__ = ["BadLines", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Trainer:
         self.examples = 0
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
-        self.sources = _positions(card, paths)
+        self.sources = {name: _position(card, name) for name in check_paths(paths)}
         if passes > 1 and any(is_stream(path) for path in self.sources):
             raise ValueError(f"standard input and pipes can be read once, not {passes} times")
         self.bytes_total = sum(
@@ -174,12 +174,11 @@ class Trainer:
 
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
-        reader = self._open(path, position)
+        reader = open_source(self.card, path, start=position.rows, strict=self.strict)
         batches = read_ahead(reader)
         try:
             for batch in batches:
-                if batch.labels is None:
-                    raise ValueError(f"{path}: no labels to learn from")
+                assert batch.labels is not None
                 rows = self.validator.learn(batch.keys, batch.labels)
                 position.rows += len(batch.labels)
                 self.examples += len(batch.labels)
@@ -189,41 +188,61 @@ class Trainer:
             self._bytes_finished += position.size_bytes
         finally:
             batches.close()
+            reader.close()
             self.bad_lines.add(reader)
 
-    def _open(self, path: str, position: SourcePosition) -> Reader:
-        """Open a file at its position; the first one ever decides how all others are read."""
-        card = self.card
-        reader = open_reader(
-            [path],
-            format=card.data_format,
-            label=card.label,
-            schema=card.schema or None,
-            batch_size=card.batch_size,
-            strict=self.strict,
-            start=position.rows,
-        )
-        if not card.schema:
-            card.schema, card.label = dict(reader.schema), reader.label
-        return reader
+
+def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = False) -> Reader:
+    """Open a labelled file as the card says; the first one ever decides how all others are read.
+
+    Raises
+    ------
+    ValueError
+        The file is of no known format, lacks a field that the model was trained on, or has no labels.
+    """
+    reader = open_reader(
+        [path],
+        format=card.data_format,
+        label=card.label,
+        schema=card.schema or None,
+        batch_size=card.batch_size,
+        strict=strict,
+        start=start,
+    )
+    if reader.schema and reader.label is None:
+        wanted = f"column {card.label!r}" if card.label else "label column"
+        raise ValueError(f"{path}: no {wanted} to learn from; it has the fields {', '.join(reader.schema)}")
+    if not card.schema:
+        card.schema, card.label = dict(reader.schema), reader.label
+    return reader
 
 
-def _positions(card: ModelCard, paths: Sequence[str | os.PathLike[str]]) -> dict[str, SourcePosition]:
-    """Where to take up each file: absolute path -> position, in the order given."""
-    positions: dict[str, SourcePosition] = {}
+def check_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The paths as the card names them: absolute, but for standard input and pipes.
+
+    Raises
+    ------
+    ValueError
+        One is given twice.
+    FileNotFoundError
+        One does not exist.
+    """
+    names: list[str] = []
     for path in paths:
         name = os.fspath(path) if is_stream(path) else str(Path(path).absolute())
-        if name in positions:
+        if name in names:
             raise ValueError(f"{os.fspath(path)} is given twice; to learn it again, raise passes")
-        positions[name] = SourcePosition(0, "") if is_stream(path) else _position(card.sources.get(name), name)
-    return positions
+        names.append(name)
+    return names
 
 
-def _position(known: SourcePosition | None, path: str) -> SourcePosition:
-    if known is None:
-        return SourcePosition.of(path)
-    position = known.in_file(path)
-    if position is None and known.rows:
+def _position(card: ModelCard, path: str) -> SourcePosition:
+    """Where to take up the file."""
+    if is_stream(path):
+        return SourcePosition(0, "")
+    known = card.sources.get(path)
+    position = known.in_file(path) if known else None
+    if known and known.rows and position is None:
         raise ValueError(
             f"{path} is another file than the one whose first {known.rows:,} rows have been learned (that had "
             f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"

@@ -210,6 +210,7 @@ def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = Fa
         start=start,
     )
     if reader.schema and reader.label is None:
+        reader.close()
         wanted = f"column {card.label!r}" if card.label else "label column"
         raise ValueError(f"{path}: no {wanted} to learn from; it has the fields {', '.join(reader.schema)}")
     if not card.schema:

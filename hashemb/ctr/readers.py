@@ -249,7 +249,7 @@ class Reader:
 
 def _open_source(path: str, format: Format, options: Options) -> Source | None:
     """The source of one path; None if it is empty."""
-    if path != STDIN and os.path.getsize(path) == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return None
     if format == "parquet" or (format == "auto" and path.lower().endswith(_PARQUET_SUFFIXES)):
         return ParquetSource(path, options)

@@ -89,7 +89,6 @@ def test_rows_fall_due_inside_batches() -> None:
 def test_figures_of_a_row() -> None:
     """Against the metrics of the same predictions in one piece."""
     keys, labels = stream(1000)
-    predictions = np.concatenate([Memoriser().learn(*batch) for batch in batches(keys, labels)])
     model = Memoriser()
     predictions = np.concatenate([model.learn(*batch) for batch in batches(keys, labels)])
     validator = ProgressiveValidator(Memoriser(), EveryN(300))
@@ -144,11 +143,10 @@ def test_read_ahead_keeps_order_and_raises_in_place() -> None:
         yield from range(5)
         raise OSError("the disk is gone")
 
-    seen = []
+    ahead = read_ahead(items())
+    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
-        for item in read_ahead(items()):
-            seen.append(item)
-    assert seen == [0, 1, 2, 3, 4]
+        next(ahead)
 
 
 def test_read_ahead_stays_within_its_depth_and_stops_when_closed() -> None:

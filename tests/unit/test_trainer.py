@@ -265,7 +265,7 @@ def test_an_untrained_table_can_become_a_model(tmp_path: Path) -> None:
 def test_a_table_trained_as_something_else_cannot(tmp_path: Path) -> None:
     with hashemb.create(tmp_path / "m", num_embeddings=77, embedding_dim=4) as table:
         table.update([1], np.ones((1, 4), np.float32))
-    with pytest.raises(HashembError, match="1 updates but no model.json"):
+    with pytest.raises(HashembError, match=r"1 updates but no model\.json"):
         open_or_create(tmp_path / "m", ModelOptions())
 
 

@@ -183,6 +183,22 @@ cdef class Core:
                 he_rows_touched_add(self.control, touched)
 
 
+def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
+    """Makes the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+
+    Returns 0 or an errno: EFAULT where a store would be a SIGBUS, EINVAL where the kernel cannot do it.
+    """
+    cdef char *base = <char *>cnp.PyArray_DATA(array)
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
+    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
+    cdef int error
+    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
+        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
+    with nogil:
+        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
+    return error
+
+
 # ---- threads and instruction sets ----
 
 def get_num_threads():

@@ -27,7 +27,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "hashing": {"errors", "_core"},
     "_format": {"errors", "optim", "init"},
     "_arguments": {"errors", "optim", "init", "_format", "_version"},
-    "_storage": {"errors", "optim", "init", "_format"},
+    "_storage": {"errors", "optim", "init", "_format", "_core"},
     "snapshot": {"errors", "optim", "init", "_format", "_storage"},
     "table": {"errors", "optim", "init", "stats", "_arguments", "_format", "_storage", "_core", "hashing", "snapshot"},
     "entry": {"errors", "optim", "init", "_arguments", "_format", "_storage", "table"},

@@ -21,6 +21,7 @@ STRINGS += [None, "a"]
 INTEGERS = [5, None, 0, 127, 5, None, 1, 2]
 SIGNED = [-128, None, -1, 127, 5, None, 1, 2]
 BOOLEANS = [True, None, False, True, True, False, None, None, True]
+CATEGORIES = [text and text.replace("\x00", "") for text in STRINGS]  # pandas < 3 ends a category at a NUL
 BYTES = [None if text is None else text.encode() + b"\xff" for text in STRINGS]
 
 
@@ -77,11 +78,11 @@ COLUMNS = {
     "pandas int64": (pandas("int64"), [3, -1, 4]),
     "pandas bool": (pandas("bool"), [True, False, True]),
     "pandas Sparse": (lambda v: pd.Series(v, dtype=pd.SparseDtype("int64", 0)), [0, 0, 3, -1]),
-    "pandas category": (pandas("category"), STRINGS),
+    "pandas category": (pandas("category"), CATEGORIES),
     "pandas category of Int64": (lambda v: pd.Series(v, dtype="Int64").astype("category"), INTEGERS),
     "pandas Index": (lambda v: pd.Index(v, dtype=object), STRINGS),
     "pandas RangeIndex": (lambda v: pd.RangeIndex(len(v)), [0, 1, 2, 3]),
-    "pandas Categorical": (pd.Categorical, STRINGS),
+    "pandas Categorical": (pd.Categorical, CATEGORIES),
     "pandas array": (lambda v: pd.array(v, dtype="Int32"), SIGNED),
     "polars String": (polars(pl.String), STRINGS),
     "polars Binary": (polars(pl.Binary), BYTES),
@@ -253,7 +254,7 @@ def test_bad_columns(case):
         hash_keys(build())
 
 
-@pytest.mark.skipif(not hasattr(pa, "string_view"), reason="this pyarrow has no string views")
+@pytest.mark.skipif(int(pa.__version__.split(".")[0]) < 18, reason="this pyarrow cannot build views from buffers")
 @pytest.mark.parametrize(
     "view", [(-1, 0, 0, 0), (13, 0, 1, 0), (13, 0, -1, 0), (13, 0, 0, 4), (13, 0, 0, -1)], ids=str
 )

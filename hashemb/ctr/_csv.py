@@ -219,7 +219,7 @@ def _infer_kind(column: Any) -> Kind | None:
     if not len(values):
         return None
     for kind in ("integer", "float"):
-        if not _convert("", values, cast(Kind, kind))[1]:
+        if _cast(values, cast(Kind, kind)) is not None:
             return cast(Kind, kind)
     return "string"
 
@@ -228,14 +228,11 @@ def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, s
     """A text column as `kind`, with null where it does not fit, and those rows with what is wrong."""
     if kind == "string":
         return column, []
-    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    numbers = _cast(column, kind)
+    if numbers is not None:
+        return numbers, []
+    pa = require("pyarrow")
     type_ = pa.float64() if kind == "float" else pa.int64()
-    hexadecimal = pc.any(pc.match_substring(column, "x", ignore_case=True), min_count=0).as_py()
-    if not hexadecimal:  # Arrow would read 0x10 as 16
-        try:
-            return column.cast(type_), []
-        except pa.ArrowInvalid:
-            pass
     what = "a number" if kind == "float" else "an integer of 64 bits"
     good, faults = [], []
     for row, value in enumerate(column.to_pylist()):
@@ -244,6 +241,17 @@ def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, s
         if not fits:
             faults.append((row, f"{name} must be {what}, found {shown(value)}"))
     return pa.array(good, pa.string()).cast(type_), faults
+
+
+def _cast(column: Any, kind: Kind) -> Any:
+    """A text column as numbers; None if a value of it is none."""
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    if pc.any(pc.match_substring(column, "x", ignore_case=True), min_count=0).as_py():
+        return None  # Arrow would read 0x10 as 16
+    try:
+        return column.cast(pa.float64() if kind == "float" else pa.int64())
+    except pa.ArrowInvalid:
+        return None
 
 
 def _fits(value: str, type_: Any) -> bool:

@@ -139,6 +139,9 @@ class Reader:
         Rows good and bad so far, and the first bad ones.
     schema : dict of str to str
         Kind of each field, in the order of the key columns. It can be stored as JSON and given to `open_reader`.
+    label : str or None
+        Column that the labels of the file last opened come from; None if it has none. Give it to `open_reader`
+        together with `schema`, which turns guessing off.
     bytes_total : int or None
         Size of all files as stored; None with standard input.
     """
@@ -153,6 +156,7 @@ class Reader:
         self._strict = strict
         self._bytes_done = 0
         self._source: Source | None = None
+        self.label = options.label
         self._has_labels: tuple[str, bool] | None = None
         self._paths = list(paths)
         self.schema: dict[str, Kind] = dict(options.schema or {})
@@ -207,6 +211,7 @@ class Reader:
             self._source = _open_source(self._paths.pop(0), self._format, self._options)
         if self._source is None:
             return
+        self.label = self._source.label
         if not self.schema:
             self.schema = self._source.schema
             if not self.schema:
@@ -244,7 +249,7 @@ class Reader:
 
 def _open_source(path: str, format: Format, options: Options) -> Source | None:
     """The source of one path; None if it is empty."""
-    if path != STDIN and os.path.getsize(path) == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return None
     if format == "parquet" or (format == "auto" and path.lower().endswith(_PARQUET_SUFFIXES)):
         return ParquetSource(path, options)

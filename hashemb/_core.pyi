@@ -2,9 +2,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self, disjoint_base
 
+__test__: dict[str, str]
+
+@disjoint_base
 class Core:
-    def __init__(self, arrays: dict[str, Any], scalars: dict[str, Any]) -> None: ...
+    def __new__(cls, arrays: dict[str, Any], scalars: dict[str, Any]) -> Self: ...
     def lookup(
         self,
         keys: npt.NDArray[np.uint64],

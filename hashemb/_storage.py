@@ -74,13 +74,23 @@ def _write_file(path: str, data: bytes, size_bytes: int) -> None:
     with _space_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            os.ftruncate(fd, size_bytes)
+            _resize(fd, path, size_bytes)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _resize(fd: int, path: str, size_bytes: int) -> None:
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        message = f"this file system cannot hold a file of {size_bytes} bytes ({error.strerror})"
+        raise OSError(error.errno, message, path) from None
 
 
 def _sync_directory(path: str) -> None:
@@ -237,7 +247,11 @@ class TableFiles:
                 f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
             )
         prot = mmap.PROT_READ | mmap.PROT_WRITE if self.writable else mmap.PROT_READ
-        mapped = self._maps[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, prot)
+        try:
+            mapped = self._maps[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, prot)
+        except OSError as error:
+            message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
+            raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
         return mapped
 
     def _map_array(self, name: str, spec: FileSpec) -> Array:

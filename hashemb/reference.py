@@ -101,7 +101,7 @@ def _half_words(words: U64, dim: int) -> npt.NDArray[np.uint32]:
     """(n, pairs) 64-bit words -> (n, dim) 32-bit halves, low half first."""
     low = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     high = (words >> np.uint64(32)).astype(np.uint32)
-    return np.stack([low, high], axis=2).reshape(len(words), -1)[:, :dim]
+    return np.stack([low, high], axis=2).reshape(len(words), 2 * words.shape[1])[:, :dim]
 
 
 def initial_rows(

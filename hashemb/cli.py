@@ -34,9 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return _run(arguments)
-    except BrokenPipeError:  # the reader of our output has had enough: `hashemb predict … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (HashembError, OSError, ValueError, TypeError, ArithmeticError) as error:
         return _fail(_describe(error), 1)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -165,17 +165,30 @@ def predict(
     ] = False,
 ) -> None:
     """Print the probability of each example, one a line. Only reads the table, beside any trainer."""
+    try:
+        bad = _predict(files, table, output, data_format=data_format, label=label, strict=not skip_bad_lines)
+    except BrokenPipeError:  # whoever reads our output has had enough: `hashemb predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if bad:
+        have = "line has" if bad == 1 else "lines have"
+        print(f"hashemb: {bad:,} bad {have} no probability in the output", file=sys.stderr)
+
+
+def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any) -> int:
+    """Score the files into `output`; the number of bad lines left out."""
     model, card = load_model(table)
-    with closing(model.table):
-        reader = open_for_scoring(card, files, data_format=data_format, label=label, strict=not skip_bad_lines)
-        with _output(output) as file, progress_bar(Console(stderr=True), "scoring", reader.bytes_total) as advance:
-            count = 0
-            for batch in score(model, reader):
-                write_probabilities(file, batch.probabilities)
-                count += len(batch.probabilities)
-                advance(reader.bytes_read, count)
-    if reader.report.rows_bad:
-        print(f"hashemb: {reader.report.rows_bad:,} bad lines have no probability in the output", file=sys.stderr)
+    with closing(model.table), ExitStack() as stack:
+        reader = stack.enter_context(open_for_scoring(card, files, **reading))
+        file = stack.enter_context(_output(output))
+        advance = stack.enter_context(progress_bar(Console(stderr=True), "scoring", reader.bytes_total))
+        count = 0
+        for batch in stack.enter_context(closing(score(model, reader))):
+            write_probabilities(file, batch.probabilities)
+            count += len(batch.probabilities)
+            advance(reader.bytes_read, count)
+        file.flush()
+        return reader.report.rows_bad
 
 
 @app.command()

@@ -126,8 +126,8 @@ def _is_unfinished(paths: DemoPaths) -> bool:
 def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
     """Probabilities and labels of the held-out impressions, from the table opened read-only."""
     model, card = load_model(paths.model)
-    with closing(model.table):
-        batches = list(score(model, open_for_scoring(card, [paths.held_out])))
+    with closing(model.table), open_for_scoring(card, [paths.held_out]) as reader:
+        batches = list(score(model, reader))
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return np.concatenate([batch.probabilities for batch in batches]), np.concatenate(labels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import IO, NamedTuple
 
@@ -47,7 +47,7 @@ def open_for_scoring(
     )
 
 
-def score(model: FactorizationMachine, reader: Reader) -> Iterator[ScoreBatch]:
+def score(model: FactorizationMachine, reader: Reader) -> Generator[ScoreBatch, None, None]:
     """Score what `reader` reads, a batch at a time."""
     with closing(read_ahead(reader)) as batches:
         for batch in batches:

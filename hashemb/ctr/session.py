@@ -33,7 +33,7 @@ def run_training(trainer: Trainer, console: Console) -> int:
     with stop_on_signals() as stop, closing(trainer.run()) as steps:
         try:
             _show(steps, trainer.bytes_total, stop, console)
-        except Exception:  # a bad line in strict mode, a full disk: what was learned before it stays learned
+        except (Exception, SystemExit):  # a bad line in strict mode, a full disk, a closed pipe: between batches
             steps.close()
             trainer.save()
             raise

@@ -173,7 +173,7 @@ def test_table_against_a_dict_of_rows(machine: type[TableMachine]) -> None:
 
 @pytest.mark.slow
 def test_table_against_a_dict_of_rows_at_length(machine: type[TableMachine]) -> None:
-    run(machine, settings=settings(max_examples=600, stateful_step_count=60, deadline=None))
+    run(machine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))
 
 
 def test_canary(machine: type[TableMachine]) -> None:

@@ -55,13 +55,12 @@ def show(result: Result) -> None:
     """One table per result: nanoseconds per unit, and each side's time over ours."""
     point = " ".join(f"{k}={v}" for k, v in result.case.items())
     print(f"\n{result.bench}: {point}\n  {result.checks}")
-    print(f"  {'side':34}{'median':>10}{'min':>10}{'ratio':>8}   ns per {result.unit}, of which")
+    print(f"  {'':34}{'ns per ' + result.unit:^20}{'time of the side / ours':^28}  median ns by phase")
+    print(f"  {'side':34}{'median':>10}{'min':>10}{'median':>8}{'minima':>8}{'cpu':>8}")
     for side in result.sides:
+        ratios = "".join(f"{side[k]:8.2f}" for k in ("median_ratio", "ratio_of_minima", "cpu_ratio"))
         phases = " ".join(f"{k} {v:.1f}" for k, v in side["phases_ns"].items())
-        print(
-            f"  {side['name']:34}{side['median_ns']:10.2f}{side['min_ns']:10.2f}{side['median_ratio']:8.2f}"
-            f"   {phases}  {side['note']}"
-        )
+        print(f"  {side['name']:34}{side['median_ns']:10.2f}{side['min_ns']:10.2f}{ratios}  {phases}  {side['note']}")
     sys.stdout.flush()
 
 
@@ -73,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the whole grid (hours)")
     parser.add_argument("--json", metavar="FILE", help="write machine, settings and results")
     parser.add_argument("--repeats", type=int, help="timed runs of each side")
-    parser.add_argument("--inner", type=int, default=4, help="batches in a timed run")
+    parser.add_argument("--inner", type=int, default=2, help="batches in a timed run")
     parser.add_argument("--dir", help=f"where the tables are made; default {tempfile.gettempdir()}")
     parser.add_argument("--dims", type=int, nargs="+", default=[])
     parser.add_argument("--threads", type=int, nargs="+", default=[])

@@ -3,7 +3,8 @@
 A side is prepared outside the clock and times its own phases with `Clock.lap`. Every run of a side starts with one
 untimed batch, because the side before it has used the caches and threads. Ratios are a peer's time over ours, so
 above 1 we are faster; "median ratio" is the median of the ratios within each repeat, which slow drifts of a noisy
-machine cancel out of.
+machine cancel out of. On a machine with other work the ratio of minima says what an undisturbed run takes, and for one
+thread so does the ratio of processor times (threads that wait by spinning use processor time too).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ import numpy as np
 from hashemb import _core
 
 OURS = "hashemb"
+RATIOS = ("name", "median_ns", "median_ratio", "ratio_of_medians", "ratio_of_minima", "cpu_ratio")
 PACKAGES = [
     "hashemb", "numpy", "torch", "fbgemm-gpu-cpu", "mmh3", "scikit-learn", "pandas", "polars", "pyarrow", "lmdb",
     "rocksdict", "redis",
@@ -40,20 +41,22 @@ class Mismatch(AssertionError):
 
 
 class Clock:
-    """Adds up seconds by phase."""
+    """Adds up seconds by phase, and the processor time that the whole process has used meanwhile."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.cpu_seconds = 0.0
+        self.start()
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        self._last, self._last_cpu = time.perf_counter(), time.process_time()
 
     def lap(self, phase: str) -> None:
         """Books the time since the last lap (or start) under `phase`."""
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        self.cpu_seconds += cpu - self._last_cpu
+        self._last, self._last_cpu = now, cpu
 
     @property
     def total(self) -> float:
@@ -124,54 +127,66 @@ def measure(
     """
     clocks: dict[str, list[Clock]] = {side.name: [] for side in sides}
     number = 0
-    for repeat in range(repeats + 1):
-        for side in sides if repeat % 2 else reversed(sides):
-            prepared = [side.prepare(batch(number + i)) for i in range(inner + 1)]
-            number += inner + 1
-            clock = timed_run(side, prepared, settle_s)
-            if repeat:
-                clocks[side.name].append(clock)
+    with garbage_collector_off():
+        for repeat in range(repeats + 1):
+            for side in sides if repeat % 2 else reversed(sides):
+                prepared = [side.prepare(batch(number + i)) for i in range(inner + 1)]
+                number += inner + 1
+                time.sleep(settle_s)
+                clock = timed_run(side, prepared)
+                if repeat:
+                    clocks[side.name].append(clock)
     return summaries(sides, clocks, units * inner)
 
 
-def timed_run(side: Side, prepared: list[Any], settle_s: float) -> Clock:
-    """One untimed batch, then the others timed, with the garbage collector off."""
+def timed_run(side: Side, prepared: list[Any]) -> Clock:
+    """One untimed batch, then the others timed."""
+    side.run(prepared[0], Clock())
+    clock = Clock()
+    for p in prepared[1:]:
+        clock.start()
+        side.run(p, clock)
+    return clock
+
+
+@contextlib.contextmanager
+def garbage_collector_off() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        if settle_s:
-            time.sleep(settle_s)
-        side.run(prepared[0], Clock())
-        clock = Clock()
-        for p in prepared[1:]:
-            clock.start()
-            side.run(p, clock)
+        yield
     finally:
         gc.enable()
-    return clock
 
 
 def summaries(sides: Sequence[Side], clocks: dict[str, list[Clock]], units: int) -> list[dict[str, Any]]:
     """Median, minimum, quartiles and ratios of each side, in nanoseconds per unit."""
-    ours = [clock.total for clock in clocks[sides[0].name]]
+    ours = clocks[sides[0].name]
+    our_total = np.array([clock.total for clock in ours])
+    our_cpu = np.array([clock.cpu_seconds for clock in ours])
     rows = []
     for side in sides:
         runs = clocks[side.name]
-        totals = np.array([clock.total for clock in runs]) / units * 1e9
+        total = np.array([clock.total for clock in runs])
+        cpu = np.array([clock.cpu_seconds for clock in runs])
+        quartiles = np.quantile(total, [0.25, 0.75]) / units * 1e9
         rows.append(
             {
                 "name": side.name,
                 "group": side.group,
-                "median_ns": float(np.median(totals)),
-                "min_ns": float(totals.min()),
-                "quartiles_ns": [float(q) for q in np.quantile(totals, [0.25, 0.75])],
-                "max_over_min": float(totals.max() / totals.min()),
+                "median_ns": float(np.median(total)) / units * 1e9,
+                "min_ns": float(total.min()) / units * 1e9,
+                "quartiles_ns": quartiles.tolist(),
+                "max_over_min": float(total.max() / total.min()),
+                "cpu_median_ns": float(np.median(cpu)) / units * 1e9,
                 "phases_ns": {
                     p: float(np.median([c.seconds[p] for c in runs])) / units * 1e9 for p in runs[0].seconds
                 },
                 "runs": len(runs),
-                "ratio_of_medians": float(np.median(totals) / (np.median(ours) / units * 1e9)),
-                "median_ratio": statistics.median(c.total / o for c, o in zip(runs, ours, strict=True)),
+                "median_ratio": float(np.median(total / our_total)),
+                "ratio_of_medians": float(np.median(total) / np.median(our_total)),
+                "ratio_of_minima": float(total.min() / our_total.min()),
+                "cpu_ratio": float(np.median(cpu) / np.median(our_cpu)),
                 "note": getattr(side, "note", ""),
             }
         )
@@ -184,7 +199,7 @@ def best_by_group(sides: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for side in sides:
         group = side["group"]
         if group not in best or side["median_ratio"] < best[group]["median_ratio"]:
-            best[group] = {k: side[k] for k in ("name", "median_ns", "median_ratio", "ratio_of_medians")}
+            best[group] = {k: side[k] for k in RATIOS}
     return best
 
 

@@ -21,8 +21,7 @@ Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
 SOURCE = pathlib.Path(__file__).with_name("native.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
-         "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+FLAGS = ["-O3", "-march=native", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]  # fmt: skip
 
 
 @functools.cache

@@ -8,7 +8,7 @@ A missing value is a value of its own in every kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ def bucketize_floats(values: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
     Examples
     --------
-    >>> a, b, c, d = bucketize_floats([0.50, 0.52, 0.60, -0.50])
+    >>> a, b, c, d = bucketize_floats([0.50, 0.52, 0.60, -0.50]).tolist()
     >>> a == b, a == c, a == d
     (True, False, False)
     """

@@ -50,7 +50,7 @@ def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
     Notes
     -----
     This is the rule of the BARS benchmark for Criteo (Zhu et al., SIGIR 2022), after the winners of the Kaggle
-    competition ("3 Idiots", 2014). The buckets are exact for x below 2**44; above, rounding of the logarithm
+    competition ("3 Idiots", 2014). The buckets are exact for x below 2**37; above, rounding of the logarithm
     may put an x that lies on the edge of a bucket into the neighbour.
 
     Examples

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hashemb.ctr._extras import require
-from hashemb.ctr._source import Block, Options, Reject, find_label, infer_schema, parse_labels
+from hashemb.ctr._source import Block, Fault, Options, Reject, find_label, infer_schema, parse_labels
 from hashemb.ctr.fields import Kind, Schema
 
 __all__ = ["ParquetSource"]
@@ -37,7 +37,7 @@ class ParquetSource:
     @property
     def bytes_read(self) -> int:
         """Bytes of the file taken so far, estimated from the share of its rows."""
-        return self._size * self._rows_read // max(self._file.metadata.num_rows, 1)
+        return self._size * self._rows_read // max(int(self._file.metadata.num_rows), 1)
 
     def accepts(self, field: str, kind: Kind) -> bool:
         """Whether the column `field` can be read as `kind`: integers can be ids or counts."""
@@ -52,7 +52,7 @@ class ParquetSource:
         """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
         wanted = [*schema, *([] if self.label is None else [self.label])]
         for batch in self._batches(wanted):
-            labels, faults = None, []
+            labels, faults = None, list[Fault]()
             if self.label is not None:
                 labels, faults = parse_labels(batch.column(self.label))
             for row, reason in faults:
@@ -96,15 +96,21 @@ def _is_text(type_: Any) -> bool:
 
 
 def _canonical(column: Any) -> Any:
-    """The column in a type that `fields.encode` takes."""
-    pa = require("pyarrow")
+    """The column in a type that `fields.encode` takes, with null for the empty string."""
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
     type_ = column.type
     if pa.types.is_dictionary(type_):
-        if str(type_.value_type) in ("string", "binary"):
-            return column
+        values = _canonical(column.dictionary)
+        # A dictionary can be much longer than the batch that points into it.
+        if len(values) <= len(column) and not values.null_count:
+            return pa.DictionaryArray.from_arrays(column.indices, values)
         return _canonical(column.dictionary_decode())
     if pa.types.is_boolean(type_):
         return column.cast(pa.int64())
-    if _is_text(type_) and str(type_) not in ("string", "large_string", "binary", "large_binary"):
-        return column.cast(pa.string() if str(type_) == "string_view" else pa.binary())
-    return pa.nulls(len(column), pa.string()) if pa.types.is_null(type_) else column
+    if pa.types.is_null(type_):
+        return pa.nulls(len(column), pa.string())
+    if not _is_text(type_):
+        return column
+    column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
+    empty = pc.equal(pc.binary_length(column), 0)
+    return pc.if_else(empty, pa.scalar(None, column.type), column) if pc.any(empty).as_py() else column

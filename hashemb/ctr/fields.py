@@ -7,7 +7,7 @@ A missing value is a value of its own in every kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -23,8 +23,8 @@ Schema = Mapping[str, Kind]
 
 CRITEO_LABEL = "label"
 CRITEO_SCHEMA: dict[str, Kind] = {
-    **{f"I{i}": cast(Kind, "count") for i in range(1, 14)},
-    **{f"C{i}": cast(Kind, "string") for i in range(1, 27)},
+    **dict.fromkeys((f"I{i}" for i in range(1, 14)), "count"),
+    **dict.fromkeys((f"C{i}" for i in range(1, 27)), "string"),
 }
 
 
@@ -114,7 +114,7 @@ def encode(columns: Mapping[str, Any], schema: Schema) -> npt.NDArray[np.uint64]
         and ``"count"``, floats for ``"float"``. Columns that `schema` does not name are ignored.
     schema : mapping of str to {"string", "integer", "count", "float"}
         Fields in the order of the result's columns. Strings and integers are hashed as they are, counts by
-        `bucketize_counts`, floats by `bucketize_floats`. Null, the empty string and NaN are missing.
+        `bucketize_counts`, floats by `bucketize_floats`. Null and NaN are missing.
 
     Returns
     -------
@@ -134,46 +134,32 @@ def encode(columns: Mapping[str, Any], schema: Schema) -> npt.NDArray[np.uint64]
     (True, True)
     """
     canonical = {name: _CANONICAL[kind](columns[name]) for name, kind in schema.items()}
-    return cast("npt.NDArray[np.uint64]", hashemb.hash_fields(canonical))
+    return hashemb.hash_fields(canonical)
 
 
-def _strings(column: Any) -> Any:
-    pa, pc = require("pyarrow"), require("pyarrow.compute")
-    if pa.types.is_dictionary(column.type):
-        # A dictionary can be much longer than a slice that points into it.
-        if len(column.dictionary) <= len(column) and not _any(pc.equal(column.dictionary, _empty(column))):
-            return column
-        column = column.dictionary_decode()
-    empty = pc.equal(column, _empty(column))
-    return pc.if_else(empty, pa.scalar(None, column.type), column) if _any(empty) else column
-
-
-def _empty(column: Any) -> Any:
-    pa = require("pyarrow")
-    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return pa.scalar(b"" if pa.types.is_binary(type_) or pa.types.is_large_binary(type_) else "", type_)
-
-
-def _any(flags: Any) -> bool:
-    return bool(require("pyarrow.compute").any(flags, min_count=0).as_py())
+def _as_it_is(column: Any) -> Any:
+    return column
 
 
 def _counts(column: Any) -> Any:
-    values, missing = _to_numpy(column, 0)
-    return require("pyarrow").array(bucketize_counts(values), mask=missing)
+    """Buckets with the validity bitmap of the counts: what lies below a null is computed and never seen."""
+    pa = require("pyarrow")
+    column = column.cast(pa.int64())
+    validity, values = column.buffers()
+    counts = np.frombuffer(values, np.int64, column.offset + len(column)) if len(column) else np.empty(0, np.int64)
+    buffers = [validity, pa.py_buffer(bucketize_counts(counts))]
+    return pa.Array.from_buffers(pa.int64(), len(column), buffers, offset=column.offset)
 
 
 def _floats(column: Any) -> Any:
-    values, missing = _to_numpy(column.cast(require("pyarrow").float64()), np.nan)
-    return require("pyarrow").array(bucketize_floats(values), mask=missing | np.isnan(values))
+    pa = require("pyarrow")
+    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)  # null becomes NaN
+    return pa.array(bucketize_floats(values), mask=np.isnan(values))
 
 
-def _to_numpy(column: Any, filler: float) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    if column.null_count == 0:
-        return column.to_numpy(zero_copy_only=False), np.zeros(len(column), bool)
-    filled = column.fill_null(require("pyarrow").scalar(filler, column.type))
-    return filled.to_numpy(zero_copy_only=False), column.is_null().to_numpy(zero_copy_only=False)
-
-
-_CANONICAL = {"string": _strings, "integer": lambda column: column, "count": _counts, "float": _floats}
-
+_CANONICAL: dict[Kind, Callable[[Any], Any]] = {
+    "string": _as_it_is,
+    "integer": _as_it_is,
+    "count": _counts,
+    "float": _floats,
+}

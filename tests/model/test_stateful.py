@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dict_table import DictTable
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
@@ -64,8 +64,8 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(keys=key_arrays())
     def rows(self, keys: Any) -> None:
-        expected = np.array([self.model.rows(int(key)) for key in keys], np.int64).reshape(len(keys), -1)
-        np.testing.assert_array_equal(self.table.rows(keys).reshape(len(keys), -1), expected)
+        expected = [row for key in keys for row in self.model.rows(int(key))]
+        assert self.table.rows(keys).reshape(-1).tolist() == expected
 
     @precondition(lambda self: self.reader is not None)
     @rule(keys=key_arrays())
@@ -173,21 +173,19 @@ def test_table_against_a_dict_of_rows(machine: type[TableMachine]) -> None:
 
 @pytest.mark.slow
 def test_table_against_a_dict_of_rows_at_length(machine: type[TableMachine]) -> None:
-    run(machine, settings=settings(max_examples=600, stateful_step_count=60, deadline=None))
+    run(machine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))
 
 
 def test_canary(machine: type[TableMachine]) -> None:
-    """A table that loses one update in seven does not get past the machine."""
+    """A table that now and then loses a gradient, and nothing else, does not get past the machine."""
 
     class Lossy(machine):  # type: ignore[misc, valid-type]
         @rule(data=st.data())
         def update_that_may_be_lost(self, data: st.DataObject) -> None:
             batch = self.draw_batch(data, pooled=False)
-            if batch.keys.sum() % 7:
-                self.table.update(batch.keys, batch.grads)
+            self.table.update(batch.keys, batch.grads * (len(batch.keys) % 7 > 0))
             self.model.update(batch.keys, batch.grads)
 
-    with pytest.raises(AssertionError):
-        run(
-            Lossy, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, report_multiple_bugs=False)
-        )
+    generate_only = settings(max_examples=40, stateful_step_count=25, deadline=None, phases=[Phase.generate])
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        run(Lossy, settings=generate_only)

@@ -1,0 +1,88 @@
+"""``python -m bench [name ...] [--smoke | --full] [--json FILE]``: runs the questions and prints what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+from bench.harness import Result, Settings, Skip, machine
+
+BENCHES = ["lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    settings = Settings(
+        smoke=options.smoke,
+        full=options.full,
+        repeats=options.repeats or (1 if options.smoke else 11),
+        inner=1 if options.smoke else options.inner,
+        directory=options.dir or tempfile.gettempdir(),
+        dims=options.dims,
+        threads=options.threads,
+        optimizers=options.optimizers,
+        sides=options.sides,
+    )
+    report: dict[str, Any] = {"machine": machine(settings.directory), "settings": settings.__dict__, "results": []}
+    print(json.dumps(report["machine"], indent=1))
+    for name in options.names or BENCHES:
+        began = time.perf_counter()
+        run_bench(name, settings, report["results"])
+        print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1)
+    return 0
+
+
+def run_bench(name: str, settings: Settings, results: list[dict[str, Any]]) -> None:
+    """Runs one question and prints each result as it comes."""
+    try:
+        for result in importlib.import_module(f"bench.{name}").run(settings):
+            results.append(result.as_dict())
+            show(result)
+    except Skip as reason:
+        print(f"-- {name} skipped: {reason}")
+
+
+def show(result: Result) -> None:
+    """One table per result: nanoseconds per unit, and each side's time over ours."""
+    point = " ".join(f"{k}={v}" for k, v in result.case.items())
+    print(f"\n{result.bench}: {point}\n  {result.checks}")
+    print(f"  {'':34}{'ns per ' + result.unit:^20}{'time of the side / ours':^28}  median ns by phase")
+    print(f"  {'side':34}{'median':>10}{'min':>10}{'median':>8}{'minima':>8}{'cpu':>8}")
+    for side in result.sides:
+        ratios = "".join(f"{side[k]:8.2f}" for k in ("median_ratio", "ratio_of_minima", "cpu_ratio"))
+        phases = " ".join(f"{k} {v:.1f}" for k, v in side["phases_ns"].items())
+        print(f"  {side['name']:34}{side['median_ns']:10.2f}{side['min_ns']:10.2f}{ratios}  {phases}  {side['note']}")
+    sys.stdout.flush()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHES], help=f"which of {', '.join(BENCHES)}; default all")
+    parser.add_argument("--only", dest="names", nargs="+", choices=BENCHES, default=argparse.SUPPRESS, help="the same")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
+    parser.add_argument("--full", action="store_true", help="the whole grid (hours)")
+    parser.add_argument("--json", metavar="FILE", help="write machine, settings and results")
+    parser.add_argument("--repeats", type=int, help="timed runs of each side")
+    parser.add_argument("--inner", type=int, default=2, help="batches in a timed run")
+    parser.add_argument("--dir", help=f"where the tables are made; default {tempfile.gettempdir()}")
+    parser.add_argument("--dims", type=int, nargs="+", default=[])
+    parser.add_argument("--threads", type=int, nargs="+", default=[])
+    parser.add_argument("--optimizers", nargs="+", choices=["rowwise_adagrad", "adagrad"], default=[])
+    parser.add_argument("--sides", default="", help="a regular expression: only the peers whose name it finds")
+    options = parser.parse_args(arguments)
+    if options.dir:
+        os.makedirs(options.dir, exist_ok=True)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

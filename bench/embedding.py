@@ -1,0 +1,131 @@
+"""Look-ups and updates of embeddings, ours and the peers', at the points of a grid: what lookup.py, update.py and
+pooled.py share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import hashemb
+from bench import torch_sides, workload
+from bench.harness import Result, Settings, Skip, available, digest, measure, require_memory
+from bench.sides import EmbeddingSide, HashembSide, NumpySide, RooflineSide
+from bench.workload import Case
+
+SETTLE_S = 0.03  # libgomp's idle threads spin for about this long
+CHECKED_SAMPLES = 256
+
+
+def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case]:
+    """The acceptance point (dims 16 and 64, 1 and 2 threads), the full grid, or one tiny point."""
+    threads = settings.threads or [1, 2]
+    if settings.smoke:
+        yield dataclasses.replace(base, rows=1 << 14, dim=settings.dims[0] if settings.dims else 16, batch=64, threads=2,
+                                  optimizer=optimizers[0])  # fmt: skip
+        return
+    if not settings.full:
+        for o, d, t in itertools.product(optimizers, settings.dims or [16, 64], threads):
+            yield dataclasses.replace(base, optimizer=o, dim=d, threads=t)
+        return
+    dims = settings.dims or [4, 8, 16, 32, 64, 128]
+    batches = [max(1, base.batch * b // 4096) for b in (256, 4096, 16384)]
+    for dtype, rows, o, d in itertools.product(("float32", "bfloat16"), (1 << 20, 1 << 23, 1 << 25), optimizers, dims):
+        for dist, b, t in itertools.product(("uniform", "zipf1.2"), batches, threads):
+            yield dataclasses.replace(
+                base, dtype=dtype, rows=rows, optimizer=o, dim=d, distribution=dist, batch=b, threads=t
+            )
+
+
+def run(bench: str, settings: Settings, base: Case, *, train: bool) -> Iterator[Result]:
+    """Measures every case of the grid; cases with the same table follow each other and share it."""
+    optimizers = settings.optimizers or (["rowwise_adagrad", "adagrad"] if train else ["rowwise_adagrad"])
+    cases = grid(settings, base, optimizers)
+    for _, group in itertools.groupby(cases, key=lambda c: (c.rows, c.dim, c.dtype, c.optimizer)):
+        same_table = list(group)
+        with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
+            try:
+                require_memory(2 * workload.table_bytes(same_table[0]), "the table and a peer's copy")
+            except Skip as reason:
+                print(f"{bench}: skipped {same_table[0]}: {reason}")
+                continue
+            table = workload.make_table(directory, same_table[0])
+            for case in same_table:
+                yield run_case(bench, settings, table, case, train=train)
+            workload.drop_table(table)
+
+
+def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> Result:
+    """Makes the sides, checks each, measures them in turn."""
+    hashemb.set_num_threads(case.threads)
+    torch_sides.set_num_threads(case.threads)
+    skipped: dict[str, str] = {}
+    sides = make_sides(table, case, skipped, settings, train=train)
+    batch = functools.lru_cache(maxsize=4)(functools.partial(workload.keys_for, case))
+    checks = check_sides(sides, case, train=train)
+    for side in sides:
+        if isinstance(side, RooflineSide):
+            side.tune([batch(i) for i in range(1000, 1003)])
+    settle_s = SETTLE_S if case.threads > 1 and not settings.smoke else 0.0
+    rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner, settle_s=settle_s)
+    return Result(bench, dataclasses.asdict(case), "key", case.num_keys, rows, skipped, checks)
+
+
+def make_sides(
+    table: hashemb.EmbeddingTable, case: Case, skipped: dict[str, str], settings: Settings, *, train: bool
+) -> list[EmbeddingSide]:
+    """Ours first, then every side that can run here and whose name `--sides` matches."""
+    makers: list[tuple[str, Any]] = [
+        ("hashemb new result", lambda: HashembSide(table, case, train=train, reuse=False)),
+        ("roofline", lambda: RooflineSide(table, case, train=train)),
+        ("NumPy", lambda: NumpySide(table, case, train=train)),
+        *torch_sides.make_sides(table, case, train=train),
+    ]
+    sides: list[EmbeddingSide] = [HashembSide(table, case, train=train)]
+    for name, make in makers:
+        if re.search(settings.sides, name):
+            with available(skipped, name):
+                sides.append(make())
+    return sides
+
+
+# ---- checks ----
+
+
+def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[str, Any]:
+    """Every look-up equals the rows; every update goes where Adagrad goes. Returns hashes of our results."""
+    keys = workload.keys_for(case, 1 << 20)
+    checks: dict[str, Any] = {"keys": case.num_keys, "values": case.num_vectors * case.dim}
+    for side in sides:
+        result = side.values(side.lookup(side.prepare(keys)))
+        rows = side.rows(keys)
+        few = slice(0, CHECKED_SAMPLES)
+        vectors = result.reshape(case.batch, -1, case.dim)
+        if result.size != case.num_vectors * case.dim:
+            raise workload.Mismatch(f"{side.name}: look-up gave {result.size} values")
+        workload.check_lookup(side.name, rows[few], side.read(rows[few])[0], vectors[few])
+        checks.setdefault("lookup_sha256", digest(result))
+    if train:
+        for side in sides:
+            check_one_update(side, case, keys, checks)
+    return checks
+
+
+def check_one_update(side: EmbeddingSide, case: Case, keys: Any, checks: dict[str, Any]) -> None:
+    """One step of a side against the judge; for sides of another arithmetic, that exactly its rows moved."""
+    prepared = side.prepare(keys)
+    rows, total = workload.summed_gradients(side.rows(keys), side.grads)
+    before = side.read(rows)
+    side.update(prepared, side.lookup(prepared))
+    after = side.read(rows)
+    if side.judged:
+        atol = 1e-6 if case.dtype == "float32" else 1e-2
+        workload.check_update(side.name, case.optimizer, total, before, after, atol)
+        checks.setdefault("update_sha256", digest(*after))
+        checks.setdefault("distinct_rows", int(rows.size))
+    elif not (after[0] == after[0]).all():
+        raise workload.Mismatch(f"{side.name}: NaN after an update")

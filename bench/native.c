@@ -1,0 +1,154 @@
+/* The least work that the accesses of a look-up or an update can be done with: no hashing, no duplicates, no
+ * optimiser, rows given. What these loops take is the machine's limit. Also the consumer that reads results.
+ * Compiled at run time by native.py for the CPU at hand; loops divide over threads by position in the batch. */
+#include <immintrin.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LINE_BYTES = 64, MAX_THREADS = 64 };
+
+typedef struct {
+    char *weight;
+    float *state;
+    const int64_t *rows;
+    const float *grads;
+    char *out;
+    int64_t dim, state_dim;
+    float scale;
+    int ahead, nontemporal;
+} work;
+
+typedef struct {
+    void (*fn)(const work *, int64_t begin, int64_t end, double *sum);
+    const work *w;
+    int64_t begin, end;
+    double sum;
+} task;
+
+static void *run_task(void *arg) {
+    task *t = arg;
+    t->fn(t->w, t->begin, t->end, &t->sum);
+    return NULL;
+}
+
+static double run(void (*fn)(const work *, int64_t, int64_t, double *), const work *w, int64_t n, int num_threads) {
+    pthread_t threads[MAX_THREADS];
+    task tasks[MAX_THREADS];
+    double sum = 0.0;
+    for (int i = 0; i < num_threads; i++) {
+        tasks[i] = (task){fn, w, n * i / num_threads, n * (i + 1) / num_threads, 0.0};
+        if (i > 0 && pthread_create(&threads[i], NULL, run_task, &tasks[i])) __builtin_trap();
+    }
+    run_task(&tasks[0]);
+    for (int i = 1; i < num_threads; i++) pthread_join(threads[i], NULL);
+    for (int i = 0; i < num_threads; i++) sum += tasks[i].sum;
+    return sum;
+}
+
+static void sum_share(const work *w, int64_t begin, int64_t end, double *sum) {
+    enum { LANES = 64 }; /* independent sums hide the latency of the additions */
+    const float *values = w->grads;
+    float lanes[LANES] = {0};
+    for (; begin + LANES <= end; begin += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += values[begin + l];
+    for (; begin < end; begin++) lanes[0] += values[begin];
+    for (int l = 0; l < LANES; l++) *sum += lanes[l];
+}
+
+/* The consumer: reads every value once, as fast as memory gives them. */
+double bench_sum(const float *values, int64_t n, int num_threads) {
+    work w = {.grads = values};
+    return run(sum_share, &w, n, num_threads);
+}
+
+static inline __attribute__((always_inline)) void copy_row(char *out, const char *row, int64_t bytes, int nontemporal) {
+#ifdef __AVX2__
+    if (nontemporal) {
+        for (int64_t i = 0; i < bytes; i += 32)
+            _mm256_stream_si256((__m256i *)(out + i), _mm256_loadu_si256((const __m256i *)(row + i)));
+        return;
+    }
+#else
+    (void)nontemporal;
+#endif
+    memcpy(out, row, bytes);
+}
+
+static inline __attribute__((always_inline)) void prefetch(const char *p, int64_t bytes, int write) {
+    const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(LINE_BYTES - 1));
+    for (; line < p + bytes; line += LINE_BYTES)
+        if (write) __builtin_prefetch(line, 1, 3);
+        else __builtin_prefetch(line, 0, 3);
+}
+
+static inline __attribute__((always_inline)) void gather_rows(const work *w, int64_t begin, int64_t end, int64_t bytes) {
+    for (int64_t i = begin; i < end && i < begin + w->ahead; i++) prefetch(w->weight + w->rows[i] * bytes, bytes, 0);
+    for (int64_t i = begin; i < end; i++) {
+        if (i + w->ahead < end) prefetch(w->weight + w->rows[i + w->ahead] * bytes, bytes, 0);
+        copy_row(w->out + i * bytes, w->weight + w->rows[i] * bytes, bytes, w->nontemporal);
+    }
+}
+
+static void gather_share(const work *w, int64_t begin, int64_t end, double *sum) {
+    (void)sum;
+    switch (w->dim) {
+        case 4: gather_rows(w, begin, end, 16); break;
+        case 8: gather_rows(w, begin, end, 32); break;
+        case 16: gather_rows(w, begin, end, 64); break;
+        case 32: gather_rows(w, begin, end, 128); break;
+        case 64: gather_rows(w, begin, end, 256); break;
+        case 128: gather_rows(w, begin, end, 512); break;
+        default: gather_rows(w, begin, end, w->dim * 4);
+    }
+    if (w->nontemporal) _mm_sfence();
+}
+
+/* out[i] = weight[rows[i]]; `nontemporal` needs rows of a multiple of 32 bytes and `out` aligned to 32. */
+void bench_gather(char *weight, int64_t dim, const int64_t *rows, int64_t n, char *out, int ahead, int nontemporal,
+                  int num_threads) {
+    work w = {.weight = weight, .dim = dim, .rows = rows, .out = out, .ahead = ahead, .nontemporal = nontemporal};
+    run(gather_share, &w, n, num_threads);
+}
+
+static inline __attribute__((always_inline)) void prefetch_update(const work *w, int64_t i, int64_t dim, int64_t state_dim) {
+    int64_t row = w->rows[i];
+    prefetch(w->weight + row * dim * 4, dim * 4, 1);
+    if (state_dim) prefetch((const char *)(w->state + row * state_dim), state_dim * 4, 1);
+}
+
+static inline __attribute__((always_inline)) void update_rows(const work *w, int64_t begin, int64_t end, int64_t dim,
+                                                              int64_t state_dim) {
+    for (int64_t i = begin; i < end && i < begin + w->ahead; i++) prefetch_update(w, i, dim, state_dim);
+    for (int64_t i = begin; i < end; i++) {
+        if (i + w->ahead < end) prefetch_update(w, i + w->ahead, dim, state_dim);
+        const float *restrict g = w->grads + i * dim;
+        float *restrict row = (float *)w->weight + w->rows[i] * dim;
+        float *restrict state = w->state + w->rows[i] * state_dim;
+        for (int64_t j = 0; j < dim; j++) row[j] += g[j] * w->scale;
+        for (int64_t j = 0; j < state_dim; j++) state[j] += g[j] * w->scale;
+    }
+}
+
+#define CASE(d)                                                     \
+    case d:                                                         \
+        if (w->state_dim > 1) update_rows(w, begin, end, d, d);     \
+        else if (w->state_dim) update_rows(w, begin, end, d, 1);    \
+        else update_rows(w, begin, end, d, 0);                      \
+        break;
+
+static void update_share(const work *w, int64_t begin, int64_t end, double *sum) {
+    (void)sum;
+    switch (w->dim) {
+        CASE(4) CASE(8) CASE(16) CASE(32) CASE(64) CASE(128)
+        default: update_rows(w, begin, end, w->dim, w->state_dim);
+    }
+}
+
+/* Adds scale * grads[i] to weight[rows[i]] and to state[rows[i]]; the rows must be distinct. */
+void bench_update(char *weight, float *state, int64_t dim, int64_t state_dim, const int64_t *rows, int64_t n,
+                  const float *grads, float scale, int ahead, int num_threads) {
+    work w = {.weight = weight, .state = state, .dim = dim, .state_dim = state_dim, .rows = rows, .grads = grads,
+              .scale = scale, .ahead = ahead};
+    run(update_share, &w, n, num_threads);
+}

@@ -1,0 +1,75 @@
+"""The C loops of native.c, compiled for this CPU when first asked for. Without a compiler they are skipped."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.harness import Skip
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+SOURCE = pathlib.Path(__file__).with_name("native.c")
+FLAGS = ["-O3", "-march=native", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled loops; `Skip` without a compiler or where the loops are not written for the CPU."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise Skip("no C compiler for the roofline loops")
+    if os.uname().machine != "x86_64":
+        raise Skip("the roofline loops are written for x86-64")
+    with tempfile.TemporaryDirectory(prefix="hashemb-bench-") as directory:
+        target = os.path.join(directory, f"native-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
+        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", target], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed on {SOURCE}:\n{done.stderr}")
+        loaded = ctypes.CDLL(target)
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.bench_sum.restype = ctypes.c_double
+    loaded.bench_sum.argtypes = [pointer, i64, i32]
+    loaded.bench_gather.argtypes = [pointer, i64, pointer, i64, pointer, i32, i32, i32]
+    loaded.bench_update.argtypes = [
+        pointer, pointer, i64, i64, pointer, i64, pointer, ctypes.c_float, i32, i32,
+    ]  # fmt: skip
+    return loaded
+
+
+def consume(values: Floats, num_threads: int) -> float:
+    """Reads every value once and returns the sum: what the next layer of a model would do at the least."""
+    try:
+        native = library()
+    except Skip:
+        return float(values.sum())
+    return float(native.bench_sum(values.ctypes.data, values.size, num_threads))
+
+
+def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, num_threads: int) -> None:
+    """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows."""
+    library().bench_gather(
+        weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal, num_threads
+    )
+
+
+def update(
+    weight: Array, state: Array | None, rows: Rows, grads: Floats, *, scale: float, ahead: int, num_threads: int
+) -> None:
+    """Adds ``scale * grads[i]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
+    state_dim = 0 if state is None else 1 if state.ndim == 1 else state.shape[1]
+    library().bench_update(
+        weight.ctypes.data, 0 if state is None else state.ctypes.data, weight.shape[1], state_dim, rows.ctypes.data,
+        rows.size, grads.ctypes.data, scale, ahead, num_threads,
+    )  # fmt: skip

@@ -1,0 +1,11 @@
+"""How fast is a training step on bags of 20 keys whose rows are summed? Four such features."""
+
+from collections.abc import Iterator
+
+from bench import embedding
+from bench.harness import Result, Settings
+from bench.workload import Case
+
+
+def run(settings: Settings) -> Iterator[Result]:
+    return embedding.run("pooled", settings, Case(rows=1 << 23, dim=16, batch=1024, fields=4, bag=20), train=True)

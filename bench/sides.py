@@ -1,0 +1,186 @@
+"""The ways to look up and update embeddings that need only NumPy and a C compiler: ours, NumPy's and the limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import hashemb
+from bench import native
+from bench.harness import OURS, Clock, Skip
+from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, gradients
+
+
+class EmbeddingSide:
+    """What every way has: rows of keys, reading rows for the judge, and the phases of a run.
+
+    Subclasses give `lookup` (the vectors, float32, after which the consumer reads them) and `update`.
+    """
+
+    name = ""
+    group = ""
+    judged = True  # whether the update is (row-wise) Adagrad, which the judge knows
+
+    def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> None:
+        self.table, self.case, self.train = table, case, train
+        self.grads = gradients(case.num_vectors, case.dim)
+
+    def rows(self, keys: Keys) -> Rows:
+        """The rows of a batch in this side's own numbering."""
+        return self.table.rows(keys)
+
+    def read(self, rows: Rows) -> tuple[Floats, Floats]:
+        """Weights and accumulator of rows."""
+        state = self.table.state.get("accumulator")
+        assert state is not None
+        return as_float32(self.table.weight[rows], self.case.dtype), state[rows]
+
+    def prepare(self, keys: Keys) -> Any:
+        return keys
+
+    def lookup(self, prepared: Any) -> Any:
+        """The vectors of a batch, in the side's own type."""
+        raise NotImplementedError
+
+    def values(self, result: Any) -> Floats:
+        """The result as NumPy sees it; no copy."""
+        return np.asarray(result)
+
+    def update(self, prepared: Any, result: Any) -> None:
+        raise NotImplementedError
+
+    def run(self, prepared: Any, clock: Clock) -> None:
+        result = self.lookup(prepared)
+        clock.lap("lookup")
+        native.consume(self.values(result), self.case.threads)
+        clock.lap("consume")
+        if self.train:
+            self.update(prepared, result)
+            clock.lap("update")
+
+
+class HashembSide(EmbeddingSide):
+    """Ours, from raw keys. The result goes to memory that is reused, as a training loop would."""
+
+    name, group = OURS, OURS
+
+    def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool, reuse: bool = True) -> None:
+        super().__init__(table, case, train=train)
+        self.out = np.zeros((case.num_vectors, case.dim), np.float32) if reuse else None
+        if not reuse:
+            self.name, self.note = f"{OURS} new result", "allocates its result at each call"
+            self.group = self.name
+        self.bags: dict[str, Any] = {}
+        if case.bag > 1:
+            self.bags = {"offsets": np.arange(0, case.num_keys + 1, case.bag)}
+
+    def prepare(self, keys: Keys) -> Keys:
+        return keys.reshape(-1)
+
+    def lookup(self, prepared: Keys) -> Floats:
+        return self.table.lookup(prepared, out=self.out, **self.bags)
+
+    def update(self, prepared: Keys, result: Floats) -> None:
+        self.table.update(prepared, self.grads, **self.bags)
+
+
+class NumpySide(EmbeddingSide):
+    """Fancy indexing on the mapped file; duplicates summed by sort and reduceat."""
+
+    name, group = "NumPy", "NumPy"
+
+    def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> None:
+        super().__init__(table, case, train=train)
+        if case.dtype != "float32":
+            raise Skip("NumPy has no bfloat16")
+        self.weight = np.load(f"{table.path}/weight.npy", mmap_mode="r+")
+        self.accumulator = np.load(f"{table.path}/accumulator.npy", mmap_mode="r+")
+
+    def prepare(self, keys: Keys) -> Rows:
+        return self.rows(keys)
+
+    def lookup(self, prepared: Rows) -> Floats:
+        vectors: Floats = self.weight[prepared].sum(axis=2) if self.case.bag > 1 else self.weight[prepared]
+        return vectors
+
+    def update(self, prepared: Rows, result: Floats) -> None:
+        flat = prepared.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        distinct, first = np.unique(flat[order], return_index=True)
+        grads = np.add.reduceat(self.grads[order // self.case.bag], first, axis=0)
+        square = grads * grads
+        if self.case.optimizer == "rowwise_adagrad":
+            square = square.mean(axis=1)
+        total = self.accumulator[distinct] + square
+        self.accumulator[distinct] = total
+        root = np.sqrt(total) + np.float32(EPS)
+        self.weight[distinct] -= LR * grads / (root[:, None] if root.ndim == 1 else root)
+
+
+class RooflineSide(EmbeddingSide):
+    """The plain C loops on the table's own mapping, given rows. Its update adds without an optimiser."""
+
+    name, group = "roofline", "roofline"
+    judged = False
+
+    def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> None:
+        super().__init__(table, case, train=train)
+        native.library()
+        if case.dtype != "float32" or case.bag > 1:
+            raise Skip("the roofline loops are written for single float32 rows")
+        self.out = aligned((case.num_vectors, case.dim))
+        self.ahead, self.nontemporal, self.update_ahead = 16, False, 16
+
+    def prepare(self, keys: Keys) -> Rows:
+        return self.rows(keys).reshape(-1)
+
+    def lookup(self, prepared: Rows) -> Floats:
+        native.gather(
+            self.table.weight, prepared, self.out, ahead=self.ahead, nontemporal=self.nontemporal,
+            num_threads=self.case.threads,
+        )  # fmt: skip
+        return self.out
+
+    def update(self, prepared: Rows, result: Any) -> None:
+        native.update(
+            self.table.weight, self.table.state["accumulator"], prepared, self.grads, scale=1e-9,
+            ahead=self.update_ahead, num_threads=self.case.threads,
+        )  # fmt: skip
+
+    def tune(self, batches: list[Keys]) -> None:
+        """Takes the prefetch distance and kind of stores that are fastest here: it is the limit that we want."""
+        prepared = [self.prepare(b) for b in batches]
+        choices = [(a, nt) for a in (8, 16, 32, 64) for nt in (False, True) if not nt or self.case.dim % 8 == 0]
+        self.ahead, self.nontemporal = min(choices, key=lambda c: self._lookup_seconds(prepared, *c))
+        if self.train:
+            self.update_ahead = min((4, 8, 16, 32), key=lambda a: self._update_seconds(prepared, a))
+        stores = "non-temporal" if self.nontemporal else "plain"
+        self.note = f"{stores} stores, {self.ahead} ahead" + f", update {self.update_ahead} ahead" * self.train
+
+    def _lookup_seconds(self, prepared: list[Rows], ahead: int, nontemporal: bool) -> float:
+        self.ahead, self.nontemporal = ahead, nontemporal
+        return best_seconds(lambda rows: native.consume(self.lookup(rows), self.case.threads), prepared)
+
+    def _update_seconds(self, prepared: list[Rows], ahead: int) -> float:
+        self.update_ahead = ahead
+        return best_seconds(lambda rows: self.update(rows, None), prepared)
+
+
+def best_seconds(fn: Any, arguments: list[Any]) -> float:
+    """The shortest time of fn over the arguments."""
+    times = []
+    for a in arguments:
+        clock = Clock()
+        fn(a)
+        clock.lap("all")
+        times.append(clock.total)
+    return min(times)
+
+
+def aligned(shape: tuple[int, ...]) -> Floats:
+    """Zeroed float32 memory at a multiple of 64 bytes."""
+    size = int(np.prod(shape))
+    raw = np.zeros(size + 16, np.float32)
+    first = -raw.ctypes.data % 64 // 4
+    return raw[first : first + size].reshape(shape)

@@ -9,15 +9,12 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hashemb
 from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, load_model, write_card
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.errors import HashembError
-
-if TYPE_CHECKING:
-    from hashemb.optim import Optimizer
 
 __all__ = ["DEFAULTS", "DEFAULT_RATES", "ModelOptions", "build_optimizer", "open_or_create", "parse_count"]
 
@@ -95,7 +92,7 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
-def build_optimizer(options: ModelOptions) -> Optimizer:
+def build_optimizer(options: ModelOptions) -> hashemb.Adagrad | hashemb.SGD | hashemb.FTRL:
     """The optimiser that `options` (with defaults filled in) name.
 
     Raises

@@ -162,6 +162,7 @@ def wrong_imports(module: str, text: str) -> list[str]:
     top = module.split(".")[0]
     if top in OUTER_MODULES:
         allowed = {"errors", "reference", top} | ({"ctr"} if top in CTR_USERS else set())
+        allowed |= {"cli"} if top == "__main__" else set()
     elif top in ALLOWED_IMPORTS:
         allowed = ALLOWED_IMPORTS[top]
     else:

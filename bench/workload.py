@@ -115,6 +115,11 @@ def make_table(directory: str, case: Case) -> hashemb.EmbeddingTable:
     return table
 
 
+def is_fresh(table: hashemb.EmbeddingTable) -> bool:
+    """Whether nothing but `make_table` has updated the table."""
+    return table.step == -(-table.num_embeddings // FILL_ROWS)
+
+
 def drop_table(table: hashemb.EmbeddingTable) -> None:
     """Closes the table and deletes its files."""
     table.close()

@@ -15,7 +15,7 @@ import numpy as np
 
 import hashemb
 from bench import torch_sides, workload
-from bench.harness import Result, Settings, Skip, available, digest, measure, require_memory
+from bench.harness import Mismatch, Result, Settings, Skip, available, digest, measure, require_memory
 from bench.sides import EmbeddingSide, HashembSide, NumpySide, RooflineSide
 from bench.workload import Case
 
@@ -27,8 +27,8 @@ def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case
     """The acceptance point (dims 16 and 64, 1 and 2 threads), the full grid, or one tiny point."""
     threads = settings.threads or [1, 2]
     if settings.smoke:
-        yield dataclasses.replace(base, rows=1 << 14, dim=settings.dims[0] if settings.dims else 16, batch=64, threads=2,
-                                  optimizer=optimizers[0])  # fmt: skip
+        dim, tiny = settings.dims[0] if settings.dims else 16, base.batch // 64
+        yield dataclasses.replace(base, rows=1 << 14, dim=dim, batch=tiny, threads=2, optimizer=optimizers[0])
         return
     if not settings.full:
         for o, d, t in itertools.product(optimizers, settings.dims or [16, 64], threads):
@@ -68,7 +68,6 @@ def with_tables(settings: Settings, cases: Iterable[Case]) -> Iterator[tuple[has
 
 def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> Result:
     """Makes the sides, checks each, measures them in turn."""
-    hashemb.set_num_threads(case.threads)
     torch_sides.set_num_threads(case.threads)
     skipped: dict[str, str] = {}
     sides = make_sides(table, case, skipped, settings, train=train)
@@ -115,7 +114,7 @@ def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[
         few = slice(0, CHECKED_SAMPLES)
         vectors = result.reshape(case.batch, -1, case.dim)
         if result.size != case.num_vectors * case.dim:
-            raise workload.Mismatch(f"{side.name}: look-up gave {result.size} values")
+            raise Mismatch(f"{side.name}: look-up gave {result.size} values")
         workload.check_lookup(side.name, rows[few], side.read(rows[few])[0], vectors[few])
         if fresh and side is sides[0]:
             checks["lookup_sha256"] = digest(result)
@@ -141,5 +140,5 @@ def check_one_update(side: EmbeddingSide, case: Case, keys: Any) -> tuple[Any, t
         atol = 1e-6 if case.dtype == "float32" else 1e-2
         workload.check_update(side.name, case.optimizer, total, before, after, atol)
     elif not np.isfinite(after[0]).all() or not (after[0] != before[0]).any():
-        raise workload.Mismatch(f"{side.name}: an update left no change, or values that are not finite")
+        raise Mismatch(f"{side.name}: an update left no change, or values that are not finite")
     return rows, after

@@ -38,14 +38,13 @@ class HashSide:
 def run(settings: Settings) -> Iterator[Result]:
     if not hasattr(hashemb, "hash_keys"):
         raise Skip("this version has no hash_keys")
-    hashemb.set_num_threads(1)
     torch_sides.set_num_threads(1)
     n = 10_000 if settings.smoke else 10_000_000
     ints = np.random.default_rng(3).integers(0, 1 << 63, n)
     letters = np.random.default_rng(4).integers(97, 123, (n, WIDTH), np.uint8)
-    for kind, values in (("int64", ints), ("NumPy S8", letters.view(f"S{WIDTH}").reshape(-1)), ("Arrow string", letters)):
+    for kind in ("int64", "NumPy S8", "Arrow string"):
         skipped: dict[str, str] = {}
-        sides, checks = int_sides(values, skipped) if kind == "int64" else string_sides(kind, values, skipped)
+        sides, checks = int_sides(ints, skipped) if kind == "int64" else string_sides(kind, letters, skipped)
         rows = measure(sides, int, units=n, repeats=max(1, settings.repeats // 2), inner=1)
         yield Result("hash", {"column": kind, "values": n}, "value", n, rows, skipped, checks)
 
@@ -59,19 +58,19 @@ def int_sides(ints: Any, skipped: dict[str, str]) -> tuple[list[Any], dict[str, 
     return sides, checks
 
 
-def string_sides(kind: str, values: Any, skipped: dict[str, str]) -> tuple[list[Any], dict[str, Any]]:
-    fixed = values.view(f"S{WIDTH}").reshape(-1)
+def string_sides(kind: str, letters: Any, skipped: dict[str, str]) -> tuple[list[Any], dict[str, Any]]:
+    fixed = letters.view(f"S{WIDTH}").reshape(-1)
     few = [v.decode() for v in fixed[:PER_VALUE].tolist()]
     share = len(few) / fixed.size
-    column = fixed if kind == "NumPy S8" else arrow_strings(values)
+    column = fixed if kind == "NumPy S8" else arrow_strings(letters)
     checks = check(hashemb.hash_keys(column), mmh3_strings(few))
     sides = [HashSide(OURS, hashemb.hash_keys, column), HashSide("mmh3 per value", mmh3_strings, few, share=share)]
     with available(skipped, "hash_keys of a list"):
         sides.append(HashSide("hashemb on a list of str", hashemb.hash_keys, few, share=share))
     with available(skipped, "FeatureHasher"):
         sides.append(HashSide("scikit-learn FeatureHasher", feature_hasher(), few, share=share))
-    objects = np.array(few, object)
-    return sides + column_peers(objects, lambda: column if kind != "NumPy S8" else arrow_strings(values), skipped), checks
+    sides += column_peers(np.array(few, object), lambda: arrow_strings(letters), skipped)
+    return sides, checks
 
 
 def column_peers(for_pandas: Any, for_polars: Callable[[], Any], skipped: dict[str, str]) -> list[HashSide]:

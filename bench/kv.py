@@ -28,7 +28,7 @@ DIM, BATCH = 16, 256 * 26
 class StoreSide:
     """Keys and values as bytes. `get` gives the values in the order of the keys; `put` takes pairs."""
 
-    def __init__(self, name: str, get: Callable[[list[bytes]], list[bytes]], put: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, name: str, get: Callable[[Any], Any], put: Callable[[Any], Any]) -> None:
         self.name = self.group = name
         self.get, self.put = get, put
 
@@ -69,7 +69,6 @@ class TableSide:
 
 
 def run(settings: Settings) -> Iterator[Result]:
-    hashemb.set_num_threads(1)
     torch_sides.set_num_threads(1)
     n, size = (2000, 256) if settings.smoke else (1 << 20, BATCH)
     keys = np.random.default_rng(12).integers(0, 1 << 64, n, np.uint64)
@@ -143,7 +142,7 @@ def rocksdb_side(path: str, closers: list[Callable[[], Any]]) -> StoreSide:
     options.create_if_missing(True)
     store = rocksdict.Rdict(path, options)
     closers.append(store.close)
-    no_log = rocksdict.WriteOptions()
+    no_log: Any = rocksdict.WriteOptions()
     no_log.disable_wal = True
 
     def put(pairs: list[tuple[bytes, bytes]]) -> None:

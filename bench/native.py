@@ -60,8 +60,9 @@ def consume(values: Floats, num_threads: int) -> float:
 def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, num_threads: int) -> None:
     """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows."""
     library().bench_gather(
-        weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal, num_threads
-    )
+        weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal,
+        num_threads,
+    )  # fmt: skip
 
 
 def update(

@@ -49,7 +49,6 @@ def run(settings: Settings) -> Iterator[Result]:
 
 
 def run_case(settings: Settings, table: hashemb.EmbeddingTable, case: Case) -> Result:
-    hashemb.set_num_threads(case.threads)
     torch_sides.set_num_threads(case.threads)
     calls = 4 if settings.smoke else max(4, min(500, KEYS_PER_RUN // case.num_keys))
     kept = dataclasses.replace(settings, sides=settings.sides or "NumPy|FBGEMM memory|Bag")

@@ -61,13 +61,13 @@ def replace_between_marks(path: pathlib.Path, text: str) -> None:
 
 def machine_lines(reports: list[dict[str, Any]]) -> list[str]:
     """What the figures were measured on; one line per distinct machine and file system."""
-    lines = {}
+    lines: dict[str, None] = {}
     for report in reports:
         m = report["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
         lines[
-            f"- {m['cpu']} (family/model/stepping {m['family_model_stepping']}), {m['usable_cores']} cores, L3 {m['l3']}, "
-            f"kernels {m['isa']}, Linux {m['kernel']}, tables on {m['file_system']}, Python {m['python']}; {versions}"
+            f"- {m['cpu']} (family/model/stepping {m['family_model_stepping']}), {m['usable_cores']} cores, "
+            f"L3 {m['l3']}, kernels {m['isa']}, Linux {m['kernel']}, tables on {m['file_system']}, Python {m['python']}; {versions}"
         ] = None
     return ["Measured on:", "", *lines, ""]
 
@@ -163,7 +163,7 @@ def draw_roofline(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set(xlabel="fraction of the limit (plain C loop over the same rows, without hashing or optimiser)", xlim=(0, 1.2))
+    axes.set(xlabel="fraction of the limit (plain C loop on the same rows, no hashing, no optimiser)", xlim=(0, 1.2))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -30,7 +30,6 @@ def run(settings: Settings) -> Iterator[Result]:
 
 
 def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, phase: str) -> Result:
-    hashemb.set_num_threads(case.threads)
     torch_sides.set_num_threads(case.threads)
     batch = functools.partial(distinct_keys, case)
     ours = HashembSide(table, case, train=phase == "update")

@@ -63,7 +63,8 @@ def keys_for(case: Case, number: int) -> Keys:
         raise ValueError(f"distribution must be uniform or zipf1.2, got {case.distribution!r}")
     ranks = zipf_ranks(rng.random(shape), case.rows // case.fields, 1.2)
     values = ranks * np.uint64(case.fields) + np.arange(case.fields, dtype=np.uint64)[None, :, None]
-    return reference.fmix64(values + np.uint64(1))
+    keys: Keys = reference.fmix64(values + np.uint64(1))
+    return keys
 
 
 def zipf_ranks(uniform: npt.NDArray[np.float64], n: int, exponent: float) -> Keys:
@@ -164,7 +165,12 @@ def summed_gradients(rows: Rows, grads: Floats) -> tuple[Rows, npt.NDArray[np.fl
 
 
 def check_update(
-    name: str, optimizer: str, total: npt.NDArray[np.float64], before: tuple[Any, Any], after: tuple[Any, Any], atol: float
+    name: str,
+    optimizer: str,
+    total: npt.NDArray[np.float64],
+    before: tuple[Any, Any],
+    after: tuple[Any, Any],
+    atol: float,
 ) -> None:
     """Weights and state of the distinct rows went where (row-wise) Adagrad sends them."""
     (w0, a0), (w1, a1) = before, after

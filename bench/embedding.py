@@ -75,7 +75,7 @@ def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case
     checks = check_sides(sides, case, train=train)
     for side in sides:
         if isinstance(side, RooflineSide):
-            side.tune([batch(i) for i in range(1000, 1003)])
+            side.tune([batch(i) for i in range(1000, 1006)])
     settle_s = SETTLE_S if case.threads > 1 and not settings.smoke else 0.0
     rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner, settle_s=settle_s)
     return Result(bench, dataclasses.asdict(case), "key", case.num_keys, rows, skipped, checks)

@@ -34,7 +34,7 @@ def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, pha
     batch = functools.partial(distinct_keys, case)
     ours = HashembSide(table, case, train=phase == "update")
     limit = RooflineSide(table, case, train=phase == "update")
-    limit.tune([batch(i) for i in range(1000, 1003)])
+    limit.tune([batch(i) for i in range(1000, 1006)])
     sides: list[Any] = [ours, limit]
     checks = embedding.check_sides(sides, dataclasses.replace(case, distribution="uniform"), train=False)
     if phase == "update":

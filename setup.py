@@ -12,14 +12,14 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
-C_SOURCES = ["control.c", "kernels.c", "lookup.c", "parallel.c", "update.c"]
+C_SOURCES = ["control.c", "kernels.c", "lookup.c", "pages.c", "parallel.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
            "-fno-trapping-math", "-Wall", "-Wextra"]
 
 core = Extension(
     "hashemb._core",
     sources=["hashemb/_core.pyx", *(CSRC + name for name in C_SOURCES)],
-    depends=glob(CSRC + "*.h") + glob(CSRC + "*.inc"),
+    depends=glob(CSRC + "*.h") + glob(CSRC + "*.inc") + glob("hashemb/*.pxi"),
     include_dirs=[CSRC, numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     extra_compile_args=C_FLAGS,
@@ -31,6 +31,5 @@ setup(
         [core],
         compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False,
                              "cdivision": True, "initializedcheck": False, "embedsignature": True},
-        show_all_warnings=True,
     )
 )

@@ -8,6 +8,7 @@ from hashemb import errors
 from hashemb._core import get_num_threads, set_num_threads
 from hashemb._version import __version__
 from hashemb.entry import TableInfo, create, info, open
+from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
 from hashemb.stats import TableStats
@@ -28,6 +29,8 @@ __all__ = [
     "create",
     "errors",
     "get_num_threads",
+    "hash_fields",
+    "hash_keys",
     "info",
     "open",
     "set_num_threads",

@@ -66,6 +66,8 @@ cdef extern from "table.h" nogil:
     void he_plan_layout(const he_table *t, he_plan *p, char *memory) noexcept
     void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) noexcept
     uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
+    int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
+                           int64_t total_bytes) noexcept
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept

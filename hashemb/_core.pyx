@@ -1,6 +1,6 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It knows arrays and numbers, never paths. `table.py` has brought every argument to the dtype, shape and order
+It knows arrays and numbers, never paths. Tables are here, hashing is in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order
 named here; what is checked again is what would otherwise read or write outside an array.
 """
 
@@ -183,6 +183,22 @@ cdef class Core:
                 he_rows_touched_add(self.control, touched)
 
 
+def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
+    """Makes the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+
+    Returns 0 or an errno: EFAULT where a store would be a SIGBUS, EINVAL where the kernel cannot do it.
+    """
+    cdef char *base = <char *>cnp.PyArray_DATA(array)
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
+    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
+    cdef int error
+    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
+        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
+    with nogil:
+        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
+    return error
+
+
 # ---- threads and instruction sets ----
 
 def get_num_threads():
@@ -230,3 +246,6 @@ def _configure(environment):
 
 
 _configure(os.environ)
+
+
+include "_core_hashing.pxi"

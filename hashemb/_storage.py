@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb import _core
 from hashemb._format import (
     CONTROL_BYTES,
     CONTROL_DTYPE,
@@ -73,13 +74,23 @@ def _write_file(path: str, data: bytes, size_bytes: int) -> None:
     with _space_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            os.ftruncate(fd, size_bytes)
+            _resize(fd, path, size_bytes)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _resize(fd: int, path: str, size_bytes: int) -> None:
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        message = f"this file system cannot hold a file of {size_bytes} bytes ({error.strerror})"
+        raise OSError(error.errno, message, path) from None
 
 
 def _sync_directory(path: str) -> None:
@@ -236,7 +247,11 @@ class TableFiles:
                 f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
             )
         prot = mmap.PROT_READ | mmap.PROT_WRITE if self.writable else mmap.PROT_READ
-        mapped = self._maps[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, prot)
+        try:
+            mapped = self._maps[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, prot)
+        except OSError as error:
+            message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
+            raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
         return mapped
 
     def _map_array(self, name: str, spec: FileSpec) -> Array:
@@ -282,30 +297,28 @@ class TableFiles:
     # -- writing --
 
     def reserve(self, blocks: Array) -> None:
-        """Makes room for `blocks` in every file, then marks them as written in the current epoch.
+        """Makes room for `blocks` (ascending) in every file, then marks them as written in the current epoch.
 
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
-        blocks = np.unique(blocks).astype(np.int64)
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-        for run in np.split(blocks, breaks):
-            self._reserve_run(int(run[0]), int(run[-1]) + 1)
-        self.arrays["blocks"][blocks] = self.control["epoch"][0]
-
-    def _reserve_run(self, begin: int, end: int) -> None:
-        rows = self.meta.block_rows
         for name, spec in self.meta.row_files.items():
             row_bytes = (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0]
-            last = min(end * rows, spec.shape[0])
-            self._allocate(name, begin * rows * row_bytes, last * row_bytes)
-        self._allocate("blocks", begin * 4, end * 4)
+            self._reserve_array(name, blocks, row_bytes * self.meta.block_rows)
+        self._reserve_array("blocks", blocks, 4)
+        self.arrays["blocks"][blocks] = self.control["epoch"][0]
 
-    def _allocate(self, name: str, begin: int, end: int) -> None:
+    def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
+        error = _core.populate_blocks(self.arrays[name], blocks, block_bytes)
+        if error == 0:
+            return
+        for block in blocks.tolist():  # the slow way, which says what is wrong, and serves kernels before 5.14
+            self._allocate(name, block * block_bytes, block_bytes)
+
+    def _allocate(self, name: str, begin: int, num_bytes: int) -> None:
         filename = os.path.join(self.path, f"{name}.npy")
-        while _libc.fallocate(
-            self._fds[name], _FALLOC_KEEP_SIZE, DATA_OFFSET_BYTES + begin, end - begin
-        ):
+        num_bytes = min(num_bytes, self.arrays[name].nbytes - begin)
+        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, DATA_OFFSET_BYTES + begin, num_bytes):
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue

@@ -46,9 +46,19 @@ class NoSpaceError(HashembError, OSError):
     def __init__(self, message: str, filename: str | os.PathLike[str] | None = None) -> None:
         super().__init__(errno.ENOSPC, message, None if filename is None else os.fspath(filename))
 
+    def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str | None, str | None]]:
+        """Pickle by the constructor's arguments: workers raise this across processes."""
+        return type(self), (self.strerror, self.filename)
+
 
 class MissingExtraError(HashembError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs {package}: install it with  pip install 'hashemb[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Pickle by the constructor's arguments, of which the message is made."""
+        return type(self), (self.package, self.extra)

@@ -1,8 +1,8 @@
 """Initialisers: what a row reads as until it is first written. Values, not procedures.
 
 An initial value is a pure function of (seed, row, column), computed where it is needed and never stored; see
-docs/hashing.md for the generator. With ``num_hashes = k`` each row is scaled by ``1 / sqrt(k)``, so that a key's
-vector keeps the variance named here.
+docs/hashing.md for the generator. With ``num_hashes = k`` each row is scaled by ``1 / sqrt(k)``, so that a
+key's vector keeps the variance named here.
 """
 
 from __future__ import annotations

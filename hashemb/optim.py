@@ -1,8 +1,8 @@
 """Optimisers: frozen dataclasses that hold and check hyper-parameters. The arithmetic is in the kernels.
 
 Every class has the same small protocol, which `table.py` and `_format.py` rely on: `kind` (the name in
-`meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps beside the
-weights, and whether an array holds one value a row or one an element).
+`meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps beside
+the weights, and whether an array holds one value a row or one an element).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RowWiseAdagrad(Adagrad):
 
     References
     ----------
-    Mudigere et al.: Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation
-    Models, ISCA 2022, section 4.1.4.
+    Mudigere et al.: Software-Hardware Co-design for Fast and Scalable Training of Deep Learning
+    Recommendation Models, ISCA 2022, section 4.1.4.
     """
 
     kind: ClassVar[str] = "rowwise_adagrad"

@@ -41,7 +41,7 @@ _MASK = (1 << 64) - 1
 
 def hash_keys(values: Iterable[int | str | bytes | None], field: str | None = None) -> U64:
     """Keys of Python values, one at a time: low 64 bits of MurmurHash3 x64-128 of each value's bytes."""
-    seed = 0 if field is None else mmh3.hash(field, 0, signed=False)
+    seed = 0 if field is None else mmh3.hash(field.encode(), 0, signed=False)
     return np.array([_hash_value(v, seed) for v in values], np.uint64)
 
 
@@ -101,7 +101,7 @@ def _half_words(words: U64, dim: int) -> npt.NDArray[np.uint32]:
     """(n, pairs) 64-bit words -> (n, dim) 32-bit halves, low half first."""
     low = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     high = (words >> np.uint64(32)).astype(np.uint32)
-    return np.stack([low, high], axis=2).reshape(len(words), -1)[:, :dim]
+    return np.stack([low, high], axis=2).reshape(len(words), 2 * words.shape[1])[:, :dim]
 
 
 def initial_rows(

@@ -51,8 +51,10 @@ def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: i
     >>> round(estimate_distinct_keys(632, 1000))
     999
     """
+    if num_embeddings == 1:
+        return float(rows_touched)
     if rows_touched >= num_embeddings:
-        return math.inf if num_embeddings > 1 else float(rows_touched)
+        return math.inf
     return math.log1p(-rows_touched / num_embeddings) / math.log1p(-1.0 / num_embeddings) / num_hashes
 
 

@@ -115,6 +115,10 @@ void he_plan_layout(const he_table *t, he_plan *p, char *memory);
 void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
 
+/* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
+ * EINVAL: the kernel is older than 5.14). */
+int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
+
 /* control.c: atomic access to the shared page. */
 void he_step_begin(he_control *c, double weight_decay, he_step *out);
 double he_decay_total(const he_control *c);

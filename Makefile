@@ -1,0 +1,37 @@
+# Needs CPython >= 3.10, make and gcc; the first run also needs a package index. Each target sets up .venv from the
+# project's files and leaves a stamp there, so that a second run starts at once. `make PYTHON=python3.12 test` takes
+# another interpreter (after `make clean`).
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# The install is editable: a changed .py file needs no reinstall, a changed source of the extension does.
+SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxi hashemb/*.pxd hashemb/csrc/*)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.stamp-ctr
+	$(VENV)/bin/hashemb demo
+
+test: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m mypy.stubtest --mypy-config-file pyproject.toml \
+		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist hashemb._core
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f hashemb/_core.c hashemb/*.so
+	find hashemb tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hashemb needs CPython >= 3.10, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-%: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,125 @@
+"""Logistic regression and a factorisation machine on Frappe, with hashed keys and no vocabulary.
+
+    python examples/frappe.py [DIRECTORY]
+
+DIRECTORY holds train.csv.gz, valid.csv.gz and test.csv.gz of the BARS benchmark's Frappe_x1: a header, then `label` and ten
+categorical columns. Default: $HASHEMB_DATA/frappe, else ../shared/data/frappe beside the repository. BARS reports,
+on the test file, AUC .9356 for logistic regression and .9671 for a factorisation machine of rank 10.
+
+Both models are the same program with another rank. Early stopping looks at the validation file only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import hashemb
+from hashemb.ctr.metrics import auc, logloss
+from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.readers import open_reader
+
+SEED = 0
+BATCH_SIZE = 1024
+MAX_EPOCHS = 30
+PATIENCE = 2  # epochs without a better validation AUC
+NUM_EMBEDDINGS = 2**20  # 5,382 distinct values: 0.5 % of them share a row with another
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was tuned on the validation file. `initial_accumulator` damps the first steps of rare values."""
+
+    name: str
+    rank: int
+    lr: float
+    initial_accumulator: float = 0.0
+    weight_decay: float = 0.0
+    init_scale: float = 0.01
+
+
+MODELS = (
+    Settings("logistic regression", rank=0, lr=0.5, initial_accumulator=30.0),
+    Settings("factorisation machine", rank=10, lr=0.2, weight_decay=1e-3),
+)
+
+
+def default_directory() -> Path:
+    """Where the data is looked for."""
+    root = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("HASHEMB_DATA", root.parent / "shared" / "data"), "frappe")
+
+
+def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, uint64 (n, 10), and labels, float32 (n,), of a whole file."""
+    with open_reader(path, label="label", batch_size=1 << 16) as reader:
+        batches = list(reader)
+    return np.concatenate([batch.keys for batch in batches]), np.concatenate([batch.labels for batch in batches])
+
+
+def train(settings: Settings, data: dict[str, tuple[np.ndarray, np.ndarray]], directory: Path) -> dict[str, float]:
+    """Learn until the validation AUC stops rising; the test figures of the best epoch."""
+    optimizer = hashemb.Adagrad(
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        initial_accumulator_value=settings.initial_accumulator,
+    )
+    table = hashemb.create(
+        directory / f"rank{settings.rank}.emb",
+        num_embeddings=NUM_EMBEDDINGS,
+        embedding_dim=1 + settings.rank,
+        optimizer=optimizer,
+        init=hashemb.Uniform(settings.init_scale),
+        seed=SEED,
+    )
+    with table:
+        return _fit(FactorizationMachine(table), data)
+
+
+def _fit(model: FactorizationMachine, data: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    rng = np.random.default_rng(SEED)
+    keys, labels = data["train"]
+    best = {"valid_auc": 0.0}
+    for epoch in range(1, MAX_EPOCHS + 1):
+        order = rng.permutation(len(labels))
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
+            model.learn(keys[batch], labels[batch])
+        valid_auc = auc(data["valid"][1], model.predict_proba(data["valid"][0]))
+        if valid_auc > best["valid_auc"]:
+            test = model.predict_proba(data["test"][0])
+            best = {
+                "epoch": epoch,
+                "valid_auc": valid_auc,
+                "test_auc": auc(data["test"][1], test),
+                "test_logloss": logloss(data["test"][1], test),
+            }
+        elif epoch - best["epoch"] >= PATIENCE:
+            break
+    return best
+
+
+def main(directory: Path) -> None:
+    """Train both models and print what they reach."""
+    missing = [name for name in ("train", "valid", "test") if not (directory / f"{name}.csv.gz").exists()]
+    if missing:
+        sys.exit(f"{directory}: {missing[0]}.csv.gz not found; see this file's first lines")
+    data = {name: load(directory / f"{name}.csv.gz") for name in ("train", "valid", "test")}
+    print(f"{'':<24}{'valid AUC':>10}{'test AUC':>10}{'logloss':>10}{'epoch':>7}{'seconds':>9}")
+    with tempfile.TemporaryDirectory(prefix="hashemb-frappe-") as temporary:
+        for settings in MODELS:
+            started = time.perf_counter()
+            best = train(settings, data, Path(temporary))
+            seconds = time.perf_counter() - started
+            figures = f"{best['valid_auc']:>10.4f}{best['test_auc']:>10.4f}{best['test_logloss']:>10.4f}"
+            print(f"{settings.name:<24}{figures}{best['epoch']:>7.0f}{seconds:>9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default_directory())

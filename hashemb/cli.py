@@ -1,0 +1,84 @@
+"""The `hashemb` command: starts it, and turns what goes wrong into one line and an exit status.
+
+Status 0: done; 1: failed, the table and the files are to blame; 2: the command line is; 130: stopped by Ctrl-C.
+Nothing here needs more than the standard library, so that a missing extra can be reported as such.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+from hashemb.errors import HashembError, MissingExtraError
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Default ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(arguments)
+    except (HashembError, OSError, ValueError, TypeError, ArithmeticError) as error:
+        return _fail(_describe(error), 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+
+
+def _run(arguments: list[str] | None) -> int:
+    for package in ("typer", "rich", "pyarrow"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "ctr")
+    import typer
+
+    from hashemb.ctr.commands import app
+
+    usage_error: Any = typer.BadParameter.__bases__[0]  # typer's own copy of click or click's, by version
+    command = typer.main.get_command(app)
+    try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        status: Any = command.main(args=arguments or ["--help"], prog_name="hashemb", standalone_mode=False)
+    except usage_error as error:
+        return _fail(f"{error.format_message()}{_hint(error)}", 2)
+    except typer.Abort:
+        return _fail("stopped", 130)
+    return status if isinstance(status, int) else 0
+
+
+def _hint(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see {context.command_path} --help)" if context is not None else ""
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)!s}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"hashemb: {message}", file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"hashemb: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""CSV with a header, through Arrow's parser: quoted delimiters and line breaks, any column names.
+
+CSV has no types, so the kind of a column is read off its first values (`_infer_kind`) and then holds for all
+of it: a later value that does not fit makes a bad row. Every column is parsed as text first, because a failed
+conversion inside Arrow's parser would end the stream without saying which row it was.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb.ctr._extras import require
+from hashemb.ctr._source import (
+    Block,
+    Options,
+    Reject,
+    find_label,
+    first_per_row,
+    infer_schema,
+    parse_labels,
+    shown,
+)
+from hashemb.ctr._streams import Stream
+from hashemb.ctr.fields import Kind, Schema
+
+__all__ = ["CsvSource"]
+
+_BLOCK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 18
+
+# Invalid UTF-8 reaches Arrow as this noncharacter: its parser gives up on a stream whose ragged row it cannot
+# decode, and we want to refuse one row.
+_NOT_UTF8 = "\ufdd0"
+
+
+class CsvSource:
+    """A stream of CSV records below a header."""
+
+    def __init__(self, stream: Stream, options: Options) -> None:
+        self.name = stream.name
+        self._stream = stream
+        head = stream.peek(_HEAD_BYTES)
+        header = head.split(b"\n", 1)[0]
+        self._delimiter = "\t" if header.count(b"\t") > header.count(b",") else ","
+        sample = self._sample(head)
+        self._names: list[str] = sample.column_names
+        columns = {name: sample.column(name).combine_chunks() for name in self._names}
+        self.label = find_label(self.name, self._names, columns.__getitem__, options)
+        kinds = {name: _infer_kind(column) for name, column in columns.items()}
+        self.schema = infer_schema(self.name, kinds, self.label, options, text=True)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file, as stored, that have been taken so far."""
+        return self._stream.bytes_read
+
+    def accepts(self, field: str, kind: Kind) -> bool:
+        """Whether the column `field` can be read as `kind`: text can be read as anything."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+        text = _Utf8Guard(self._stream)
+        numbers = _RecordNumbers(expected=len(self._names))
+        source = require("pyarrow").PythonFile(text, mode="r")
+        with self._errors():
+            batches = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+        while True:
+            with self._errors():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            rows, faults = numbers.advance(batch.num_rows)
+            block, row_faults = self._convert(batch, schema, check_utf8=text.damaged)
+            faults += [(int(rows[row]), reason) for row, reason in row_faults]
+            for line, reason in sorted(faults):
+                reject(line, reason)
+            yield block
+        for line, reason in numbers.advance(0)[1]:
+            reject(line, reason)
+
+    def _convert(self, batch: Any, schema: Schema, *, check_utf8: bool) -> tuple[Block, list[tuple[int, str]]]:
+        """The batch without its bad rows, and what is wrong with each of those, by row of the batch."""
+        faults = list(_utf8_faults(batch)) if check_utf8 else []
+        columns, labels = {}, None
+        if self.label is not None:
+            labels, label_faults = parse_labels(batch.column(self.label))
+            faults += label_faults
+        for name, kind in schema.items():
+            columns[name], column_faults = _convert(name, batch.column(name), kind)
+            faults += column_faults
+        return Block(labels, columns).without(row for row, _ in faults), first_per_row(faults)
+
+    def _sample(self, head: bytes) -> Any:
+        """The records that `head` holds whole, as a table of text."""
+        text = head.decode("utf-8", "replace")
+        if len(head) == _HEAD_BYTES:  # its last record is cut off
+            text = text[: text.rfind("\n") + 1] or text
+        pa, data = require("pyarrow"), text.encode()
+        with self._errors():
+            names = self._open(pa.BufferReader(data), [], _skip, len(data) + 1).schema.names
+            duplicate = next((name for name in names if names.count(name) > 1), None)
+            if duplicate is not None:
+                raise ValueError(f"two columns are named {duplicate!r}")
+            return self._open(pa.BufferReader(data), names, _skip, len(data) + 1).read_all()
+
+    def _open(self, source: Any, names: Sequence[str], on_ragged: Callable[[Any], str], block_bytes: int) -> Any:
+        """Arrow's streaming reader, with the columns `names` as text and the empty string as null."""
+        pa, csv = require("pyarrow"), require("pyarrow.csv")
+        return csv.open_csv(
+            source,
+            read_options=csv.ReadOptions(use_threads=False, block_size=block_bytes),
+            parse_options=csv.ParseOptions(
+                delimiter=self._delimiter,
+                newlines_in_values=True,
+                ignore_empty_lines=False,
+                invalid_row_handler=on_ragged,
+            ),
+            convert_options=csv.ConvertOptions(
+                column_types={name: pa.string() for name in names},
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
+            ),
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Put the file's name into what Arrow raises."""
+        try:
+            yield
+        except ValueError as error:  # ArrowInvalid is one
+            hint = " (a quote that is never closed?)" if "straddling" in str(error) else ""
+            raise ValueError(f"{self.name}: not readable as CSV{hint}: {error}") from error
+
+
+def _utf8_faults(batch: Any) -> Iterator[tuple[int, str]]:
+    for name in batch.schema.names:
+        damaged = require("pyarrow.compute").match_substring(batch.column(name), _NOT_UTF8).fill_null(False)
+        for row in np.flatnonzero(damaged.to_numpy(zero_copy_only=False)):
+            yield int(row), f"not UTF-8 in column {name}"
+
+
+def _skip(row: Any) -> str:
+    return "skip"
+
+
+class _Utf8Guard:
+    """A stream in which every byte that is not UTF-8 becomes `_NOT_UTF8`, so that what follows can be parsed."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.damaged = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream below is closed."""
+        return self._stream.closed
+
+    def readable(self) -> bool:
+        """True, as PyArrow asks."""
+        return True
+
+    def read(self, size: int) -> bytes:
+        """About `size` bytes; none at the end."""
+        text = ""
+        while not text:
+            data = self._stream.read(size)
+            text = self._decoder.decode(data, final=not data)
+            if not data:
+                break
+        try:
+            return text.encode()
+        except UnicodeEncodeError:
+            self.damaged = True
+            return re.sub("[\udc80-\udcff]", _NOT_UTF8, text).encode()
+
+
+class _RecordNumbers:
+    """Which record of the file each row of a batch is: Arrow delivers the well-shaped ones without a number."""
+
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
+        self._next = 2  # the header is record 1
+        self._ragged: list[tuple[int, int]] = []  # (record, columns), ascending, not yet passed
+
+    def on_ragged(self, row: Any) -> str:
+        """Arrow's handler of invalid rows. An exception here would be lost, so it only takes notes."""
+        self._ragged.append((row.number, row.actual_columns))
+        return "skip"
+
+    def advance(self, num_rows: int) -> tuple[npt.NDArray[np.int64], list[tuple[int, str]]]:
+        """Record numbers of the next `num_rows` well-shaped rows, and the ragged ones among and right after them."""
+        ragged = np.array([record for record, _ in self._ragged], np.int64)
+        shaped_before = ragged - self._next - np.arange(len(ragged))
+        passed = int(np.searchsorted(shaped_before, num_rows, side="right"))
+        records = np.arange(self._next, self._next + num_rows + passed)
+        faults = [(record, f"expected {self._expected} columns, found {n}") for record, n in self._ragged[:passed]]
+        self._next += num_rows + passed
+        del self._ragged[:passed]
+        return np.setdiff1d(records, ragged[:passed], assume_unique=True), faults
+
+
+def _infer_kind(column: Any) -> Kind | None:
+    """The narrowest kind that all values of a text column fit; None if it has no values."""
+    values = column.drop_null()
+    if not len(values):
+        return None
+    for kind in ("integer", "float"):
+        if _cast(values, cast(Kind, kind)) is not None:
+            return cast(Kind, kind)
+    return "string"
+
+
+def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:
+    """A text column as `kind`, with null where it does not fit, and those rows with what is wrong."""
+    if kind == "string":
+        return column, []
+    numbers = _cast(column, kind)
+    if numbers is not None:
+        return numbers, []
+    pa = require("pyarrow")
+    type_ = pa.float64() if kind == "float" else pa.int64()
+    what = "a number" if kind == "float" else "an integer of 64 bits"
+    good, faults = [], []
+    for row, value in enumerate(column.to_pylist()):
+        fits = value is None or _fits(value, type_)
+        good.append(value if fits else None)
+        if not fits:
+            faults.append((row, f"{name} must be {what}, found {shown(value)}"))
+    return pa.array(good, pa.string()).cast(type_), faults
+
+
+def _cast(column: Any, kind: Kind) -> Any:
+    """A text column as numbers; None if a value of it is none."""
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    if pc.any(pc.match_substring(column, "x", ignore_case=True), min_count=0).as_py():
+        return None  # Arrow would read 0x10 as 16
+    try:
+        return column.cast(pa.float64() if kind == "float" else pa.int64())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _fits(value: str, type_: Any) -> bool:
+    pa = require("pyarrow")
+    try:
+        pa.scalar(value).cast(type_)
+    except pa.ArrowInvalid:
+        return False
+    return "x" not in value.lower()

@@ -1,0 +1,116 @@
+"""Parquet: the types of the file say what kind each field is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from hashemb.ctr._extras import require
+from hashemb.ctr._source import Block, Fault, Options, Reject, find_label, infer_schema, parse_labels
+from hashemb.ctr.fields import Kind, Schema
+
+__all__ = ["ParquetSource"]
+
+_BATCH_ROWS = 1 << 14
+
+
+class ParquetSource:
+    """A Parquet file. Booleans are read as integers 0 and 1."""
+
+    def __init__(self, path: str, options: Options) -> None:
+        self.name = path
+        pa, parquet = require("pyarrow"), require("pyarrow.parquet")
+        try:
+            self._file = parquet.ParquetFile(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+        self._size = os.path.getsize(path)
+        self._rows_read = 0
+        types = {field.name: field.type for field in self._file.schema_arrow}
+        self.label = find_label(path, list(types), self._first_values, options)
+        if options.schema is not None:
+            types = {name: type_ for name, type_ in types.items() if name in options.schema}
+        kinds = {name: _kind(path, name, type_) for name, type_ in types.items() if name != self.label}
+        self.schema = infer_schema(path, kinds, self.label, options, text=False)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file taken so far, estimated from the share of its rows."""
+        return self._size * self._rows_read // max(int(self._file.metadata.num_rows), 1)
+
+    def accepts(self, field: str, kind: Kind) -> bool:
+        """Whether the column `field` can be read as `kind`: integers can be ids or counts."""
+        own = self.schema[field]
+        return kind == own or {kind, own} == {"integer", "count"}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+        wanted = [*schema, *([] if self.label is None else [self.label])]
+        for batch in self._batches(wanted):
+            labels, faults = None, list[Fault]()
+            if self.label is not None:
+                labels, faults = parse_labels(batch.column(self.label))
+            for row, reason in faults:
+                reject(self._rows_read + 1 + row, reason)
+            self._rows_read += batch.num_rows
+            columns = {name: _canonical(batch.column(name)) for name in schema}
+            yield Block(labels, columns).without(row for row, _ in faults)
+
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        try:
+            yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
+        except OSError as error:
+            raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
+
+    def _first_values(self, column: str) -> Any:
+        batch = next(self._file.iter_batches(_BATCH_ROWS, columns=[column]), None)
+        return require("pyarrow").nulls(0) if batch is None else batch.column(0)
+
+
+def _kind(path: str, column: str, type_: Any) -> Kind | None:
+    types = require("pyarrow").types
+    if types.is_dictionary(type_):
+        type_ = type_.value_type
+    if types.is_null(type_):
+        return None
+    if types.is_integer(type_) or types.is_boolean(type_):
+        return "integer"
+    if types.is_floating(type_):
+        return "float"
+    if _is_text(type_):
+        return "string"
+    raise ValueError(
+        f"{path}: column {column!r} has the type {type_}; fields are integers, booleans, floats, strings or bytes"
+    )
+
+
+def _is_text(type_: Any) -> bool:
+    return str(type_).removeprefix("large_").partition("[")[0] in (
+        "string", "string_view", "binary", "binary_view", "fixed_size_binary"
+    )  # fmt: skip
+
+
+def _canonical(column: Any) -> Any:
+    """The column in a type that `fields.encode` takes, with null for the empty string."""
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    type_ = column.type
+    if pa.types.is_dictionary(type_):
+        values = _canonical(column.dictionary)
+        # A dictionary can be much longer than the batch that points into it.
+        if len(values) <= len(column) and not values.null_count:
+            return pa.DictionaryArray.from_arrays(column.indices, values)
+        return _canonical(column.dictionary_decode())
+    if pa.types.is_boolean(type_):
+        return column.cast(pa.int64())
+    if pa.types.is_null(type_):
+        return pa.nulls(len(column), pa.string())
+    if not _is_text(type_):
+        return column
+    column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
+    empty = pc.equal(pc.binary_length(column), 0)
+    return pc.if_else(empty, pa.scalar(None, column.type), column) if pc.any(empty).as_py() else column

@@ -1,0 +1,165 @@
+"""Bytes of one input: opened, decompressed, counted, and cut into blocks of whole lines.
+
+Compression is recognised by the first bytes of the data, so it works for standard input and for misnamed files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hashemb.ctr._extras import require
+
+__all__ = ["STDIN", "Stream", "line_blocks"]
+
+STDIN = "-"
+_MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+_READ_BYTES = 1 << 18
+
+
+class _CountedFile:
+    """A binary file that counts what is taken from it, with a first look that takes nothing."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._ahead = b""
+        self.bytes_read = 0
+        self.closed = False
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes (fewer at the end), which stay to be read."""
+        while len(self._ahead) < size:
+            more = self._file.read(size - len(self._ahead))
+            if not more:
+                break
+            self._ahead += more
+        return self._ahead[:size]
+
+    def read(self, size: int = _READ_BYTES) -> bytes:
+        """At most `size` bytes; none at the end."""
+        data: bytes = self._ahead[:size] or self._file.read(size)
+        self._ahead = self._ahead[size:]
+        self.bytes_read += len(data)
+        return data
+
+    def readable(self) -> bool:
+        """True, as PyArrow asks."""
+        return True
+
+    def close(self) -> None:
+        """Close the file, unless it is standard input."""
+        self.closed = True
+        if self._file is not sys.stdin.buffer:
+            self._file.close()
+
+
+class Stream:
+    """The decompressed bytes of a file, or of standard input where `path` is ``-``.
+
+    A file-like object (`read`, `readable`, `closed`, `close`), which is what PyArrow's CSV reader takes.
+
+    Raises
+    ------
+    ValueError
+        The file is named .gz or .zst and is something else; or, from `read`, the compressed data is damaged or
+        ends early. The message names the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = "<stdin>" if path == STDIN else path
+        self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else open(path, "rb", buffering=0))
+        self._ahead = b""
+        try:
+            self.codec = self._recognise(path)
+        except BaseException:
+            self._stored.close()
+            raise
+        self._plain: Any = self._stored
+        if self.codec is not None:
+            pa = require("pyarrow")
+            self._plain = pa.CompressedInputStream(pa.PythonFile(self._stored, mode="r"), self.codec)
+
+    def _recognise(self, path: str) -> str | None:
+        start = self._stored.peek(4)
+        codec = next((codec for magic, codec in _MAGIC_BYTES.items() if start.startswith(magic)), None)
+        named = _SUFFIXES.get(os.path.splitext(path)[1].lower())
+        if named is not None and start and codec != named:
+            raise ValueError(f"{path}: named as {named} data, but it starts with the bytes {start!r}")
+        return codec
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from the file as it is stored, that is, before decompression."""
+        return self._stored.bytes_read
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._stored.closed
+
+    def readable(self) -> bool:
+        """True, as PyArrow asks."""
+        return True
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes (fewer at the end), which stay to be read."""
+        while len(self._ahead) < size:
+            more = self._read_plain(_READ_BYTES)
+            if not more:
+                break
+            self._ahead += more
+        return self._ahead[:size]
+
+    def read(self, size: int = _READ_BYTES) -> bytes:
+        """At most `size` bytes; none at the end."""
+        data = self._ahead[:size] or self._read_plain(size)
+        self._ahead = self._ahead[size:]
+        return data
+
+    def _read_plain(self, size: int) -> bytes:
+        try:
+            data: bytes = self._plain.read(size)
+        except OSError as error:
+            if self.codec is None or error.errno is not None:
+                raise
+            raise ValueError(f"{self.name}: the {self.codec} data is damaged or ends early: {error}") from error
+        return data
+
+    def close(self) -> None:
+        """Close the file, unless it is standard input."""
+        self._stored.close()
+
+
+def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Iterator[bytes]:
+    r"""Cut `stream` into blocks of whole lines, each block ending in ``\n``.
+
+    A byte-order mark at the very start is dropped and ``\r\n`` becomes ``\n``. Of a line longer than
+    `max_line_bytes` the part past that may be dropped, but enough is kept to see that it is too long: memory
+    stays bounded by ``block_bytes + max_line_bytes``, whatever the input.
+    """
+    if stream.peek(3) == b"\xef\xbb\xbf":
+        stream.read(3)
+    rest = b""
+    while data := _read_fully(stream, block_bytes):
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            yield _unix(rest + data[:cut])
+            rest = b""
+        rest = (rest + data[cut:])[: max_line_bytes + 2]  # room for one \r and one byte too many
+    if rest:
+        yield _unix(rest + b"\n")
+
+
+def _read_fully(stream: Stream, size: int) -> bytes:
+    parts = []
+    while size > 0 and (part := stream.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _unix(block: bytes) -> bytes:
+    return block.replace(b"\r\n", b"\n") if b"\r" in block else block

@@ -1,0 +1,104 @@
+"""What the command line shows: the progressive table, the progress bar, figures in people's units.
+
+Rows are plain text, whether they go to a terminal or a pipe; bars are drawn only on a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from hashemb.ctr.progressive import ProgressRow
+from hashemb.ctr.trainer import BadLines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["bad_line_text", "format_bytes", "format_row", "progress_bar", "row_header", "say"]
+
+_COLUMNS = ("examples", "since last", "logloss", "NE", "AUC", "examples/s")
+_WIDTHS = (14, 12, 12, 10, 10, 13)
+
+
+def say(console: Console, text: str = "") -> None:
+    """Print one line as it is: no markup, no highlighting, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def row_header() -> str:
+    """Heading of the progressive table: "since last" is the logloss since the row before."""
+    return "".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, _WIDTHS, strict=True))
+
+
+def format_row(row: ProgressRow) -> str:
+    """One row of the progressive table, aligned with `row_header`."""
+    rate = "-" if row.examples_per_second != row.examples_per_second else f"{row.examples_per_second:,.0f}"
+    cells = (
+        f"{row.examples:,}",
+        f"{row.logloss_since_last:.6f}",
+        f"{row.logloss:.6f}",
+        f"{row.normalized_entropy:.4f}",
+        f"{row.auc:.4f}",
+        rate,
+    )
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary unit.
+
+    >>> format_bytes(0), format_bytes(1536), format_bytes(2**39)
+    ('0 B', '1.5 KiB', '512.0 GiB')
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = min(int(math.log2(count)) // 10, len(units))
+    return f"{count / 1024**power:.1f} {units[power - 1]}"
+
+
+def bad_line_text(bad: BadLines) -> Iterator[str]:
+    """The report of the lines that could not be used; nothing when there were none."""
+    if not bad.count:
+        return
+    yield f"{bad.count:,} bad line{'s' if bad.count > 1 else ''} left out:"
+    yield from (f"  {line}" for line in bad.first)
+    if bad.count > len(bad.first):
+        yield f"  … and {bad.count - len(bad.first):,} more"
+
+
+@contextmanager
+def progress_bar(
+    console: Console, label: str, total: int | None, *, unit_name: str = "examples"
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and remaining time below what is printed; nothing at all off a terminal.
+
+    Yields
+    ------
+    advance : callable
+        ``advance(done, count)``: `done` of `total` is done, and that was `count` units.
+    """
+    if not console.is_terminal:
+        yield lambda done, count: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total, rate="")
+
+        def advance(done: int, count: int) -> None:
+            elapsed = bar.tasks[task].elapsed
+            rate = f"{count / elapsed:,.0f} {unit_name}/s" if elapsed else ""
+            bar.update(task, completed=done, rate=rate)
+
+        yield advance
+

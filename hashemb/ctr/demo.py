@@ -1,0 +1,170 @@
+"""The demonstration: a click log whose true probabilities are known, a model of it, and their distance."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+import hashemb
+from hashemb.ctr.console import format_bytes, progress_bar, say
+from hashemb.ctr.metrics import auc, calibration, logloss, normalized_entropy
+from hashemb.ctr.model_dir import MODEL_FILE, load_model, read_card, training_lock
+from hashemb.ctr.options import ModelOptions, open_or_create
+from hashemb.ctr.scoring import open_for_scoring, score
+from hashemb.ctr.session import run_training
+from hashemb.ctr.synthetic import ImpressionStream
+from hashemb.ctr.trainer import Trainer
+from hashemb.errors import HashembError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run_demo"]
+
+Floats = npt.NDArray[np.float32]
+
+SEED = 0
+MIN_IMPRESSIONS = 1000
+HELD_OUT = 0.1  # of the impressions, the last ones: as in life, the model is asked about the future
+OPTIONS = ModelOptions(rank=15, rows=2**22, seed=SEED)
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where the demonstration keeps its things."""
+
+    train: Path
+    held_out: Path
+    model: Path
+    probabilities: Path
+
+    @classmethod
+    def under(cls, directory: Path, impressions: int) -> DemoPaths:
+        """Paths for that many impressions; data of other sizes may lie beside them."""
+        stem = f"impressions-{impressions}"
+        return cls(
+            directory / f"{stem}-train.parquet",
+            directory / f"{stem}-heldout.parquet",
+            directory / "model.emb",
+            directory / "heldout.probabilities.txt",
+        )
+
+
+def run_demo(directory: Path, impressions: int, console: Console) -> int:
+    """Run the demonstration in `directory`, which is made if need be.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    if impressions < MIN_IMPRESSIONS:
+        raise ValueError(f"the demonstration needs at least {MIN_IMPRESSIONS:,} impressions, got {impressions:,}")
+    started = time.perf_counter()
+    paths = DemoPaths.under(directory, impressions)
+    held_out = int(impressions * HELD_OUT)
+    directory.mkdir(parents=True, exist_ok=True)
+    _generate(paths.train, 0, impressions - held_out, console)
+    _generate(paths.held_out, impressions - held_out, held_out, console)
+    status = _train(paths, console)
+    if status:
+        return status
+    probabilities, labels = _score(paths)
+    say(console, "")
+    for line in comparison(labels, probabilities, np.load(truth_path(paths.held_out))):
+        say(console, line)
+    say(console, "")
+    _score_elsewhere(paths, probabilities, console)
+    _say_where(paths, console)
+    say(console, f"Done in {time.perf_counter() - started:.0f} s.")
+    return 0
+
+
+def truth_path(data: Path) -> Path:
+    """Where the generator puts the true probabilities of the impressions in `data`."""
+    return data.with_name(data.stem + ".truth.npy")
+
+
+def _generate(path: Path, start: int, count: int, console: Console) -> None:
+    """Write impressions [start, start + count) unless they are there; a file appears when it is complete."""
+    if path.exists() and truth_path(path).exists():
+        say(console, f"{path}: {count:,} impressions, from an earlier run")
+        return
+    unfinished = path.with_name("unfinished-" + path.name)
+    with progress_bar(console, f"generating {path.name}", count, unit_name="impressions") as advance:
+        ImpressionStream(seed=SEED).write(unfinished, start, count, progress=lambda done: advance(done, done))
+    truth_path(unfinished).replace(truth_path(path))
+    unfinished.replace(path)
+    say(console, f"{path}: {count:,} impressions generated")
+
+
+def _train(paths: DemoPaths, console: Console) -> int:
+    """Learn the training file once, in a new model; one that an interruption left unfinished is finished."""
+    say(console, "")
+    if (paths.model / MODEL_FILE).exists() and not _is_unfinished(paths):
+        shutil.rmtree(paths.model)
+    model, card = open_or_create(paths.model, OPTIONS)
+    with closing(model.table), training_lock(paths.model):
+        return run_training(Trainer(paths.model, model, card, [paths.train]), console)
+
+
+def _is_unfinished(paths: DemoPaths) -> bool:
+    position = read_card(paths.model).sources.get(str(paths.train.absolute()))
+    return position is not None and position.rows > 0
+
+
+def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
+    """Probabilities and labels of the held-out impressions, from the table opened read-only."""
+    model, card = load_model(paths.model)
+    with closing(model.table), open_for_scoring(card, [paths.held_out]) as reader:
+        batches = list(score(model, reader))
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return np.concatenate([batch.probabilities for batch in batches]), np.concatenate(labels)
+
+
+def comparison(labels: Floats, probabilities: Floats, truth: npt.NDArray[np.float64]) -> Iterator[str]:
+    """A table of the best constant, the model, and the true probabilities, on the same labels."""
+    constant = np.full(len(labels), np.mean(labels, dtype=np.float64))
+    yield f"{f'{len(labels):,} held-out impressions':<30}{'logloss':>10}{'NE':>9}{'AUC':>9}{'calibration':>13}"
+    losses = []
+    for name, p in (("best constant", constant), ("model", probabilities), ("true probabilities", truth)):
+        losses.append(logloss(labels, p))
+        ne, area, ratio = normalized_entropy(labels, p), auc(labels, p), calibration(labels, p)
+        yield f"{name:<30}{losses[-1]:>10.6f}{ne:>9.4f}{area:>9.4f}{ratio:>13.4f}"
+    gained, possible = losses[0] - losses[1], losses[0] - losses[2]
+    yield (
+        f"The model is {losses[1] - losses[2]:.6f} nats per impression from the truth, which nothing can beat; "
+        f"it has gained {gained / possible:.0%} of what there was to gain over the constant."
+    )
+
+
+def _score_elsewhere(paths: DemoPaths, probabilities: Floats, console: Console) -> None:
+    """Have another process score the same impressions from the same files, and compare bit for bit."""
+    command = [sys.executable, "-m", "hashemb", "predict", str(paths.held_out)]
+    command += ["--table", str(paths.model), "--output", str(paths.probabilities)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise HashembError(f"scoring in a second process failed: {child.stderr.strip()}")
+    theirs = np.loadtxt(paths.probabilities, dtype=np.float32)
+    if not np.array_equal(theirs, probabilities):
+        raise HashembError(f"{np.sum(theirs != probabilities):,} probabilities differ in a second process")
+    say(console, f"A second process opened the table read-only: its {len(theirs):,} probabilities are the same bits.")
+
+
+def _say_where(paths: DemoPaths, console: Console) -> None:
+    info = hashemb.info(paths.model)
+    sizes = f"{format_bytes(info.logical_bytes)}, of which {format_bytes(info.disk_bytes)} on disk"
+    say(console, f"{'model':<16}{paths.model} ({sizes}; hashemb inspect {paths.model})")
+    say(console, f"{'impressions':<16}{paths.train}, {paths.held_out}")
+    say(console, f"{'truth':<16}{truth_path(paths.train)}, {truth_path(paths.held_out)}")
+    say(console, f"{'probabilities':<16}{paths.probabilities}")

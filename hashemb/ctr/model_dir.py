@@ -1,0 +1,234 @@
+"""A trained model on disk: one directory, the table's files plus `model.json`.
+
+The table holds all that was learned; `model.json` says what the table's rows mean (kind, rank, fields), how to read
+data for it, how far each source has been learned and how that went. It is replaced as a whole (written beside,
+synced, renamed), so that a reader finds the old one or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import hashemb
+from hashemb.ctr.fields import Kind
+from hashemb.ctr.models import FactorizationMachine
+from hashemb.errors import FormatError, HashembError
+
+__all__ = ["MODEL_FILE", "ModelCard", "SourcePosition", "load_model", "read_card", "training_lock", "write_card"]
+
+Format = Literal["auto", "criteo", "csv", "parquet"]
+
+MODEL_FILE = "model.json"
+LOCK_FILE = "model.lock"
+MODEL_FORMAT = 1
+KIND = "factorization_machine"
+_DIGEST_BYTES = 64 * 1024
+
+
+@dataclass
+class SourcePosition:
+    """How far one file has been learned.
+
+    Attributes
+    ----------
+    size_bytes, digest : int, str
+        Of the file when it was last opened; the digest is over the first and the last 64 KiB.
+    passes : int
+        Passes completed.
+    rows : int
+        Good rows learned in the pass under way; 0 between passes.
+    rows_per_pass : int
+        Good rows of the last pass that was completed.
+    """
+
+    size_bytes: int
+    digest: str
+    passes: int = 0
+    rows: int = 0
+    rows_per_pass: int = 0
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> SourcePosition:
+        """The beginning of the file at `path`; reads at most 128 KiB of it."""
+        size_bytes = os.path.getsize(path)
+        return cls(size_bytes, _digest(path, size_bytes))
+
+    def in_file(self, path: str | os.PathLike[str]) -> SourcePosition | None:
+        """This position in the file as it is now: it may have grown since. None if it has changed otherwise.
+
+        In a file that was learned to its end and then grew, the last pass goes on with what has been added.
+        """
+        now = SourcePosition.of(path)
+        if now.size_bytes < self.size_bytes or _digest(path, self.size_bytes) != self.digest:
+            return None
+        if now.size_bytes > self.size_bytes and self.passes and not self.rows:
+            return replace(now, passes=self.passes - 1, rows=self.rows_per_pass)
+        return replace(now, passes=self.passes, rows=self.rows, rows_per_pass=self.rows_per_pass)
+
+
+def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
+    """Of the first 64 KiB of the file's first `size_bytes`, and of the last 64 KiB of those."""
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(min(_DIGEST_BYTES, size_bytes)), digest_size=16)
+        tail = max(0, size_bytes - _DIGEST_BYTES)
+        file.seek(tail)
+        digest.update(file.read(size_bytes - tail))
+    return digest.hexdigest()
+
+
+@dataclass
+class ModelCard:
+    """What `model.json` holds.
+
+    Attributes
+    ----------
+    rank : int
+        Of the factorisation machine; 0 is logistic regression.
+    schema : dict
+        Field -> kind, in the order of the key columns: how the reader made keys of the first file, and has to of
+        all others. Empty until then.
+    data_format, label : str, str or None
+        Format that the data is read as, and the column that is the label.
+    batch_size : int
+        Examples per update.
+    table_step : int
+        The table's step when this card was written; more updates than that in the table mean that it was trained
+        without the card following.
+    sources : dict
+        Absolute path -> `SourcePosition`.
+    progress : dict
+        Pass under way and the state of its `ProgressiveValidator`; empty before the first batch.
+    hashemb_version : str
+        Version that wrote the card.
+    """
+
+    rank: int
+    schema: dict[str, Kind] = field(default_factory=dict)
+    data_format: Format = "auto"
+    label: str | None = None
+    batch_size: int = 256
+    table_step: int = 0
+    sources: dict[str, SourcePosition] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    hashemb_version: str = hashemb.__version__
+
+
+def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
+    """Replace the directory's `model.json`, atomically and durably. One writer at a time: `training_lock`."""
+    card.hashemb_version = hashemb.__version__
+    text = json.dumps({"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}, indent=1)
+    temporary = Path(directory, MODEL_FILE + ".new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, Path(directory, MODEL_FILE))
+    _sync_directory(directory)
+
+
+def read_card(directory: str | os.PathLike[str]) -> ModelCard:
+    """Read the directory's `model.json`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none: no model, or a table without one.
+    FormatError
+        Not a model card, or one of a newer format.
+    """
+    path = Path(directory, MODEL_FILE)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _parse_card(values)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{os.fspath(directory)}: no model here ({MODEL_FILE} not found)") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{path}: not a model card: {error}") from error
+
+
+def _parse_card(values: Any) -> ModelCard:
+    if not isinstance(values, dict) or not isinstance(values.get("format"), int):
+        raise ValueError("no format number")
+    if values["format"] > MODEL_FORMAT:
+        raise ValueError(f"format {values['format']} is newer than this version reads ({MODEL_FORMAT})")
+    if values.get("kind") != KIND:
+        raise ValueError(f"kind {values.get('kind')!r}, expected {KIND!r}")
+    known = {f.name for f in fields(ModelCard)}
+    card = ModelCard(**{name: value for name, value in values.items() if name in known})
+    if not isinstance(card.rank, int) or not isinstance(card.batch_size, int):
+        raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
+    card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
+    return card
+
+
+def load_model(
+    directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
+) -> tuple[FactorizationMachine, ModelCard]:
+    """Open a trained model.
+
+    Parameters
+    ----------
+    directory : path
+        What `hashemb train --table` wrote.
+    mode : {"r", "r+"}
+        As for `hashemb.open`: "r" to score, "r+" to go on learning.
+
+    Returns
+    -------
+    (FactorizationMachine, ModelCard)
+        Close `model.table` when done with it.
+
+    Raises
+    ------
+    FileNotFoundError, FormatError
+        No such directory; no model in it; or not one that this version reads.
+    """
+    card = read_card(directory)
+    table = hashemb.open(directory, mode=mode)
+    try:
+        return FactorizationMachine(table, rank=card.rank), card
+    except BaseException:
+        table.close()
+        raise
+
+
+@contextmanager
+def training_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the directory against a second trainer, which would overwrite this one's positions.
+
+    The kernel lets go of the lock when its holder dies, however it dies. Readers take no lock.
+
+    Raises
+    ------
+    HashembError
+        Another trainer holds it.
+    """
+    with open(Path(directory, LOCK_FILE), "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise HashembError(
+                f"{os.fspath(directory)}: another trainer (process {holder}) is at work on this model"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _sync_directory(directory: str | os.PathLike[str]) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

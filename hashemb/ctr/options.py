@@ -1,0 +1,196 @@
+"""From what a command line says to a table: counts with suffixes, optimisers by name, options that must agree.
+
+An option that is not given is `None` here: a new model then takes its default, an existing one keeps what it has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hashemb
+from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, load_model, write_card
+from hashemb.ctr.models import FactorizationMachine
+from hashemb.errors import HashembError
+
+if TYPE_CHECKING:
+    from hashemb.optim import Optimizer
+
+__all__ = ["DEFAULTS", "OPTIMIZERS", "ModelOptions", "build_optimizer", "open_or_create", "parse_count"]
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+             "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+OPTIMIZERS = ("adagrad", "rowwise-adagrad", "sgd", "ftrl")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What fixes a model when it is made. `None`: not given."""
+
+    rank: int | None = None
+    rows: int | None = None
+    num_hashes: int | None = None
+    dtype: str | None = None
+    seed: int | None = None
+    init_scale: float | None = None
+    optimizer: str | None = None
+    weight_decay: float | None = None
+    initial_accumulator: float | None = None
+    lr: float | None = None  # the one that may be changed later
+
+    def filled(self) -> ModelOptions:
+        """With the defaults of a new model in place of what was not given."""
+        return ModelOptions(**{name: _first(getattr(self, name), value) for name, value in DEFAULTS.items()})
+
+
+# Adagrad's first step in an element is lr whatever its gradient, and a factorisation machine multiplies such steps:
+# from accumulators of 0, with lr 0.05 and large batches, a first pass over Criteo's data starts far worse than a
+# constant (NE 5.8 at 10,000 examples; with these values 0.93).
+DEFAULTS: dict[str, Any] = {
+    "rank": 15,
+    "rows": 2**22,
+    "num_hashes": 1,
+    "dtype": "float32",
+    "seed": 0,
+    "init_scale": 0.01,
+    "optimizer": "adagrad",
+    "weight_decay": 0.0,
+    "initial_accumulator": None,  # depends on the optimiser: see build_optimizer
+    "lr": 0.02,
+}
+DEFAULT_ACCUMULATOR = 1.0
+
+
+def parse_count(text: str) -> int:
+    """A count as people write it.
+
+    >>> [parse_count(s) for s in ("4194304", "4_194_304", "4,194,304", "2^22", "2**22", "4Mi", "1.5M", "1e6")]
+    [4194304, 4194304, 4194304, 4194304, 4194304, 4194304, 1500000, 1000000]
+
+    Raises
+    ------
+    ValueError
+        Not a whole number >= 1 in one of these forms.
+    """
+    compact = text.replace("_", "").replace(",", "").strip()
+    power = re.fullmatch(r"(\d{1,3})(?:\^|\*\*)(\d{1,3})", compact)
+    plain = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d{1,2})?)\s*([KMGT]?i?)", compact, re.IGNORECASE)
+    value: float = -1
+    if power:
+        value = int(power[1]) ** int(power[2])
+    elif plain and plain[2].upper() in _SUFFIXES:
+        number = int(plain[1]) if plain[1].isdigit() else float(plain[1])
+        value = number * _SUFFIXES[plain[2].upper()]
+    if value < 1 or value != int(value):
+        raise ValueError(f"{text!r} is not a count >= 1 such as 4194304, 2^22, 4M (millions) or 4Mi (2^20s)")
+    return int(value)
+
+
+def build_optimizer(options: ModelOptions) -> Optimizer:
+    """The optimiser that `options` (with defaults filled in) name.
+
+    Raises
+    ------
+    ValueError
+        Unknown name, or a hyper-parameter that this optimiser doesn't have.
+    """
+    lr, decay, start = options.lr, options.weight_decay or 0.0, options.initial_accumulator
+    assert lr is not None
+    if options.optimizer in ("adagrad", "rowwise-adagrad"):
+        kind = hashemb.Adagrad if options.optimizer == "adagrad" else hashemb.RowWiseAdagrad
+        return kind(lr=lr, weight_decay=decay, initial_accumulator_value=_first(start, DEFAULT_ACCUMULATOR))
+    if start is not None:
+        raise ValueError(f"{options.optimizer} has no accumulator to start at {start}")
+    if options.optimizer == "sgd":
+        return hashemb.SGD(lr=lr, weight_decay=decay)
+    if options.optimizer != "ftrl":
+        raise ValueError(f"unknown optimizer {options.optimizer!r}: one of {', '.join(OPTIMIZERS)}")
+    if decay:
+        raise ValueError("ftrl has no weight decay")
+    return hashemb.FTRL(alpha=lr)
+
+
+def open_or_create(
+    directory: str | os.PathLike[str], options: ModelOptions
+) -> tuple[FactorizationMachine, ModelCard]:
+    """Open the model in `directory` for learning; make it if the directory does not exist.
+
+    An untrained table without `model.json` is taken as the beginning of a model: that is how to train with
+    options that only `hashemb.create` has.
+
+    Raises
+    ------
+    ValueError
+        `options` differ from what the model was made with.
+    HashembError
+        The directory holds a table that was trained as something else.
+    """
+    path = Path(directory)
+    if not path.exists():
+        return _create(path, options.filled())
+    if not (path / MODEL_FILE).exists():
+        _adopt(path)
+    model, card = load_model(path, mode="r+")
+    try:
+        _check_agreement(path, model, options)
+        if options.lr is not None:
+            model.table.lr = options.lr
+    except BaseException:
+        model.table.close()
+        raise
+    return model, card
+
+
+def _create(path: Path, options: ModelOptions) -> tuple[FactorizationMachine, ModelCard]:
+    given: dict[str, Any] = asdict(options)
+    table = hashemb.create(
+        path,
+        num_embeddings=given["rows"],
+        embedding_dim=1 + given["rank"],
+        dtype=given["dtype"],
+        optimizer=build_optimizer(options),
+        init=hashemb.Uniform(given["init_scale"]),
+        num_hashes=given["num_hashes"],
+        seed=given["seed"],
+    )
+    card = ModelCard(rank=given["rank"])
+    write_card(path, card)
+    return FactorizationMachine(table), card
+
+
+def _adopt(path: Path) -> None:
+    """Write the card of a table that was made by `hashemb.create` and never trained."""
+    with hashemb.open(path, mode="r") as table:
+        if table.step:
+            raise HashembError(
+                f"{path}: a table with {table.step:,} updates but no {MODEL_FILE}: not trained by this command"
+            )
+        write_card(path, ModelCard(rank=table.embedding_dim - 1))
+
+
+def _check_agreement(path: Path, model: FactorizationMachine, options: ModelOptions) -> None:
+    table = model.table
+    actual = {
+        "rank": model.rank,
+        "rows": table.num_embeddings,
+        "num_hashes": table.num_hashes,
+        "dtype": str(table.dtype),
+        "seed": table.seed,
+        "init_scale": getattr(table.init, "scale", None),
+        "optimizer": table.optimizer.kind.replace("_", "-"),
+        "weight_decay": table.optimizer.weight_decay,
+        "initial_accumulator": getattr(table.optimizer, "initial_accumulator_value", None),
+    }
+    for name, value in actual.items():
+        given = getattr(options, name)
+        if given is not None and given != value:
+            raise ValueError(
+                f"{path} was made with {name} {value}, not {given}: leave the option out, or name another table"
+            )
+
+
+def _first(given: Any, default: Any) -> Any:
+    return default if given is None else given

@@ -1,0 +1,60 @@
+"""Scoring files with a trained model: one probability per example, in the order of the input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb.ctr.model_dir import Format, ModelCard
+from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.readahead import read_ahead
+from hashemb.ctr.readers import Reader, open_reader
+
+__all__ = ["ScoreBatch", "open_for_scoring", "score", "write_probabilities"]
+
+
+class ScoreBatch(NamedTuple):
+    """Probabilities of consecutive examples, float32 (n,), and their labels where the file has any."""
+
+    probabilities: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.float32] | None
+
+
+def open_for_scoring(
+    card: ModelCard,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    data_format: Format | None = None,
+    label: str | None = None,
+    strict: bool = True,
+) -> Reader:
+    """A reader of `paths` that yields the keys that the model was trained on.
+
+    Strict by default: a bad line that were left out would shift the probability of every line after it.
+    """
+    return open_reader(
+        paths,
+        format=data_format or card.data_format,
+        label=label or card.label,
+        schema=card.schema or None,
+        batch_size=card.batch_size,
+        strict=strict,
+    )
+
+
+def score(model: FactorizationMachine, reader: Reader) -> Generator[ScoreBatch, None, None]:
+    """Score what `reader` reads, a batch at a time."""
+    with closing(read_ahead(reader)) as batches:
+        for batch in batches:
+            yield ScoreBatch(model.predict_proba(batch.keys), batch.labels)
+
+
+def write_probabilities(file: IO[str], probabilities: npt.NDArray[np.float32]) -> None:
+    """One number a line, with just the digits that give the same float32 when read back."""
+    if len(probabilities):
+        file.write("\n".join(probabilities.astype(str).tolist()) + "\n")

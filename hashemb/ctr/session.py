@@ -1,0 +1,96 @@
+"""A training run as a console shows it: what is printed before, during and after it, and how it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from hashemb.ctr.console import bad_line_text, format_row, progress_bar, row_header, say
+from hashemb.ctr.stopping import StopRequest, stop_on_signals
+from hashemb.ctr.trainer import Trainer, TrainStep
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run_training"]
+
+
+def run_training(trainer: Trainer, console: Console) -> int:
+    """Learn what there is to learn, save, and say how it went.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 130 after Ctrl-C (143 after SIGTERM), when the model has been saved all the same.
+    """
+    if trainer.finished:
+        most = max(position.passes for position in trainer.sources.values())
+        times = "once" if trainer.passes == 1 else f"{trainer.passes} times"
+        say(console, f"Nothing to do: every file has been learned {times}. To learn them again: --passes {most + 1}")
+        return 0
+    _say_where_we_start(trainer, console)
+    with stop_on_signals() as stop, closing(trainer.run()) as steps:
+        try:
+            _show(steps, trainer.bytes_total, stop, console)
+        except (Exception, SystemExit):  # a bad line in strict mode, a full disk, a closed pipe: between batches
+            steps.close()
+            trainer.save()
+            raise
+        steps.close()  # ends the reader, whose report belongs to the summary
+        trainer.save()
+    _say_summary(trainer, console)
+    if stop:
+        say(console, f"Stopped. {trainer.directory} is saved and complete; the same command goes on from here.")
+    return stop.exit_code
+
+
+def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, console: Console) -> None:
+    """Run the steps, printing what they bring, until they end or a stop is asked for."""
+    pass_number = 0
+    with progress_bar(console, "training", bytes_total or None) as advance:
+        for step in steps:
+            if step.pass_number != pass_number:
+                pass_number = step.pass_number
+                _say_pass(pass_number, console)
+            for row in step.rows:
+                say(console, format_row(row))
+            advance(step.bytes_done, step.examples)
+            if stop:
+                break
+
+
+def _say_where_we_start(trainer: Trainer, console: Console) -> None:
+    table = trainer.model.table
+    kind = f"factorization machine of rank {trainer.model.rank}" if trainer.model.rank else "logistic regression"
+    say(console, f"{trainer.directory}: {kind}, {table.num_embeddings:,} rows, {table.optimizer.kind}, lr {table.lr:g}")
+    ahead = table.step - trainer.card.table_step
+    if ahead:
+        say(
+            console,
+            f"The table has {ahead:,} updates that its last save doesn't know of: a run was killed, or another "
+            "program trained it. Examples since that save are learned again.",
+        )
+    for path, position in trainer.sources.items():
+        if position.rows:
+            say(console, f"Going on with {path} at row {position.rows + 1:,}")
+
+
+def _say_pass(number: int, console: Console) -> None:
+    if number > 1:
+        say(console, f"Pass {number}: these examples have been learned before; not unseen data.")
+    say(console, row_header())
+
+
+def _say_summary(trainer: Trainer, console: Console) -> None:
+    if trainer.validator is not None:
+        metrics = trainer.validator.metrics
+        say(
+            console,
+            f"{metrics.examples:,} examples, {metrics.positives:,.0f} positive. Best constant's logloss: "
+            f"{metrics.best_constant_logloss:.6f}; the model's: {metrics.logloss:.6f}; "
+            f"calibration {metrics.calibration:.4f}",
+        )
+    for line in bad_line_text(trainer.bad_lines):
+        say(console, line)
+    say(console, f"Model: {trainer.directory}")

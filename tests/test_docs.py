@@ -1,0 +1,136 @@
+"""What the documentation says is run: Python blocks of README.md and docs/, and the doctests of every module.
+
+The ``python`` blocks of a page run in order, in one namespace and in an empty directory; blocks with prompts
+(``>>>``) are compared with the output they show. A page that needs a package which is not there is skipped.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import hashemb
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(hashemb.__file__).parent
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.is_file()]
+MODULES = sorted(
+    ".".join(("hashemb", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
+)
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def python_blocks(page: str) -> list[tuple[int, str]]:
+    """(line number, code) of every block of a page that is fenced as ``python``."""
+    pattern = re.compile(r"^```python *\n(.*?)^``` *$", re.MULTILINE | re.DOTALL)
+    return [(page.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in pattern.finditer(page)]
+
+
+def run_page(name: str, page: str) -> int:
+    """Run the Python blocks of a page and return how many there were."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    blocks = python_blocks(page)
+    for line, code in blocks:
+        if ">>>" in code:
+            examples = doctest.DocTestParser().get_doctest(code, namespace, name, name, line - 1)
+            doctest.DebugRunner(optionflags=OPTIONS).run(examples, clear_globs=False)
+            namespace.update(examples.globs)
+        else:
+            # The newlines put the page's own line numbers into a traceback.
+            exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
+    return len(blocks)
+
+
+def broken_links(page: str, folder: Path) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)", page)
+    return [link for link in links if not (folder / link).exists()]
+
+
+def is_missing_extra(error: BaseException) -> bool:
+    """Whether an import failed for want of a package that is not ours."""
+    name = getattr(error, "name", None)
+    return isinstance(error, ImportError) and not (name or "").startswith("hashemb")
+
+
+@pytest.fixture
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.usefixtures("empty_directory")
+def test_page_runs(path: Path) -> None:
+    try:
+        run_page(path.name, path.read_text(encoding="utf-8"))
+    except ImportError as error:
+        if not is_missing_extra(error):
+            raise
+        pytest.skip(f"{path.name} needs a package that is not installed: {error}")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_canary_links(tmp_path: Path) -> None:
+    page = "[a](gone.md#part) [b](https://example.com) [c](#here) [d](there.md)"
+    (tmp_path / "there.md").touch()
+    assert broken_links(page, tmp_path) == ["gone.md"]
+
+
+def test_the_readme_holds_a_program() -> None:
+    assert python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.usefixtures("empty_directory")
+def test_doctests_of(module: str) -> None:
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError as error:
+        if not is_missing_extra(error):
+            raise
+        pytest.skip(f"{module} needs a package that is not installed: {error}")
+    assert doctest.testmod(loaded, optionflags=OPTIONS).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("page", "error"),
+    [
+        ("Text\n```python\nimport hashemb\nhashemb.no_such_name\n```\n", AttributeError),
+        ("```python\nx = 1\n```\nand\n```python\nassert x == 2\n```\n", AssertionError),
+        ("```python\n>>> 1 + 1\n3\n```\n", doctest.DocTestFailure),
+        ("```python\nx = 1\n```\n```python\n>>> y\n```\n", doctest.UnexpectedException),
+    ],
+)
+def test_canary_page(page: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        run_page("canary", page)
+
+
+def test_blocks_share_names_and_other_languages_are_left_alone() -> None:
+    blocks = (
+        "python\nx = 1\n",
+        "console\n$ hashemb demo\n",
+        "python\n>>> x\n1\n>>> y = 2\n",
+        "python\nassert y == 2\n",
+    )
+    page = "".join(f"```{block}```\n" for block in blocks)
+    assert [line for line, _ in python_blocks(page)] == [2, 8, 13]
+    assert run_page("canary", page) == 3
+
+
+def test_canary_missing_extra() -> None:
+    """A module of ours that is missing is an error; a package of others is an extra that is not installed."""
+    for module, expected in (("hashemb.no_such_module", False), ("no_such_package", True)):
+        with pytest.raises(ImportError) as caught:
+            importlib.import_module(module)
+        assert is_missing_extra(caught.value) is expected
+    assert is_missing_extra(hashemb.errors.MissingExtraError("pandas", "ctr"))

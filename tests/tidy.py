@@ -1,0 +1,276 @@
+"""The checks behind test_tidy.py: pure functions from text to complaints, so that each can be shown to fail.
+
+A complaint is a sentence with the place in it; an empty list is approval.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+
+MAX_FUNCTION_LINES = 70
+MAX_FILE_LINES = 450
+MAX_TRACKED_BYTES = 300_000
+
+#: Which modules of the package a module may import; imports run one way. A module not listed is an error.
+ALLOWED_IMPORTS: dict[str, set[str]] = {
+    "_version": set(),
+    "errors": set(),
+    "stats": set(),
+    "_reference_numerics": set(),
+    "optim": {"errors"},
+    "init": {"errors"},
+    "_core": {"errors"},
+    "reference": {"errors", "optim", "init", "_reference_numerics"},
+    "hashing": {"errors", "_core"},
+    "_format": {"errors", "optim", "init"},
+    "_arguments": {"errors", "optim", "init", "_format", "_version"},
+    "_storage": {"errors", "optim", "init", "_format", "_core"},
+    "snapshot": {"errors", "optim", "init", "_format", "_storage"},
+    "table": {"errors", "optim", "init", "stats", "_arguments", "_format", "_storage", "_core", "hashing", "snapshot"},
+    "entry": {"errors", "optim", "init", "_arguments", "_format", "_storage", "table"},
+    "__init__": {
+        "errors",
+        "optim",
+        "init",
+        "stats",
+        "_version",
+        "_core",
+        "hashing",
+        "snapshot",
+        "table",
+        "entry",
+        "reference",
+    },
+}
+#: These use what every program may use: the public names and the errors.
+OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
+CTR_USERS = {"cli", "ctr", "__main__"}
+
+REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
+#: Facts about this process, and the path protocol; everything else of `os` reaches for files.
+HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
+LEXICAL_PATH_NAMES = {"basename", "dirname", "join", "normpath", "splitext"}
+FILE_METHODS = {"read_bytes", "write_bytes", "read_text", "write_text", "mkdir", "unlink", "rmdir", "tofile"}
+FILE_MODULES = {"mmap", "fcntl", "shutil", "tempfile", "io", "glob"}
+NUMPY_FILE_NAMES = {"load", "save", "savez", "memmap", "fromfile", "open_memmap"}
+BANNED_FLAGS = re.compile(r"-march=native|-mtune=native|fast-math|-Ofast|-funsafe-math|-fassociative-math")
+
+
+def file_too_long(name: str, text: str) -> list[str]:
+    """Complaints about a source file longer than `MAX_FILE_LINES`."""
+    lines = text.count("\n")
+    return [f"{name}: {lines} lines, more than {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+
+
+def functions_too_long(name: str, text: str) -> list[str]:
+    """Complaints about functions longer than `MAX_FUNCTION_LINES`, docstrings not counted in Python."""
+    return [
+        f"{name}: {function} has {lines} lines, more than {MAX_FUNCTION_LINES}"
+        for function, lines in function_lengths(name, text)
+        if lines > MAX_FUNCTION_LINES
+    ]
+
+
+def function_lengths(name: str, text: str) -> list[tuple[str, int]]:
+    """(name, lines) of each function of a .py, .pyx, .pxd, .c, .h or .inc file."""
+    if name.endswith(".py"):
+        return list(_python_functions(text))
+    if name.endswith((".pyx", ".pxd")):
+        return list(_cython_functions(text))
+    return list(_c_functions(text))
+
+
+def _python_functions(text: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = _end(node) - node.lineno + 1
+            if ast.get_docstring(node, clean=False) is not None:
+                lines -= _end(node.body[0]) - node.body[0].lineno + 1
+            yield node.name, lines
+
+
+def _end(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno
+
+
+def _cython_functions(text: str) -> Iterator[tuple[str, int]]:
+    """By indentation: a function ends before the next line that stands no deeper than its first."""
+    lines = text.splitlines()
+    head = re.compile(r"^(\s*)(?:def|cpdef|cdef(?!\s+(?:extern|class|struct|enum|union)))\b[^=#]*?(\w+)\s*\(")
+    for start, line in enumerate(lines):
+        match = head.match(line)
+        if match is None:
+            continue
+        last, open_brackets = start, 0
+        for number in range(start, len(lines)):
+            code = lines[number].split("#")[0]
+            depth = len(code) - len(code.lstrip())
+            if number > start and open_brackets <= 0 and code.strip() and depth <= len(match.group(1)):
+                break
+            open_brackets += code.count("(") - code.count(")")
+            last = number if code.strip() else last
+        yield match.group(2), last - start + 1
+
+
+def _c_functions(text: str) -> Iterator[tuple[str, int]]:
+    """By braces: a block at depth 0 after a closing parenthesis. A long macro counts as a function."""
+    code = _without_c_comments(text)
+    for match in re.finditer(r"^[ \t]*#[ \t]*define[ \t]+(\w+)(?:.*\\\n)+.*", code, re.MULTILINE):
+        yield match.group(1), match.group(0).count("\n") + 1
+    code = re.sub(r"^[ \t]*#(?:.*\\\n)*.*", _only_newlines, code, flags=re.MULTILINE)
+    depth, start = 0, -1
+    for match in re.finditer(r"[{}]", code):
+        if match.group(0) == "}":
+            depth -= 1
+            if depth == 0 and start >= 0:
+                yield _c_name(code, start), code.count("\n", start, match.start()) + 1
+            continue
+        if depth == 0:
+            start = _c_signature_start(code, match.start())
+        depth += 1
+
+
+def _without_c_comments(text: str) -> str:
+    pattern = r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
+    return re.sub(pattern, _only_newlines, text, flags=re.DOTALL)
+
+
+def _only_newlines(match: re.Match[str]) -> str:
+    return "\n" * match.group(0).count("\n")
+
+
+def _c_signature_start(code: str, brace: int) -> int:
+    """Where the signature before `brace` begins; -1 when the block is not a function (a struct, an array)."""
+    before = code[:brace].rstrip()
+    if not before.endswith(")"):
+        return -1
+    start = max(before.rfind("}"), before.rfind(";")) + 1
+    return start + len(before[start:]) - len(before[start:].lstrip())
+
+
+def _c_name(code: str, start: int) -> str:
+    names = re.findall(r"(\w+)\s*\(", code[start : code.index("{", start)])
+    return names[0] if names else "?"
+
+
+def wrong_imports(module: str, text: str) -> list[str]:
+    """Complaints about imports against the one direction. `module` is "table", "ctr.metrics", "_core"…"""
+    top = module.split(".")[0]
+    if top in OUTER_MODULES:
+        allowed = {"errors", "reference", top} | ({"ctr"} if top in CTR_USERS else set())
+    elif top in ALLOWED_IMPORTS:
+        allowed = ALLOWED_IMPORTS[top]
+    else:
+        return [f"hashemb.{module}: not in ALLOWED_IMPORTS; give it a place in the order of the imports"]
+    return [
+        f"hashemb.{module} imports hashemb.{name}, it may import {sorted(allowed)}"
+        for name in sorted(set(_package_imports(module, text)))
+        if name not in allowed
+    ]
+
+
+def _package_imports(module: str, text: str) -> Iterator[str]:
+    """The package's modules that `text` imports; `from hashemb import Adagrad` names none, being public."""
+    statements = _python_imports(text, module) if module != "_core" else _cython_imports(text)
+    for source, name in statements:
+        parts = source.split(".")
+        if parts[0] != "hashemb":
+            continue
+        if len(parts) > 1:
+            yield parts[1]
+        elif name in ALLOWED_IMPORTS or name in OUTER_MODULES:
+            yield name
+
+
+def _python_imports(text: str, module: str) -> Iterator[tuple[str, str]]:
+    package = ["hashemb", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((source, alias.name) for alias in node.names)
+
+
+def _cython_imports(text: str) -> Iterator[tuple[str, str]]:
+    pattern = r"^\s*(?:from\s+([\w.]+)\s+c?import\s+(\w+)|c?import\s+([\w.]+))"
+    for match in re.finditer(pattern, text, re.MULTILINE):
+        source = match.group(1) or match.group(3)
+        yield (f"hashemb{source}" if source.startswith(".") else source), match.group(2) or ""
+
+
+def needs_extra(module: str, text: str) -> list[str]:
+    """Complaints about an import, when the module is loaded, of anything beyond the required packages."""
+    found = []
+    for node in _loaded_statements(ast.parse(text).body):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            continue
+        for package in {name.split(".")[0] for name in names}:
+            if package not in REQUIRED_PACKAGES and package not in sys.stdlib_module_names:
+                found.append(f"hashemb.{module} imports {package} when loaded, not in the function that needs it")
+    return found
+
+
+def _loaded_statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from _loaded_statements(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for field in ("body", "orelse", "finalbody", "handlers"):
+                yield from _loaded_statements(getattr(node, field, []))
+
+
+def touches_files(module: str, text: str) -> list[str]:
+    """Complaints about what reaches files, mappings or locks, which is for `_storage` alone."""
+    tree = ast.parse(text)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return [f"hashemb.{module}: {what}; only _storage does" for what in _file_uses(tree, own)]
+
+
+def _file_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"import {alias.name}" for alias in node.names if alias.name in FILE_MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in FILE_MODULES:
+            yield f"from {node.module} import …"
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (f"from os import {a.name}" for a in node.names if a.name not in HARMLESS_OS_NAMES)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "os" and node.attr not in HARMLESS_OS_NAMES | {"path"}:
+                yield f"uses os.{node.attr}"
+            elif node.value.id in {"np", "numpy"} and node.attr in NUMPY_FILE_NAMES:
+                yield f"uses {node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os.path":
+            yield from () if node.attr in LEXICAL_PATH_NAMES else (f"uses os.path.{node.attr}",)
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id == "open" and "open" not in own:
+                yield "calls open()"
+            elif isinstance(node.func, ast.Attribute) and node.func.attr in FILE_METHODS:
+                yield f"calls .{node.func.attr}()"
+
+
+def banned_flags(name: str, text: str) -> list[str]:
+    """Complaints about compiler flags that make results or binaries depend on the machine."""
+    return [f"{name}: {found}" for found in BANNED_FLAGS.findall(text)]
+
+
+def unfit_for_git(name: str, content: bytes) -> list[str]:
+    """Complaints about a tracked file that is generated, large, or binary outside tests/golden/."""
+    found = []
+    if len(content) > MAX_TRACKED_BYTES:
+        found.append(f"{name}: {len(content)} bytes, more than {MAX_TRACKED_BYTES}")
+    if content.startswith(b"/* Generated by Cython"):
+        found.append(f"{name}: generated by Cython")
+    if b"\0" in content and not name.startswith("tests/golden/"):
+        found.append(f"{name}: binary, and not a golden file")
+    if name.endswith((".so", ".o", ".a", ".pyc", ".whl", ".gz", ".zst", ".parquet", ".ipynb")):
+        found.append(f"{name}: a build product, data or a notebook")
+    return found

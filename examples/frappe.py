@@ -2,9 +2,9 @@
 
     python examples/frappe.py [DIRECTORY]
 
-DIRECTORY holds train.csv.gz, valid.csv.gz and test.csv.gz of the BARS benchmark's Frappe_x1: a header, then `label` and ten
-categorical columns. Default: $HASHEMB_DATA/frappe, else ../shared/data/frappe beside the repository. BARS reports,
-on the test file, AUC .9356 for logistic regression and .9671 for a factorisation machine of rank 10.
+DIRECTORY holds train.csv.gz, valid.csv.gz and test.csv.gz of the BARS benchmark's Frappe_x1: a header, then `label`
+and ten categorical columns. Default: $HASHEMB_DATA/frappe, else ../shared/data/frappe beside the repository. BARS
+reports, on the test file, AUC .9356 for logistic regression and .9671 for a factorisation machine of rank 10.
 
 Both models are the same program with another rank. Early stopping looks at the validation file only.
 """

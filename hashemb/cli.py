@@ -1,7 +1,7 @@
 """The `hashemb` command: starts it, and turns what goes wrong into one line and an exit status.
 
 Status 0: done; 1: failed, the table and the files are to blame; 2: the command line is; 130: stopped by Ctrl-C.
-Nothing here needs more than the standard library, so that a missing extra can be reported as such.
+Nothing here needs an extra when it is loaded, so that a missing one can be reported as such.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
-from hashemb.errors import HashembError, MissingExtraError
+from hashemb.errors import HashembError
 
 __all__ = ["main"]
 
@@ -41,12 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    for package in ("typer", "rich", "pyarrow"):
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "ctr")
-    import typer
-
-    from hashemb.ctr.commands import app
+    from hashemb.ctr.commands import app, typer
 
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer's own copy of click or click's, by version
     command = typer.main.get_command(app)

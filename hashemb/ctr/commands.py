@@ -7,23 +7,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Annotated, Any
-
-import typer
-from rich.console import Console
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import hashemb
+from hashemb.ctr._extras import require
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
 from hashemb.ctr.inspection import describe
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
-from hashemb.ctr.options import DEFAULTS, OPTIMIZERS, ModelOptions, open_or_create, parse_count
+from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
 from hashemb.ctr.trainer import Trainer, check_paths, is_stream, open_source
 
-__all__ = ["app"]
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+else:
+    typer = require("typer")
+
+__all__ = ["app", "typer"]
 
 app = typer.Typer(
     add_completion=False,
@@ -93,14 +97,14 @@ def train(
     rows: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help=f"Learning rate; may be changed later. {_default('lr')}")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; may change later. [new model: adagrad 0.04]")] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(parser=_parser(_one_of(*OPTIMIZERS)), metavar="NAME", help=f"{', '.join(OPTIMIZERS)}."),
+        typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
     initial_accumulator: Annotated[
-        float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 1]")
+        float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
     ] = None,
     init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
     num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
@@ -136,6 +140,8 @@ def train(
         rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
         optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
+    require("pyarrow")  # as the console, needed later: to be missed before anything is made
+    console = _console()
     check_paths(files)
     if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
         open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
@@ -147,7 +153,7 @@ def train(
         trainer = Trainer(
             table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every
         )
-        status = run_training(trainer, Console())
+        status = run_training(trainer, console)
     raise typer.Exit(status)
 
 
@@ -181,7 +187,7 @@ def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any
     with closing(model.table), ExitStack() as stack:
         reader = stack.enter_context(open_for_scoring(card, files, **reading))
         file = stack.enter_context(_output(output))
-        advance = stack.enter_context(progress_bar(Console(stderr=True), "scoring", reader.bytes_total))
+        advance = stack.enter_context(progress_bar(_console(stderr=True), "scoring", reader.bytes_total))
         count = 0
         for batch in stack.enter_context(closing(score(model, reader))):
             write_probabilities(file, batch.probabilities)
@@ -197,7 +203,7 @@ def inspect(
     exact: Annotated[bool, typer.Option("--exact", help="Count touched rows by reading them.")] = False,
 ) -> None:
     """Show a table's geometry, optimiser, occupancy and size, and the model on it."""
-    console = Console()
+    console = _console()
     for name, value in describe(table, exact=exact):
         say(console, f"{name:<16} {value}")
 
@@ -210,7 +216,12 @@ def demo(
     ] = None,
 ) -> None:
     """Generate a click log, learn it, and compare the model with the truth that generated it."""
-    raise typer.Exit(run_demo(dir, impressions or 1_000_000, Console()))
+    raise typer.Exit(run_demo(dir, impressions or 1_000_000, _console()))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console: Console = require("rich.console").Console(stderr=stderr)
+    return console
 
 
 def _output(path: Path | None) -> AbstractContextManager[IO[str]]:

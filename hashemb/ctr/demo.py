@@ -22,7 +22,7 @@ from hashemb.ctr.model_dir import MODEL_FILE, load_model, read_card, training_lo
 from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.scoring import open_for_scoring, score
 from hashemb.ctr.session import run_training
-from hashemb.ctr.synthetic import ImpressionStream
+from hashemb.ctr.synthetic import ImpressionStream, truth_path
 from hashemb.ctr.trainer import Trainer
 from hashemb.errors import HashembError
 
@@ -90,21 +90,13 @@ def run_demo(directory: Path, impressions: int, console: Console) -> int:
     return 0
 
 
-def truth_path(data: Path) -> Path:
-    """Where the generator puts the true probabilities of the impressions in `data`."""
-    return data.with_name(data.stem + ".truth.npy")
-
-
 def _generate(path: Path, start: int, count: int, console: Console) -> None:
-    """Write impressions [start, start + count) unless they are there; a file appears when it is complete."""
+    """Write impressions `start` to `start + count` and their truth, unless an earlier run has."""
     if path.exists() and truth_path(path).exists():
         say(console, f"{path}: {count:,} impressions, from an earlier run")
         return
-    unfinished = path.with_name("unfinished-" + path.name)
     with progress_bar(console, f"generating {path.name}", count, unit_name="impressions") as advance:
-        ImpressionStream(seed=SEED).write(unfinished, start, count, progress=lambda done: advance(done, done))
-    truth_path(unfinished).replace(truth_path(path))
-    unfinished.replace(path)
+        ImpressionStream(seed=SEED).write(path, start, count, progress=lambda done: advance(done, done))
     say(console, f"{path}: {count:,} impressions generated")
 
 
@@ -132,7 +124,7 @@ def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
     return np.concatenate([batch.probabilities for batch in batches]), np.concatenate(labels)
 
 
-def comparison(labels: Floats, probabilities: Floats, truth: npt.NDArray[np.float64]) -> Iterator[str]:
+def comparison(labels: Floats, probabilities: Floats, truth: Floats) -> Iterator[str]:
     """A table of the best constant, the model, and the true probabilities, on the same labels."""
     constant = np.full(len(labels), np.mean(labels, dtype=np.float64))
     yield f"{f'{len(labels):,} held-out impressions':<30}{'logloss':>10}{'NE':>9}{'AUC':>9}{'calibration':>13}"

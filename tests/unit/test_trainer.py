@@ -291,10 +291,11 @@ def test_options_that_agree_and_a_new_learning_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, hashemb.Adagrad(lr=0.02, initial_accumulator_value=1.0)),
+        ({}, hashemb.Adagrad(lr=0.04, initial_accumulator_value=5.0)),
         ({"optimizer": "rowwise-adagrad", "lr": 0.1}, hashemb.RowWiseAdagrad(lr=0.1, initial_accumulator_value=1.0)),
-        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.02, weight_decay=0.1)),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, hashemb.SGD(lr=0.02, weight_decay=0.1)),
+        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.04, weight_decay=0.1)),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, hashemb.SGD(lr=0.001, weight_decay=0.1)),
+        ({"optimizer": "ftrl"}, hashemb.FTRL(alpha=0.03)),
         ({"optimizer": "ftrl", "lr": 0.3}, hashemb.FTRL(alpha=0.3)),
     ],
 )

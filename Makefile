@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # The install is editable: a changed .py file needs no reinstall, a changed source of the extension does.
-SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxd hashemb/csrc/*)
+SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxi hashemb/*.pxd hashemb/csrc/*)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -33,34 +33,39 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(report["machine"], indent=1))
     for name in options.names or BENCHES:
         began = time.perf_counter()
-        run_bench(name, settings, report["results"])
+        run_bench(name, settings, report, options.json)
         print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
-        if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(report, file, indent=1)
     return 0
 
 
-def run_bench(name: str, settings: Settings, results: list[dict[str, Any]]) -> None:
-    """Runs one question and prints each result as it comes."""
+def run_bench(name: str, settings: Settings, report: dict[str, Any], target: str | None) -> None:
+    """Runs one question; prints and saves each result as it comes."""
     try:
         for result in importlib.import_module(f"bench.{name}").run(settings):
-            results.append(result.as_dict())
+            report["results"].append(result.as_dict())
             show(result)
+            save(report, target)
     except Skip as reason:
         print(f"-- {name} skipped: {reason}")
+    save(report, target)
+
+
+def save(report: dict[str, Any], target: str | None) -> None:
+    if target:
+        with open(target, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
 
 
 def show(result: Result) -> None:
     """One table per result: nanoseconds per unit, and each side's time over ours."""
     point = " ".join(f"{k}={v}" for k, v in result.case.items())
     print(f"\n{result.bench}: {point}\n  {result.checks}")
-    print(f"  {'':34}{'ns per ' + result.unit:^20}{'time of the side / ours':^28}  median ns by phase")
-    print(f"  {'side':34}{'median':>10}{'min':>10}{'median':>8}{'minima':>8}{'cpu':>8}")
+    print(f"  {'':30}{'ns per ' + result.unit:^26}{'time of the side / ours':^28}  median ns by phase")
+    print(f"  {'side':30}{'median':>13}{'min':>13}{'median':>8}{'minima':>8}{'cpu':>8}")
     for side in result.sides:
         ratios = "".join(f"{side[k]:8.2f}" for k in ("median_ratio", "ratio_of_minima", "cpu_ratio"))
         phases = " ".join(f"{k} {v:.1f}" for k, v in side["phases_ns"].items())
-        print(f"  {side['name']:34}{side['median_ns']:10.2f}{side['min_ns']:10.2f}{ratios}  {phases}  {side['note']}")
+        print(f"  {side['name']:30}{side['median_ns']:13.2f}{side['min_ns']:13.2f}{ratios}  {phases}  {side['note']}")
     sys.stdout.flush()
 
 

@@ -8,12 +8,14 @@ import functools
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 import hashemb
 from bench import torch_sides, workload
-from bench.harness import Result, Settings, Skip, available, digest, measure, require_memory
+from bench.harness import Mismatch, Result, Settings, Skip, available, digest, measure, require_memory
 from bench.sides import EmbeddingSide, HashembSide, NumpySide, RooflineSide
 from bench.workload import Case
 
@@ -25,8 +27,8 @@ def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case
     """The acceptance point (dims 16 and 64, 1 and 2 threads), the full grid, or one tiny point."""
     threads = settings.threads or [1, 2]
     if settings.smoke:
-        yield dataclasses.replace(base, rows=1 << 14, dim=settings.dims[0] if settings.dims else 16, batch=64, threads=2,
-                                  optimizer=optimizers[0])  # fmt: skip
+        dim, tiny = settings.dims[0] if settings.dims else 16, base.batch // 64
+        yield dataclasses.replace(base, rows=1 << 14, dim=dim, batch=tiny, threads=2, optimizer=optimizers[0])
         return
     if not settings.full:
         for o, d, t in itertools.product(optimizers, settings.dims or [16, 64], threads):
@@ -42,26 +44,30 @@ def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case
 
 
 def run(bench: str, settings: Settings, base: Case, *, train: bool) -> Iterator[Result]:
-    """Measures every case of the grid; cases with the same table follow each other and share it."""
+    """Measures every case of the grid."""
     optimizers = settings.optimizers or (["rowwise_adagrad", "adagrad"] if train else ["rowwise_adagrad"])
-    cases = grid(settings, base, optimizers)
+    for table, case in with_tables(settings, grid(settings, base, optimizers)):
+        yield run_case(bench, settings, table, case, train=train)
+
+
+def with_tables(settings: Settings, cases: Iterable[Case]) -> Iterator[tuple[hashemb.EmbeddingTable, Case]]:
+    """Each case with a warm table; cases with the same table follow each other and share it."""
     for _, group in itertools.groupby(cases, key=lambda c: (c.rows, c.dim, c.dtype, c.optimizer)):
         same_table = list(group)
         with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
             try:
                 require_memory(2 * workload.table_bytes(same_table[0]), "the table and a peer's copy")
             except Skip as reason:
-                print(f"{bench}: skipped {same_table[0]}: {reason}")
+                print(f"skipped {same_table[0]}: {reason}")
                 continue
             table = workload.make_table(directory, same_table[0])
             for case in same_table:
-                yield run_case(bench, settings, table, case, train=train)
+                yield table, case
             workload.drop_table(table)
 
 
 def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> Result:
     """Makes the sides, checks each, measures them in turn."""
-    hashemb.set_num_threads(case.threads)
     torch_sides.set_num_threads(case.threads)
     skipped: dict[str, str] = {}
     sides = make_sides(table, case, skipped, settings, train=train)
@@ -69,7 +75,7 @@ def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case
     checks = check_sides(sides, case, train=train)
     for side in sides:
         if isinstance(side, RooflineSide):
-            side.tune([batch(i) for i in range(1000, 1003)])
+            side.tune([batch(i) for i in range(1000, 1006)])
     settle_s = SETTLE_S if case.threads > 1 and not settings.smoke else 0.0
     rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner, settle_s=settle_s)
     return Result(bench, dataclasses.asdict(case), "key", case.num_keys, rows, skipped, checks)
@@ -97,8 +103,10 @@ def make_sides(
 
 
 def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[str, Any]:
-    """Every look-up equals the rows; every update goes where Adagrad goes. Returns hashes of our results."""
+    """Every look-up equals the rows; every update goes where Adagrad goes. Returns counts, and hashes of our results
+    while the table is as it was filled: later they depend on how many updates have been timed."""
     keys = workload.keys_for(case, 1 << 20)
+    fresh = workload.is_fresh(sides[0].table)
     checks: dict[str, Any] = {"keys": case.num_keys, "values": case.num_vectors * case.dim}
     for side in sides:
         result = side.values(side.lookup(side.prepare(keys)))
@@ -106,17 +114,23 @@ def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[
         few = slice(0, CHECKED_SAMPLES)
         vectors = result.reshape(case.batch, -1, case.dim)
         if result.size != case.num_vectors * case.dim:
-            raise workload.Mismatch(f"{side.name}: look-up gave {result.size} values")
+            raise Mismatch(f"{side.name}: look-up gave {result.size} values")
         workload.check_lookup(side.name, rows[few], side.read(rows[few])[0], vectors[few])
-        checks.setdefault("lookup_sha256", digest(result))
-    if train:
-        for side in sides:
-            check_one_update(side, case, keys, checks)
+        if fresh and side is sides[0]:
+            checks["lookup_sha256"] = digest(result)
+    for side in sides if train else ():
+        rows, values = check_one_update(side, case, keys)
+        checks["distinct_rows"] = int(rows.size)
+        if fresh and side is sides[0]:
+            checks["update_sha256"] = digest(*values)
     return checks
 
 
-def check_one_update(side: EmbeddingSide, case: Case, keys: Any, checks: dict[str, Any]) -> None:
-    """One step of a side against the judge; for sides of another arithmetic, that exactly its rows moved."""
+def check_one_update(side: EmbeddingSide, case: Case, keys: Any) -> tuple[Any, tuple[Any, Any]]:
+    """One step of a side against the judge; of sides of another arithmetic, that the weights moved and are numbers.
+
+    Returns the distinct rows, and their weights and state afterwards.
+    """
     prepared = side.prepare(keys)
     rows, total = workload.summed_gradients(side.rows(keys), side.grads)
     before = side.read(rows)
@@ -125,7 +139,6 @@ def check_one_update(side: EmbeddingSide, case: Case, keys: Any, checks: dict[st
     if side.judged:
         atol = 1e-6 if case.dtype == "float32" else 1e-2
         workload.check_update(side.name, case.optimizer, total, before, after, atol)
-        checks.setdefault("update_sha256", digest(*after))
-        checks.setdefault("distinct_rows", int(rows.size))
-    elif not (after[0] == after[0]).all():
-        raise workload.Mismatch(f"{side.name}: NaN after an update")
+    elif not np.isfinite(after[0]).all() or not (after[0] != before[0]).any():
+        raise Mismatch(f"{side.name}: an update left no change, or values that are not finite")
+    return rows, after

@@ -64,7 +64,10 @@ class Clock:
 
 
 class Side(Protocol):
-    """One way to do the work. `group` is what sides are compared by: the best of each group counts."""
+    """One way to do the work. `group` is what sides are compared by: the best of each group counts.
+
+    A side that is too slow for a whole batch may do part of it and say which in an attribute `share`, at most 1.
+    """
 
     name: str
     group: str
@@ -162,25 +165,26 @@ def garbage_collector_off() -> Iterator[None]:
 def summaries(sides: Sequence[Side], clocks: dict[str, list[Clock]], units: int) -> list[dict[str, Any]]:
     """Median, minimum, quartiles and ratios of each side, in nanoseconds per unit."""
     ours = clocks[sides[0].name]
-    our_total = np.array([clock.total for clock in ours])
-    our_cpu = np.array([clock.cpu_seconds for clock in ours])
+    our_total = np.array([clock.total for clock in ours]) * 1e9 / units
+    our_cpu = np.array([clock.cpu_seconds for clock in ours]) * 1e9 / units
     rows = []
     for side in sides:
         runs = clocks[side.name]
-        total = np.array([clock.total for clock in runs])
-        cpu = np.array([clock.cpu_seconds for clock in runs])
-        quartiles = np.quantile(total, [0.25, 0.75]) / units * 1e9
+        done = units * getattr(side, "share", 1.0)
+        scale = 1e9 / done
+        total = np.array([clock.total for clock in runs]) * scale
+        cpu = np.array([clock.cpu_seconds for clock in runs]) * scale
         rows.append(
             {
                 "name": side.name,
                 "group": side.group,
-                "median_ns": float(np.median(total)) / units * 1e9,
-                "min_ns": float(total.min()) / units * 1e9,
-                "quartiles_ns": quartiles.tolist(),
+                "median_ns": float(np.median(total)),
+                "min_ns": float(total.min()),
+                "quartiles_ns": np.quantile(total, [0.25, 0.75]).tolist(),
                 "max_over_min": float(total.max() / total.min()),
-                "cpu_median_ns": float(np.median(cpu)) / units * 1e9,
+                "cpu_median_ns": float(np.median(cpu)),
                 "phases_ns": {
-                    p: float(np.median([c.seconds[p] for c in runs])) / units * 1e9 for p in runs[0].seconds
+                    p: float(np.median([c.seconds[p] for c in runs])) * scale for p in runs[0].seconds
                 },
                 "runs": len(runs),
                 "median_ratio": float(np.median(total / our_total)),

@@ -11,7 +11,7 @@ enum { LINE_BYTES = 64, MAX_THREADS = 64 };
 typedef struct {
     char *weight;
     float *state;
-    const int64_t *rows;
+    const int64_t *rows, *order; /* order: which gradient each row takes, or NULL for the i-th */
     const float *grads;
     char *out;
     int64_t dim, state_dim;
@@ -114,6 +114,7 @@ void bench_gather(char *weight, int64_t dim, const int64_t *rows, int64_t n, cha
 static inline __attribute__((always_inline)) void prefetch_update(const work *w, int64_t i, int64_t dim, int64_t state_dim) {
     int64_t row = w->rows[i];
     prefetch(w->weight + row * dim * 4, dim * 4, 1);
+    if (w->order) prefetch((const char *)(w->grads + w->order[i] * dim), dim * 4, 0);
     if (state_dim) prefetch((const char *)(w->state + row * state_dim), state_dim * 4, 1);
 }
 
@@ -122,9 +123,19 @@ static inline __attribute__((always_inline)) void update_rows(const work *w, int
     for (int64_t i = begin; i < end && i < begin + w->ahead; i++) prefetch_update(w, i, dim, state_dim);
     for (int64_t i = begin; i < end; i++) {
         if (i + w->ahead < end) prefetch_update(w, i + w->ahead, dim, state_dim);
-        const float *restrict g = w->grads + i * dim;
+        const float *restrict g = w->grads + (w->order ? w->order[i] : i) * dim;
         float *restrict row = (float *)w->weight + w->rows[i] * dim;
         float *restrict state = w->state + w->rows[i] * state_dim;
+        if (state_dim == dim) {
+            /* Both are read before either is written: they lie at the same offset in their pages, and a load
+             * waits for an earlier store whose address has the same low 12 bits. */
+            for (int64_t j = 0; j < dim; j++) {
+                float s = state[j], r = row[j], change = g[j] * w->scale;
+                state[j] = s + change;
+                row[j] = r + change;
+            }
+            continue;
+        }
         for (int64_t j = 0; j < dim; j++) row[j] += g[j] * w->scale;
         for (int64_t j = 0; j < state_dim; j++) state[j] += g[j] * w->scale;
     }
@@ -145,10 +156,10 @@ static void update_share(const work *w, int64_t begin, int64_t end, double *sum)
     }
 }
 
-/* Adds scale * grads[i] to weight[rows[i]] and to state[rows[i]]; the rows must be distinct. */
-void bench_update(char *weight, float *state, int64_t dim, int64_t state_dim, const int64_t *rows, int64_t n,
-                  const float *grads, float scale, int ahead, int num_threads) {
-    work w = {.weight = weight, .state = state, .dim = dim, .state_dim = state_dim, .rows = rows, .grads = grads,
-              .scale = scale, .ahead = ahead};
+/* Adds scale * grads[order[i]] to weight[rows[i]] and to state[rows[i]]; the rows must be distinct. */
+void bench_update(char *weight, float *state, int64_t dim, int64_t state_dim, const int64_t *rows, const int64_t *order,
+                  int64_t n, const float *grads, float scale, int ahead, int num_threads) {
+    work w = {.weight = weight, .state = state, .dim = dim, .state_dim = state_dim, .rows = rows, .order = order,
+              .grads = grads, .scale = scale, .ahead = ahead};
     run(update_share, &w, n, num_threads);
 }

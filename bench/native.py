@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
     loaded.bench_sum.argtypes = [pointer, i64, i32]
     loaded.bench_gather.argtypes = [pointer, i64, pointer, i64, pointer, i32, i32, i32]
     loaded.bench_update.argtypes = [
-        pointer, pointer, i64, i64, pointer, i64, pointer, ctypes.c_float, i32, i32,
+        pointer, pointer, i64, i64, pointer, pointer, i64, pointer, ctypes.c_float, i32, i32,
     ]  # fmt: skip
     return loaded
 
@@ -60,16 +60,17 @@ def consume(values: Floats, num_threads: int) -> float:
 def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, num_threads: int) -> None:
     """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows."""
     library().bench_gather(
-        weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal, num_threads
-    )
+        weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal,
+        num_threads,
+    )  # fmt: skip
 
 
 def update(
-    weight: Array, state: Array | None, rows: Rows, grads: Floats, *, scale: float, ahead: int, num_threads: int
+    weight: Array, state: Array, rows: Rows, order: Rows | None, grads: Floats, *, scale: float, ahead: int, num_threads: int
 ) -> None:
-    """Adds ``scale * grads[i]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
-    state_dim = 0 if state is None else 1 if state.ndim == 1 else state.shape[1]
+    """Adds ``scale * grads[order[i]]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
     library().bench_update(
-        weight.ctypes.data, 0 if state is None else state.ctypes.data, weight.shape[1], state_dim, rows.ctypes.data,
-        rows.size, grads.ctypes.data, scale, ahead, num_threads,
+        weight.ctypes.data, state.ctypes.data, weight.shape[1], 1 if state.ndim == 1 else state.shape[1],
+        rows.ctypes.data, 0 if order is None else order.ctypes.data, rows.size, grads.ctypes.data, scale, ahead,
+        num_threads,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,22 +23,18 @@ def run(settings: Settings) -> Iterator[Result]:
     native.library()
     optimizers = settings.optimizers or ["rowwise_adagrad", "adagrad"]
     base = Case(rows=1 << 23, dim=16, distribution="distinct rows")
-    for case in embedding.grid(dataclasses.replace(settings, full=False), base, optimizers):
-        with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
-            table = workload.make_table(directory, case)
-            phases = ("lookup", "update") if case.optimizer == optimizers[0] else ("update",)
-            for phase in phases:
-                yield run_phase(settings, table, case, phase)
-            workload.drop_table(table)
+    cases = embedding.grid(dataclasses.replace(settings, full=False), base, optimizers)
+    for table, case in embedding.with_tables(settings, cases):
+        for phase in ("lookup", "update") if case.optimizer == optimizers[0] else ("update",):
+            yield run_phase(settings, table, case, phase)
 
 
 def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, phase: str) -> Result:
-    hashemb.set_num_threads(case.threads)
     torch_sides.set_num_threads(case.threads)
     batch = functools.partial(distinct_keys, case)
     ours = HashembSide(table, case, train=phase == "update")
     limit = RooflineSide(table, case, train=phase == "update")
-    limit.tune([batch(i) for i in range(1000, 1003)])
+    limit.tune([batch(i) for i in range(1000, 1006)])
     sides: list[Any] = [ours, limit]
     checks = embedding.check_sides(sides, dataclasses.replace(case, distribution="uniform"), train=False)
     if phase == "update":

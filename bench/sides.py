@@ -130,41 +130,48 @@ class RooflineSide(EmbeddingSide):
         if case.dtype != "float32" or case.bag > 1:
             raise Skip("the roofline loops are written for single float32 rows")
         self.out = aligned((case.num_vectors, case.dim))
-        self.ahead, self.nontemporal, self.update_ahead = 16, False, 16
+        self.ahead, self.nontemporal = 16, False
+        self.update_ahead, self.sort = 16, False
 
-    def prepare(self, keys: Keys) -> Rows:
-        return self.rows(keys).reshape(-1)
+    def prepare(self, keys: Keys) -> tuple[Rows, Rows, Rows]:
+        """Rows as they come; and sorted, with the occurrence that each of them was."""
+        rows = self.rows(keys).reshape(-1)
+        order = np.argsort(rows, kind="stable")
+        return rows, rows[order], order
 
-    def lookup(self, prepared: Rows) -> Floats:
+    def lookup(self, prepared: tuple[Rows, Rows, Rows]) -> Floats:
         native.gather(
-            self.table.weight, prepared, self.out, ahead=self.ahead, nontemporal=self.nontemporal,
+            self.table.weight, prepared[0], self.out, ahead=self.ahead, nontemporal=self.nontemporal,
             num_threads=self.case.threads,
         )  # fmt: skip
         return self.out
 
-    def update(self, prepared: Rows, result: Any) -> None:
+    def update(self, prepared: tuple[Rows, Rows, Rows], result: Any) -> None:
+        rows, order = (prepared[1], prepared[2]) if self.sort else (prepared[0], None)
         native.update(
-            self.table.weight, self.table.state["accumulator"], prepared, self.grads, scale=1e-9,
+            self.table.weight, self.table.state["accumulator"], rows, order, self.grads, scale=1e-9,
             ahead=self.update_ahead, num_threads=self.case.threads,
         )  # fmt: skip
 
     def tune(self, batches: list[Keys]) -> None:
-        """Takes the prefetch distance and kind of stores that are fastest here: it is the limit that we want."""
+        """Takes the prefetch distance, kind of stores and order of rows that are fastest here: the limit is wanted."""
         prepared = [self.prepare(b) for b in batches]
         choices = [(a, nt) for a in (8, 16, 32, 64) for nt in (False, True) if not nt or self.case.dim % 8 == 0]
         self.ahead, self.nontemporal = min(choices, key=lambda c: self._lookup_seconds(prepared, *c))
         if self.train:
-            self.update_ahead = min((4, 8, 16, 32), key=lambda a: self._update_seconds(prepared, a))
+            updates = [(a, s) for a in (4, 8, 16, 32) for s in (False, True)]
+            self.update_ahead, self.sort = min(updates, key=lambda u: self._update_seconds(prepared, *u))
         stores = "non-temporal" if self.nontemporal else "plain"
-        self.note = f"{stores} stores, {self.ahead} ahead" + f", update {self.update_ahead} ahead" * self.train
+        order = f", update {self.update_ahead} ahead, {'sorted' if self.sort else 'batch order'}"
+        self.note = f"{stores} stores, {self.ahead} ahead" + order * self.train
 
-    def _lookup_seconds(self, prepared: list[Rows], ahead: int, nontemporal: bool) -> float:
+    def _lookup_seconds(self, prepared: list[Any], ahead: int, nontemporal: bool) -> float:
         self.ahead, self.nontemporal = ahead, nontemporal
-        return best_seconds(lambda rows: native.consume(self.lookup(rows), self.case.threads), prepared)
+        return best_seconds(lambda p: native.consume(self.lookup(p), self.case.threads), prepared)
 
-    def _update_seconds(self, prepared: list[Rows], ahead: int) -> float:
-        self.update_ahead = ahead
-        return best_seconds(lambda rows: self.update(rows, None), prepared)
+    def _update_seconds(self, prepared: list[Any], ahead: int, sort: bool) -> float:
+        self.update_ahead, self.sort = ahead, sort
+        return best_seconds(lambda p: self.update(p, None), prepared)
 
 
 def best_seconds(fn: Any, arguments: list[Any]) -> float:

@@ -103,6 +103,8 @@ class FbgemmSide(TorchSide):
         super().__init__(table, case, buffers, train=train)
         if case.dim % 4:
             raise Skip("FBGEMM's dimensions are multiples of 4")
+        if case.fields == 1 and shape != "T=1":
+            raise Skip("one feature is T=1")
         self.shape = shape
         self.group = "FBGEMM" + {"memory": "", "huge pages": " huge pages", "files": " on files"}[buffers.kind]
         self.name = f"{self.group} {shape}".replace("T=F", f"T={case.fields}")
@@ -209,7 +211,11 @@ class EmbeddingBagSide(TorchSide):
 
 
 def make_sides(
-    table: hashemb.EmbeddingTable, case: Case, *, train: bool, kinds: tuple[str, ...] = ("memory", "huge pages", "files")
+    table: hashemb.EmbeddingTable,
+    case: Case,
+    *,
+    train: bool,
+    kinds: tuple[str, ...] = ("memory", "huge pages", "files"),
 ) -> list[tuple[str, Any]]:
     """(name, function that makes the side) of every peer here."""
     cache: dict[str, Buffers] = {}
@@ -239,7 +245,8 @@ def _embedding_bag(table: Any, case: Case, buffers: Any, optimizer: str, train: 
 
 
 def set_num_threads(n: int) -> None:
-    """Threads of PyTorch and FBGEMM, where they are installed."""
+    """Threads of ours, and of PyTorch and FBGEMM where they are installed."""
+    hashemb.set_num_threads(n)
     try:
         import torch
     except ImportError:

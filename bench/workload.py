@@ -63,7 +63,8 @@ def keys_for(case: Case, number: int) -> Keys:
         raise ValueError(f"distribution must be uniform or zipf1.2, got {case.distribution!r}")
     ranks = zipf_ranks(rng.random(shape), case.rows // case.fields, 1.2)
     values = ranks * np.uint64(case.fields) + np.arange(case.fields, dtype=np.uint64)[None, :, None]
-    return reference.fmix64(values + np.uint64(1))
+    keys: Keys = reference.fmix64(values + np.uint64(1))
+    return keys
 
 
 def zipf_ranks(uniform: npt.NDArray[np.float64], n: int, exponent: float) -> Keys:
@@ -115,6 +116,11 @@ def make_table(directory: str, case: Case) -> hashemb.EmbeddingTable:
     return table
 
 
+def is_fresh(table: hashemb.EmbeddingTable) -> bool:
+    """Whether nothing but `make_table` has updated the table."""
+    return table.step == -(-table.num_embeddings // FILL_ROWS)
+
+
 def drop_table(table: hashemb.EmbeddingTable) -> None:
     """Closes the table and deletes its files."""
     table.close()
@@ -159,7 +165,12 @@ def summed_gradients(rows: Rows, grads: Floats) -> tuple[Rows, npt.NDArray[np.fl
 
 
 def check_update(
-    name: str, optimizer: str, total: npt.NDArray[np.float64], before: tuple[Any, Any], after: tuple[Any, Any], atol: float
+    name: str,
+    optimizer: str,
+    total: npt.NDArray[np.float64],
+    before: tuple[Any, Any],
+    after: tuple[Any, Any],
+    atol: float,
 ) -> None:
     """Weights and state of the distinct rows went where (row-wise) Adagrad sends them."""
     (w0, a0), (w1, a1) = before, after

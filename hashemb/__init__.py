@@ -4,7 +4,7 @@
 `hashemb.reference` holds the same algorithms in plain NumPy.
 """
 
-from hashemb import errors
+from hashemb import errors, reference
 from hashemb._core import get_num_threads, set_num_threads
 from hashemb._version import __version__
 from hashemb.entry import TableInfo, create, info, open
@@ -33,5 +33,6 @@ __all__ = [
     "hash_keys",
     "info",
     "open",
+    "reference",
     "set_num_threads",
 ]

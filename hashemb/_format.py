@@ -207,13 +207,15 @@ def _parse(data: bytes, filename: str) -> dict[str, Any]:
         raise CorruptTableError(
             f"{filename}: expected JSON, found {len(data)} bytes that are not: {error}"
         ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise FormatError(f"{filename}: not the description of a hashemb table (no integer \"format\")")
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
+        raise FormatError(f'{filename}: not the description of a hashemb table (no integer "format")')
     if content["format"] > FORMAT:
         raise FormatError(
             f"{filename}: the table has format {content['format']}, this version reads up to {FORMAT}: "
             "upgrade hashemb"
         )
+    if content["format"] < 1:
+        raise FormatError(f"{filename}: the table has format {content['format']}, formats begin at 1")
     return content
 
 

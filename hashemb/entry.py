@@ -163,4 +163,6 @@ def _table_path(path: str | os.PathLike[str]) -> str:
         raise TypeError(f"path must be a str or path-like of str, got {type(text).__name__}")
     if not text:
         raise ValueError("path must not be empty")
+    if "\0" in text:
+        raise ValueError(f"path must not hold a null character, got {text!r}")
     return os.path.normpath(text)

@@ -41,7 +41,7 @@ _MASK = (1 << 64) - 1
 
 def hash_keys(values: Iterable[int | str | bytes | None], field: str | None = None) -> U64:
     """Keys of Python values, one at a time: low 64 bits of MurmurHash3 x64-128 of each value's bytes."""
-    seed = 0 if field is None else mmh3.hash(field, 0, signed=False)
+    seed = 0 if field is None else mmh3.hash(field.encode(), 0, signed=False)
     return np.array([_hash_value(v, seed) for v in values], np.uint64)
 
 

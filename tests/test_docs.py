@@ -18,9 +18,8 @@ import hashemb
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hashemb.__file__).parent
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.is_file()]
-MODULES = sorted(
-    ".".join(("hashemb", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
-)
+FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
+MODULES = [".".join(("hashemb", *path.with_suffix("").parts)).removesuffix(".__init__") for path in FILES]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

@@ -45,9 +45,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "reference",
     },
 }
-#: These use what every program may use: the public names and the errors.
+#: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
-CTR_USERS = {"cli", "ctr", "__main__"}
+PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
+MAY_ALSO_IMPORT = {"cli": {"ctr"}, "__main__": {"cli"}}
+#: Loaded by the command line once it has found these extras.
+EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}}
 
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else of `os` reaches for files.
@@ -161,8 +164,7 @@ def wrong_imports(module: str, text: str) -> list[str]:
     """Complaints about imports against the one direction. `module` is "table", "ctr.metrics", "_core"…"""
     top = module.split(".")[0]
     if top in OUTER_MODULES:
-        allowed = {"errors", "reference", top} | ({"ctr"} if top in CTR_USERS else set())
-        allowed |= {"cli"} if top == "__main__" else set()
+        allowed = {top} | PUBLIC_MODULES | MAY_ALSO_IMPORT.get(top, set())
     elif top in ALLOWED_IMPORTS:
         allowed = ALLOWED_IMPORTS[top]
     else:
@@ -208,12 +210,13 @@ def _cython_imports(text: str) -> Iterator[tuple[str, str]]:
 def needs_extra(module: str, text: str) -> list[str]:
     """Complaints about an import, when the module is loaded, of anything beyond the required packages."""
     found = []
+    allowed = REQUIRED_PACKAGES | EXTRAS_WHEN_LOADED.get(module, set())
     for node in _loaded_statements(ast.parse(text).body):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         if isinstance(node, ast.ImportFrom) and node.level:
             continue
         for package in {name.split(".")[0] for name in names}:
-            if package not in REQUIRED_PACKAGES and package not in sys.stdlib_module_names:
+            if package not in allowed and package not in sys.stdlib_module_names:
                 found.append(f"hashemb.{module} imports {package} when loaded, not in the function that needs it")
     return found
 

@@ -7,7 +7,7 @@
 #include "numerics.h"
 #include "table.h"
 
-enum { HE_DIGIT_BITS = 11, HE_DIGITS = 1 << HE_DIGIT_BITS };
+enum { HE_DIGIT_BITS = 12 };
 
 #define HE_ENTRY uint64_t
 #define HE_SORT(f) f##_64

@@ -32,6 +32,7 @@ _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _ODD_BYTES = (b"\0", b"\r", b" ", b"x", b"X")
 
 _COLUMNS = {True: [CRITEO_LABEL, *CRITEO_SCHEMA], False: list(CRITEO_SCHEMA)}
+_INTEGER_NAMES = [name for name, kind in CRITEO_SCHEMA.items() if kind == "count"]
 _INTEGER = re.compile(rb"-?[0-9]+")
 _PLAIN_LINE = {
     labelled: re.compile(
@@ -45,9 +46,9 @@ class CriteoSource:
     """A stream of Criteo lines; whether they have a label is what most of the first 100 lines say."""
 
     def __init__(self, stream: Stream, options: Options) -> None:
-        if options.label not in (None, CRITEO_LABEL):
+        if options.label not in (None, CRITEO_LABEL) and options.schema is None:
             raise ValueError(f"{stream.name}: a Criteo file has no column {options.label!r} for the label")
-        unknown = [name for name in options.numeric if not name.startswith("I") or name not in CRITEO_SCHEMA]
+        unknown = [name for name in options.numeric if name not in _INTEGER_NAMES]
         if unknown:
             raise ValueError(f"{stream.name}: a Criteo file has no integer column {unknown[0]!r}")
         self.name = stream.name
@@ -135,7 +136,7 @@ def line_fault(line: bytes, *, labelled: bool = True) -> str | None:
         return f"not UTF-8: byte 0x{line[error.start]:02x} in column {column}"
     if labelled and fields[0] not in (b"0", b"1"):
         return f"label must be 0 or 1, found {shown(fields[0])}"
-    faults = (_integer_fault(name, field) for name, field in zip(names[labelled:], fields[labelled:][:13]))
+    faults = (_integer_fault(name, field) for name, field in zip(_INTEGER_NAMES, fields[labelled:], strict=False))
     return next((fault for fault in faults if fault), None)
 
 

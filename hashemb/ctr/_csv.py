@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +112,7 @@ class CsvSource:
             names = self._open(pa.BufferReader(data), [], _skip, len(data) + 1).schema.names
             duplicate = next((name for name in names if names.count(name) > 1), None)
             if duplicate is not None:
-                raise ValueError(f"two columns are named {duplicate!r}")
+                raise ValueError(f"{self.name}: two columns are named {duplicate!r}")
             return self._open(pa.BufferReader(data), names, _skip, len(data) + 1).read_all()
 
     def _open(self, source: Any, names: Sequence[str], on_ragged: Callable[[Any], str], block_bytes: int) -> Any:
@@ -140,7 +140,7 @@ class CsvSource:
         """Put the file's name into what Arrow raises."""
         try:
             yield
-        except ValueError as error:  # ArrowInvalid is one
+        except require("pyarrow").ArrowInvalid as error:
             hint = " (a quote that is never closed?)" if "straddling" in str(error) else ""
             raise ValueError(f"{self.name}: not readable as CSV{hint}: {error}") from error
 
@@ -218,10 +218,8 @@ def _infer_kind(column: Any) -> Kind | None:
     values = column.drop_null()
     if not len(values):
         return None
-    for kind in ("integer", "float"):
-        if _cast(values, cast(Kind, kind)) is not None:
-            return cast(Kind, kind)
-    return "string"
+    kinds: tuple[Kind, ...] = ("integer", "float")
+    return next((kind for kind in kinds if _cast(values, kind) is not None), "string")
 
 
 def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:

@@ -76,12 +76,13 @@ class Dyadic:
         t = ((words >> np.uint64(16)) & np.uint64(0xFFFFFFFF)).astype(np.float64)
         t *= 2.0**-32
         share = t * (0.6565 + 0.3435 * t)  # 2**t - 1 to within 0.003: density 1/x in the octave
-        return (self._low[octave] + np.floor(self._width[octave] * share)).astype(np.int64)
+        ranks: F64 = self._low[octave] + np.floor(self._width[octave] * share)
+        return ranks.astype(np.int64)
 
 
 def power_law(size: int, exponent: float) -> Dyadic:
     """Rank r of `size` with probability proportional to ``r**-exponent``, octave by octave."""
-    octaves = (size).bit_length()
+    octaves = size.bit_length()
     weights = [2.0 ** (k * (1.0 - exponent)) for k in range(octaves)]
     weights[-1] *= math.log2((size + 1) / 2 ** (octaves - 1))
     return Dyadic(weights, size)

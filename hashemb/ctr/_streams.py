@@ -5,6 +5,7 @@ Compression is recognised by the first bytes of the data, so it works for standa
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ class Stream:
 
     def __init__(self, path: str) -> None:
         self.name = "<stdin>" if path == STDIN else path
-        self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else open(path, "rb", buffering=0))
+        self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else io.FileIO(path))
         self._ahead = b""
         try:
             self.codec = self._recognise(path)

@@ -11,11 +11,12 @@ from typing import Any
 from hashemb.ctr._extras import require
 from hashemb.ctr.fields import CRITEO_SCHEMA
 
-__all__ = ["open_writer", "replacing"]
+__all__ = ["SUFFIXES", "open_writer", "replacing"]
 
 Write = Callable[[dict[str, Any]], None]
 
 _TSV_CODECS = {".tsv": None, ".tsv.gz": "gzip", ".tsv.zst": "zstd"}
+SUFFIXES = (".parquet", *_TSV_CODECS)
 
 
 @contextmanager
@@ -32,9 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def open_writer(path: Path, name: str) -> Iterator[Write]:
     """A function that appends columns to the file `path`, in the format that the suffix of `name` says."""
-    suffix = next((s for s in (".parquet", *_TSV_CODECS) if name.endswith(s)), None)
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     if suffix is None:
-        raise ValueError(f"{name}: the suffix must be .parquet, {', '.join(_TSV_CODECS)}")
+        raise ValueError(f"{name}: the suffix must be one of {', '.join(SUFFIXES)}")
     with (_parquet(path) if suffix == ".parquet" else _tsv(path, _TSV_CODECS[suffix])) as write:
         yield write
 
@@ -62,6 +63,6 @@ def _tsv(path: Path, codec: str | None) -> Iterator[Write]:
         }
         csv.write_csv(pa.table(plain), stream, options)
 
-    with pa.OSFile(str(path), "wb") as file:
-        with file if codec is None else pa.CompressedOutputStream(file, codec) as stream:
-            yield write
+    file = pa.OSFile(str(path), "wb")
+    with file, file if codec is None else pa.CompressedOutputStream(file, codec) as stream:
+        yield write

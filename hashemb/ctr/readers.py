@@ -8,6 +8,7 @@ never mended, always counted.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, Union, get_args
@@ -143,14 +144,15 @@ class Reader:
         Column that the labels of the file last opened come from; None if it has none. Give it to `open_reader`
         together with `schema`, which turns guessing off.
     bytes_total : int or None
-        Size of all files as stored; None with standard input.
+        Size of all files as stored; None if one is standard input or a pipe.
     """
 
     def __init__(
         self, paths: Sequence[str], format: Format, options: Options, *, batch_size: int, strict: bool, start: int
     ) -> None:
         self.report = ReadReport()
-        self.bytes_total = None if STDIN in paths else sum(os.path.getsize(path) for path in paths)
+        sizes = [size for path in paths if (size := _file_size(path)) is not None]
+        self.bytes_total = sum(sizes) if len(sizes) == len(paths) else None
         self._format = format
         self._options = options
         self._strict = strict
@@ -267,6 +269,14 @@ def _open_source(path: str, format: Format, options: Options) -> Source | None:
     except BaseException:
         stream.close()
         raise
+
+
+def _file_size(path: str) -> int | None:
+    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
+    if path == STDIN:
+        return None
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _sniff(name: str, head: bytes) -> Literal["criteo", "csv"]:

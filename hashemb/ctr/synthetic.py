@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from hashemb.ctr._extras import require
 from hashemb.ctr._power_law import F64, I64, U64, draws, fmix64, gaussian, log_normal, power_law, splitmix
+from hashemb.ctr._writers import SUFFIXES, open_writer, replacing
 from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts, encode
 
-__all__ = ["TRUE_RANK", "ImpressionStream", "Impressions"]
+__all__ = ["TRUE_RANK", "ImpressionStream", "Impressions", "truth_path"]
 
 _WRITE_ROWS = 1 << 16
 _PILOT_ROWS = 1 << 15
@@ -175,8 +176,6 @@ class ImpressionStream:
         trains on `path` can see them. Both files are written under temporary names and renamed once they are
         complete, the impressions last. Memory does not depend on `count`, but for 4 bytes each.
         """
-        from hashemb.ctr._writers import open_writer, replacing
-
         path = Path(path)
         truth = np.empty(count, np.float32)
         with replacing(truth_path(path)) as truth_temporary, replacing(path) as temporary:
@@ -200,7 +199,8 @@ def truth_path(path: str | os.PathLike[str]) -> Path:
     'train.truth.npy'
     """
     path = Path(path)
-    return path.with_name(path.name.partition(".")[0] + ".truth.npy")
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
+    return path.with_name(path.name.removesuffix(suffix) + ".truth.npy")
 
 
 class _Column:
@@ -222,7 +222,8 @@ class _Column:
     def vectors(self, indices: I64) -> list[F64]:
         """The coordinates, 1 or -1, of the vector of each value."""
         words = fmix64(indices.astype(np.uint64) ^ np.uint64(self._vector_salt))
-        return [1.0 - 2.0 * (words >> np.uint64(bit) & np.uint64(1)) for bit in range(_PAIR_RANK)]
+        bits = [(words >> np.uint64(bit) & np.uint64(1)).astype(np.float64) for bit in range(_PAIR_RANK)]
+        return [1.0 - 2.0 * bit for bit in bits]
 
 
 class _Integer(_Column):

@@ -50,6 +50,7 @@ def dense_gradient(table: hashemb.EmbeddingTable, keys: Any, grads: Any) -> F64:
 # ---- PyTorch ----
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's own optimiser causes it
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("options", [{}, {"eps": 1e-3, "initial_accumulator_value": 0.5}], ids=str)
 def test_adagrad_is_that_of_torch(tmp_path: Path, options: dict[str, float], sparse: bool) -> None:

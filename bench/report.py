@@ -1,0 +1,209 @@
+"""``python -m bench.report results.json [...]``: writes the tables and pictures of bench/README.md from results.
+
+The tables stand between two marks in README.md; nothing else in it is touched. Of several files with the same point the
+last one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+BEGIN, END = "<!-- results: written by bench.report -->", "<!-- end of results -->"
+SHOWN_SETTINGS = ("repeats", "inner")
+DEFAULTS = {"fields": 26, "bag": 1, "dtype": "float32", "distribution": "uniform", "batch": 4096}
+TITLES = {
+    "lookup": "Look-up",
+    "update": "Look-up and exact update",
+    "pooled": "Look-up and exact update of bags of 20 keys",
+    "roofline": "Fraction of the roofline",
+    "hash": "Keys from columns",
+    "overhead": "Cost of a call",
+    "scale": "Size of the table",
+    "kv": "Against key-value stores",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=pathlib.Path)
+    parser.add_argument("--readme", type=pathlib.Path, default=HERE / "README.md")
+    parser.add_argument("--no-pictures", action="store_true")
+    options = parser.parse_args(arguments)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    results = latest(result for report in reports for result in report["results"])
+    text = "\n".join([*machine_lines(reports), *tables(results)])
+    replace_between_marks(options.readme, text)
+    if not options.no_pictures:
+        draw(results, options.readme.parent)
+
+
+def latest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result per point, in order of first appearance."""
+    return list({(r["bench"], json.dumps(r["case"], sort_keys=True)): r for r in results}.values())
+
+
+def replace_between_marks(path: pathlib.Path, text: str) -> None:
+    page = path.read_text(encoding="utf-8")
+    head, found, rest = page.partition(BEGIN)
+    _, closed, tail = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"{path} lacks the marks {BEGIN!r} and {END!r}")
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+# ---- text ----
+
+
+def machine_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """What the figures were measured on; one line per distinct machine and file system."""
+    lines: dict[str, None] = {}
+    for report in reports:
+        m = report["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+        lines[
+            f"- {m['cpu']} (family/model/stepping {m['family_model_stepping']}), {m['usable_cores']} cores, "
+            f"L3 {m['l3']}, kernels {m['isa']}, Linux {m['kernel']}, tables on {m['file_system']}, "
+            f"Python {m['python']}; {versions}"
+        ] = None
+    return ["Measured on:", "", *lines, ""]
+
+
+def tables(results: list[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for bench, title in TITLES.items():
+        chosen = [r for r in results if r["bench"] == bench]
+        if chosen:
+            lines += [f"### {title}", ""]
+            if bench in ("lookup", "update", "pooled"):
+                lines += best_table(chosen)
+            lines += roofline_table(chosen) if bench == "roofline" else side_tables(chosen)
+    return lines
+
+
+def point(case: dict[str, Any]) -> str:
+    """The parameters of a case that are not the usual ones."""
+    shown = {k: v for k, v in case.items() if DEFAULTS.get(k) != v}
+    return ", ".join(f"{k.replace('_', ' ')} {power_of_two(v)}" for k, v in shown.items())
+
+
+def power_of_two(value: Any) -> str:
+    if isinstance(value, int) and value >= 1 << 14 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def best_table(results: list[dict[str, Any]]) -> list[str]:
+    """The fastest side of each group, as its time over ours; for the roofline that is our fraction of the limit."""
+    groups = list(dict.fromkeys(g for r in results for g in r["best"] if not g.startswith("hashemb")))
+    lines = ["Time of the best of each kind / ours (median of the ratios; in brackets the ratio of minima):", ""]
+    lines += [f"| | {' | '.join(groups)} |", "|---|" + "---:|" * len(groups)]
+    for result in results:
+        cells = [best_cell(result["best"].get(group)) for group in groups]
+        lines.append(f"| {point(result['case'])} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def best_cell(best: dict[str, Any] | None) -> str:
+    return "" if best is None else f"{best['median_ratio']:.2f} ({best['ratio_of_minima']:.2f})"
+
+
+def side_tables(results: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for result in results:
+        lines += [f"{point(result['case'])}:", ""]
+        lines += [f"| | median, ns per {result['unit']} | quartiles | minimum | time / ours | minima / ours | phases |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---|"]
+        lines += [side_row(side) for side in result["sides"]]
+        lines += ["", *(f"Skipped: {name} ({reason})." for name, reason in result["skipped"].items()), ""]
+    return lines
+
+
+def side_row(side: dict[str, Any]) -> str:
+    low, high = side["quartiles_ns"]
+    phases = ", ".join(f"{name} {number(ns)}" for name, ns in side["phases_ns"].items())
+    name = f"**{side['name']}**" if side["name"] == "hashemb" else side["name"]
+    return (
+        f"| {name} | {number(side['median_ns'])} | {number(low)}–{number(high)} | {number(side['min_ns'])} "
+        f"| {side['median_ratio']:.2f} | {side['ratio_of_minima']:.2f} | {phases} |"
+    )
+
+
+def number(ns: float) -> str:
+    return f"{ns:,.1f}" if ns < 1000 else f"{ns:,.0f}"
+
+
+def roofline_table(results: list[dict[str, Any]]) -> list[str]:
+    """One row per point: ours, the limit, and ours as a fraction of it."""
+    lines = ["| | hashemb, ns per key | limit | fraction | of the minima |", "|---|---:|---:|---:|---:|"]
+    for result in results:
+        ours, limit = result["sides"]
+        lines.append(
+            f"| {roofline_label(result['case'])} | {ours['median_ns']:.1f} | {limit['median_ns']:.1f} "
+            f"| {limit['median_ratio']:.2f} | {limit['ratio_of_minima']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def roofline_label(case: dict[str, Any]) -> str:
+    what = case["phase"] if case["phase"] == "lookup" else f"update, {case['optimizer'].replace('_', ' ')}"
+    return f"{what}, dim {case['dim']}, {case['threads']} thread{'s' * (case['threads'] > 1)}"
+
+
+# ---- pictures ----
+
+
+def draw(results: list[dict[str, Any]], directory: pathlib.Path) -> None:
+    """roofline.svg and scale.svg, where the results have what they show."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "hashemb"  # the same results give the same file
+    bars = [r for r in results if r["bench"] == "roofline"]
+    if bars:
+        draw_roofline(bars, directory / "roofline.svg")
+    curves = [r for r in results if r["bench"] == "scale" and r["unit"] == "key"]
+    if curves:
+        draw_scale(curves[-1], directory / "scale.svg")
+
+
+def draw_roofline(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    labels = [roofline_label(r["case"]) for r in results]
+    fractions = [r["sides"][1]["median_ratio"] for r in results]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(labels) + 1.2), layout="constrained")
+    bars = axes.barh(labels, fractions, color=["#4477aa" if "lookup" in label else "#66ccaa" for label in labels])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="fraction of the limit (plain C loop on the same rows, no hashing, no optimiser)", xlim=(0, 1.2))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_scale(result: dict[str, Any], path: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    sides = sorted(result["sides"], key=size_bits)
+    bits = [size_bits(side) for side in sides]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for phase in ("lookup", "update"):
+        axes.plot(bits, [side["phases_ns"][phase] for side in sides], marker="o", label=phase)
+    axes.set(xlabel="rows of the table", ylabel="ns per key", ylim=(0, None))
+    axes.set_xticks(bits, [f"$2^{{{b}}}$" for b in bits])
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def size_bits(side: dict[str, Any]) -> int:
+    return int(side["name"].removeprefix("2^").removesuffix(" rows"))
+
+
+if __name__ == "__main__":
+    main()

@@ -165,13 +165,12 @@ def garbage_collector_off() -> Iterator[None]:
 def summaries(sides: Sequence[Side], clocks: dict[str, list[Clock]], units: int) -> list[dict[str, Any]]:
     """Median, minimum, quartiles and ratios of each side, in nanoseconds per unit."""
     ours = clocks[sides[0].name]
-    our_total = np.array([clock.total for clock in ours]) * 1e9 / units
-    our_cpu = np.array([clock.cpu_seconds for clock in ours]) * 1e9 / units
+    our_total = np.array([clock.total for clock in ours]) * (1e9 / units)
+    our_cpu = np.array([clock.cpu_seconds for clock in ours]) * (1e9 / units)
     rows = []
     for side in sides:
         runs = clocks[side.name]
-        done = units * getattr(side, "share", 1.0)
-        scale = 1e9 / done
+        scale = 1e9 / (units * getattr(side, "share", 1.0))
         total = np.array([clock.total for clock in runs]) * scale
         cpu = np.array([clock.cpu_seconds for clock in runs]) * scale
         rows.append(

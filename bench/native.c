@@ -1,6 +1,6 @@
 /* The least work that the accesses of a look-up or an update can be done with: no hashing, no duplicates, no
  * optimiser, rows given. What these loops take is the machine's limit. Also the consumer that reads results.
- * Compiled at run time by native.py for the CPU at hand; loops divide over threads by position in the batch. */
+ * Compiled at run time by native.py; loops divide over threads by position in the batch. */
 #include <immintrin.h>
 #include <pthread.h>
 #include <stdint.h>

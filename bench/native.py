@@ -1,10 +1,12 @@
-"""The C loops of native.c, compiled for this CPU when first asked for. Without a compiler they are skipped."""
+"""The C loops of native.c, compiled when first asked for. Without a compiler they are skipped.
+
+They are compiled for the instruction set whose kernels hashemb uses, so that the limit is that of the same machine.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import shutil
@@ -15,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness import Skip
+from hashemb import _core
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
+ISA_FLAGS = {"baseline": ["-march=x86-64"], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 SOURCE = pathlib.Path(__file__).with_name("native.c")
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]
 
 
 @functools.cache
@@ -33,10 +37,11 @@ def library() -> ctypes.CDLL:
     if os.uname().machine != "x86_64":
         raise Skip("the roofline loops are written for x86-64")
     with tempfile.TemporaryDirectory(prefix="hashemb-bench-") as directory:
-        target = os.path.join(directory, f"native-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", target], capture_output=True, text=True)
+        target = os.path.join(directory, "native.so")
+        command = [compiler, *FLAGS, *ISA_FLAGS[_core.get_isa()], str(SOURCE), "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler} failed on {SOURCE}:\n{done.stderr}")
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         loaded = ctypes.CDLL(target)
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.bench_sum.restype = ctypes.c_double
@@ -66,7 +71,15 @@ def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: b
 
 
 def update(
-    weight: Array, state: Array, rows: Rows, order: Rows | None, grads: Floats, *, scale: float, ahead: int, num_threads: int
+    weight: Array,
+    state: Array,
+    rows: Rows,
+    order: Rows | None,
+    grads: Floats,
+    *,
+    scale: float,
+    ahead: int,
+    num_threads: int,
 ) -> None:
     """Adds ``scale * grads[order[i]]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
     library().bench_update(

@@ -42,7 +42,7 @@ def run(settings: Settings) -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
         table = workload.make_table(directory, base)
         for batch, fields in BATCHES[:3] if settings.smoke else BATCHES:
-            for threads in settings.threads or [1, 2]:
+            for threads in settings.threads or ([1] if settings.smoke else [1, 2]):
                 case = dataclasses.replace(base, batch=batch, fields=fields, threads=threads)
                 yield run_case(settings, table, case)
         workload.drop_table(table)

@@ -91,5 +91,5 @@ def test_a_million_random_keys(tmp_path):
         stats = table.stats(exact=True)
         np.testing.assert_array_equal(table.lookup(keys), trained)
     assert stats.rows_touched == len(np.unique(reference.rows(keys.astype(np.uint64), num_embeddings=ROWS)))
-    print(f"{stats.rows_touched} rows, {stats.disk_bytes} bytes on disk: {stats.disk_bytes / stats.rows_touched:.0f} a row")
+    print(f"{stats.rows_touched} rows, {stats.disk_bytes / stats.rows_touched:.0f} bytes of disk a row")
     assert stats.disk_bytes < stats.rows_touched * 3 * 4096

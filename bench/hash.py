@@ -42,7 +42,11 @@ def run(settings: Settings) -> Iterator[Result]:
     letters = np.random.default_rng(4).integers(97, 123, (n, WIDTH), np.uint8)
     for kind in ("int64", "NumPy S8", "Arrow string"):
         skipped: dict[str, str] = {}
-        sides, checks = int_sides(ints, skipped) if kind == "int64" else string_sides(kind, letters, skipped)
+        sides: list[Any] = []
+        with available(skipped, kind):
+            sides, checks = int_sides(ints, skipped) if kind == "int64" else string_sides(kind, letters, skipped)
+        if not sides:
+            continue
         rows = measure(sides, int, units=n, repeats=max(1, settings.repeats // 2), inner=1)
         yield Result("hash", {"column": kind, "values": n}, "value", n, rows, skipped, checks)
 

@@ -50,7 +50,7 @@ def run(settings: Settings) -> Iterator[Result]:
 
 def run_case(settings: Settings, table: hashemb.EmbeddingTable, case: Case) -> Result:
     torch_sides.set_num_threads(case.threads)
-    calls = 4 if settings.smoke else max(4, min(500, KEYS_PER_RUN // case.num_keys))
+    calls = 4 if settings.smoke else max(2, min(500, KEYS_PER_RUN // case.num_keys))
     kept = dataclasses.replace(settings, sides=settings.sides or "NumPy|FBGEMM memory|Bag")
     skipped: dict[str, str] = {}
     sides = embedding.make_sides(table, case, skipped, kept, train=True)

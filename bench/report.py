@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 BEGIN, END = "<!-- results: written by bench.report -->", "<!-- end of results -->"
-SHOWN_SETTINGS = ("repeats", "inner")
 DEFAULTS = {"fields": 26, "bag": 1, "dtype": "float32", "distribution": "uniform", "batch": 4096}
 TITLES = {
     "lookup": "Look-up",
@@ -79,9 +78,7 @@ def tables(results: list[dict[str, Any]]) -> list[str]:
         chosen = [r for r in results if r["bench"] == bench]
         if chosen:
             lines += [f"### {title}", ""]
-            if bench in ("lookup", "update", "pooled"):
-                lines += best_table(chosen)
-            lines += roofline_table(chosen) if bench == "roofline" else side_tables(chosen)
+            lines += FORMS.get(bench, side_tables)(chosen)
     return lines
 
 
@@ -95,6 +92,11 @@ def power_of_two(value: Any) -> str:
     if isinstance(value, int) and value >= 1 << 14 and value & (value - 1) == 0:
         return f"2^{value.bit_length() - 1}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def folded_tables(results: list[dict[str, Any]]) -> list[str]:
+    """What to read first, and the rest behind a click."""
+    return [*best_table(results), "<details><summary>All sides</summary>", "", *side_tables(results), "</details>", ""]
 
 
 def best_table(results: list[dict[str, Any]]) -> list[str]:
@@ -119,7 +121,8 @@ def side_tables(results: list[dict[str, Any]]) -> list[str]:
         lines += [f"| | median, ns per {result['unit']} | quartiles | minimum | time / ours | minima / ours | phases |"]
         lines += ["|---|---:|---:|---:|---:|---:|---|"]
         lines += [side_row(side) for side in result["sides"]]
-        lines += ["", *(f"Skipped: {name} ({reason})." for name, reason in result["skipped"].items()), ""]
+        lines += ["", *(f"Skipped: {name} ({reason})." for name, reason in result["skipped"].items())]
+        lines += [""] if result["skipped"] else []
     return lines
 
 
@@ -146,7 +149,20 @@ def roofline_table(results: list[dict[str, Any]]) -> list[str]:
             f"| {roofline_label(result['case'])} | {ours['median_ns']:.1f} | {limit['median_ns']:.1f} "
             f"| {limit['median_ratio']:.2f} | {limit['ratio_of_minima']:.2f} |"
         )
-    return [*lines, ""]
+    return [*lines, "", "![fractions of the limit](roofline.svg)", ""]
+
+
+def scale_tables(results: list[dict[str, Any]]) -> list[str]:
+    return [*side_tables(results), "![ns per key over rows](scale.svg)", ""]
+
+
+FORMS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "lookup": folded_tables,
+    "update": folded_tables,
+    "pooled": folded_tables,
+    "roofline": roofline_table,
+    "scale": scale_tables,
+}
 
 
 def roofline_label(case: dict[str, Any]) -> str:

@@ -34,9 +34,9 @@ def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, pha
     batch = functools.partial(distinct_keys, case)
     ours = HashembSide(table, case, train=phase == "update")
     limit = RooflineSide(table, case, train=phase == "update")
-    limit.tune([batch(i) for i in range(1000, 1006)])
     sides: list[Any] = [ours, limit]
     checks = embedding.check_sides(sides, dataclasses.replace(case, distribution="uniform"), train=False)
+    limit.tune([batch(i) for i in range(1000, 1006)])
     if phase == "update":
         sides = [UpdateOnly(ours), UpdateOnly(limit)]
     rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner)

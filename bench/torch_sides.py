@@ -49,7 +49,7 @@ class Buffers:
     def _anonymous(size: int, kind: str) -> Any:
         import torch
 
-        memory = mmap.mmap(-1, size * 4)
+        memory = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # as malloc gives
         if kind == "huge pages":
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.float32)

@@ -349,7 +349,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, number: si
         child = start_training(path, tmp_path / "parts")
         part = read_until_row(child)
         child.send_signal(number)
-        rest, err = child.communicate(timeout=120)
+        rest, err = rest_of(child)
         assert (child.returncode, err) == (status, "")
         assert "is saved and complete; the same command goes on from here." in rest
         output += part + rest
@@ -371,6 +371,16 @@ def read_until_row(child: subprocess.Popen[str]) -> str:
         assert line, "the child has ended"
         text += line
     return text
+
+
+def rest_of(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """What is still to come. Not `communicate`, which would skip lines that readline has already buffered."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    with child.stdout, child.stderr:
+        output, errors = child.stdout.read(), child.stderr.read()
+    child.wait(timeout=120)
+    return output, errors
 
 
 def _figures(output: str) -> list[list[str]]:

@@ -15,6 +15,8 @@
 #define HE_LIKELY(x) __builtin_expect(!!(x), 1)
 #define HE_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define HE_INLINE static inline __attribute__((always_inline, unused))
+/* Once per chunk, bag or rare row: kept out of the loops that are compiled for every dimension. */
+#define HE_COLD static __attribute__((noinline))
 #define HE_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define HE_MAX(a, b) ((a) > (b) ? (a) : (b))
 

@@ -41,7 +41,7 @@ _INTEGERS = (
 # Place of C1..C26 in the order of vocabulary sizes: 0 has 4 values, 25 has `max_vocabulary`.
 _SIZE_ORDER = (7, 9, 24, 22, 6, 3, 15, 8, 0, 18, 14, 23, 13, 4, 16, 21, 2, 12, 11, 1, 25, 5, 10, 20, 17, 19)
 _MISSING = {"C3": 0.03, "C4": 0.03, "C6": 0.12, "C19": 0.44, "C20": 0.44, "C22": 0.76, "C25": 0.44, "C26": 0.44}
-_LONG_TAILED = 22  # places from here on (5 million values and more, by default) have the longest tails
+_LONG_TAILED = 22  # places from here on (13 million values and more, by default) have the longest tails
 
 # Pairs of columns whose values interact. Their vocabularies are small (4 x 239, 16 x 61, 31 x 472), so that a few
 # hundred thousand impressions show values together often enough to learn from.

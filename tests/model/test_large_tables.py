@@ -77,3 +77,19 @@ def test_impossible_sizes_are_refused_with_numbers(tmp_path):
     with pytest.raises(OSError, match=r"cannot hold a file of \d{10,} bytes"):
         hashemb.create(tmp_path / "t", num_embeddings=2**55, embedding_dim=16)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_million_random_keys(tmp_path):
+    """Takes about 9 GB of disk and a few minutes; prints what a touched row costs."""
+    keys = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 1_000_000)
+    with hashemb.create(tmp_path / "big", num_embeddings=ROWS, embedding_dim=DIM) as table:
+        for part in np.array_split(keys, 10):
+            table.update(part, np.ones((len(part), DIM), np.float32))
+        trained = table.lookup(keys)
+    with hashemb.open(tmp_path / "big") as table:
+        stats = table.stats(exact=True)
+        np.testing.assert_array_equal(table.lookup(keys), trained)
+    assert stats.rows_touched == len(np.unique(reference.rows(keys.astype(np.uint64), num_embeddings=ROWS)))
+    print(f"{stats.rows_touched} rows, {stats.disk_bytes / stats.rows_touched:.0f} bytes of disk a row")
+    assert stats.disk_bytes < stats.rows_touched * 3 * 4096

@@ -101,6 +101,10 @@ def test_lines_without_label(tmp_path: Path) -> None:
     assert np.array_equal(batch.keys, labelled.keys)
     with pytest.raises(ValueError, match=r"a\.tsv has labels and .*b\.tsv has none"):
         read_all([tmp_path / "a.tsv", tmp_path / "b.tsv"])
+    gap = tsv([rows[0][1:]]) + b"\n" + tsv([rows[1][1:]])
+    batch, reader = read_all(write(tmp_path / "gap.tsv", gap))
+    assert np.array_equal(batch.keys, labelled.keys[:2])
+    assert [(bad.line, bad.reason) for bad in reader.report.bad_lines] == [(2, "empty line")]
     mixed = tsv([*rows, rows[0][1:]])
     assert read_all(write(tmp_path / "c.tsv", mixed))[1].report.bad_lines[0].reason == "expected 40 columns, found 39"
 

@@ -204,7 +204,7 @@ def draw_roofline(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set(xlabel="fraction of the limit (plain C loop on the same rows, no hashing, no optimiser)", xlim=(0, 1.2))
+    axes.set(xlabel="fraction of the limit", xlim=(0, 1.3))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -277,11 +277,13 @@ def _first_field(path: str, key: str) -> str:
 
 
 def _file_system(directory: str) -> str:
-    """Type of the file system that holds `directory`: the longest mount point that is a prefix wins."""
+    """Type of the file system that holds `directory`, and its option for huge pages if it has one. The longest mount
+    point that is a prefix wins."""
     best, kind = "", ""
     real = os.path.realpath(directory)
     for line in _read("/proc/self/mounts").splitlines():
-        _, mount, fs_type, *_ = line.split()
+        _, mount, fs_type, options, *_ = line.split()
         if len(mount) > len(best) and (real + "/").startswith(mount.rstrip("/") + "/"):
-            best, kind = mount, fs_type
+            huge = [option for option in options.split(",") if option.startswith("huge=")]
+            best, kind = mount, " ".join([fs_type, *huge])
     return kind

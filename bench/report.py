@@ -34,11 +34,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-pictures", action="store_true")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
-    results = latest(result for report in reports for result in report["results"])
+    results = latest(with_place(result, report) for report in reports for result in report["results"])
     text = "\n".join([*machine_lines(reports), *tables(results)])
     replace_between_marks(options.readme, text)
     if not options.no_pictures:
         draw(results, options.readme.parent)
+
+
+def with_place(result: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The result with the file system that its tables were on as part of its case."""
+    if result["bench"] == "hash":
+        return result
+    return {**result, "case": {**result["case"], "on": report["machine"]["file_system"]}}
 
 
 def latest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,7 +174,7 @@ FORMS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
 
 def roofline_label(case: dict[str, Any]) -> str:
     what = case["phase"] if case["phase"] == "lookup" else f"update, {case['optimizer'].replace('_', ' ')}"
-    return f"{what}, dim {case['dim']}, {case['threads']} thread{'s' * (case['threads'] > 1)}"
+    return f"{what}, dim {case['dim']}, {case['threads']} thread{'s' * (case['threads'] > 1)}, {case['on']}"
 
 
 # ---- pictures ----
@@ -197,7 +204,7 @@ def draw_roofline(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set(xlabel="fraction of the limit (plain C loop on the same rows, no hashing, no optimiser)", xlim=(0, 1.2))
+    axes.set(xlabel="fraction of the limit", xlim=(0, 1.3))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -29,7 +29,7 @@ FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def shared_object() -> ctypes.CDLL:
     """The compiled loops; `Skip` without a compiler or where the loops are not written for the CPU."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
 def consume(values: Floats, num_threads: int) -> float:
     """Reads every value once and returns the sum: what the next layer of a model would do at the least."""
     try:
-        native = library()
+        native = shared_object()
     except Skip:
         return float(values.sum())
     return float(native.bench_sum(values.ctypes.data, values.size, num_threads))
@@ -64,7 +64,7 @@ def consume(values: Floats, num_threads: int) -> float:
 
 def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, num_threads: int) -> None:
     """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows."""
-    library().bench_gather(
+    shared_object().bench_gather(
         weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal,
         num_threads,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def update(
     num_threads: int,
 ) -> None:
     """Adds ``scale * grads[order[i]]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
-    library().bench_update(
+    shared_object().bench_update(
         weight.ctypes.data, state.ctypes.data, weight.shape[1], 1 if state.ndim == 1 else state.shape[1],
         rows.ctypes.data, 0 if order is None else order.ctypes.data, rows.size, grads.ctypes.data, scale, ahead,
         num_threads,

@@ -20,7 +20,7 @@ from bench.workload import Case, Keys
 
 
 def run(settings: Settings) -> Iterator[Result]:
-    native.library()
+    native.shared_object()
     optimizers = settings.optimizers or ["rowwise_adagrad", "adagrad"]
     base = Case(rows=1 << 23, dim=16, distribution="distinct rows")
     cases = embedding.grid(dataclasses.replace(settings, full=False), base, optimizers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from bench.harness import OURS, Clock, Skip
 from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, gradients
 
 
-class EmbeddingSide:
+class EmbeddingSide(ABC):
     """What every way has: rows of keys, reading rows for the judge, and the phases of a run.
 
     Subclasses give `lookup` (the vectors, float32, after which the consumer reads them) and `update`.
@@ -39,16 +40,17 @@ class EmbeddingSide:
     def prepare(self, keys: Keys) -> Any:
         return keys
 
+    @abstractmethod
     def lookup(self, prepared: Any) -> Any:
         """The vectors of a batch, in the side's own type."""
-        raise NotImplementedError
 
     def values(self, result: Any) -> Floats:
         """The result as NumPy sees it; no copy."""
         return np.asarray(result)
 
+    @abstractmethod
     def update(self, prepared: Any, result: Any) -> None:
-        raise NotImplementedError
+        """One step with the case's gradients."""
 
     def run(self, prepared: Any, clock: Clock) -> None:
         result = self.lookup(prepared)
@@ -126,7 +128,7 @@ class RooflineSide(EmbeddingSide):
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> None:
         super().__init__(table, case, train=train)
-        native.library()
+        native.shared_object()
         if case.dtype != "float32" or case.bag > 1:
             raise Skip("the roofline loops are written for single float32 rows")
         self.out = aligned((case.num_vectors, case.dim))

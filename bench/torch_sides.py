@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,9 @@ class TorchSide(EmbeddingSide):
         with self.torch.no_grad():
             return self.forward(prepared)
 
+    @abstractmethod
     def forward(self, prepared: Any) -> Any:
-        raise NotImplementedError
+        """The module's output, with its graph where it trains."""
 
     def values(self, result: Any) -> Floats:
         values: Floats = result.detach().numpy()

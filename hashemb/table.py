@@ -156,10 +156,11 @@ class EmbeddingTable:
         stepped once. Reads and writes each distinct row and its state once. Bits do not depend on the number of
         threads. Counts as one step also when `keys` is empty.
         """
-        core, files = self._writable()
+        self._writable()
         batch = arguments.Batch(keys, offsets, pooling, per_sample_weights, self.embedding_dim)
         values = arguments.float_array("grads", grads, batch.shape)
         with self._lock():
+            core, files = self._writable()  # another thread may have closed the table meanwhile
             stale = core.plan(batch.keys, values, batch.offsets, batch.weights, batch.pooling)
             if stale.size:
                 files.reserve(stale)
@@ -234,10 +235,14 @@ class EmbeddingTable:
         self._open_files().flush()
 
     def close(self) -> None:
-        """Closes the table; again is no error. Arrays from `weight` and `state` stay valid."""
-        self._core = None
-        self._files = None
-        self._finalizer()
+        """Closes the table; again is no error. Waits for an update in another thread.
+
+        Arrays from `weight` and `state` stay valid.
+        """
+        with self._lock():
+            self._core = None
+            self._files = None
+            self._finalizer()
 
     def __enter__(self) -> EmbeddingTable:
         self._open_files()

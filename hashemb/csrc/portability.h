@@ -32,8 +32,13 @@ enum { HE_LINE_BYTES = 64 };
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
 HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 
-HE_INLINE void he_prefetch_read(const void *p) { __builtin_prefetch(p, 0, 3); }
-HE_INLINE void he_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+/* Into the caches: FAR into the second level, which takes more misses at once than the first; WRITE as a line of our own. */
+enum { HE_NEAR, HE_FAR, HE_WRITE };
+HE_INLINE void he_prefetch(const void *p, const int kind) {
+    if (kind == HE_WRITE) __builtin_prefetch(p, 1, 3);
+    else if (kind == HE_FAR) __builtin_prefetch(p, 0, 2);
+    else __builtin_prefetch(p, 0, 3);
+}
 
 /* In a loop that waits for another thread. */
 HE_INLINE void he_pause(void) {
@@ -44,12 +49,10 @@ HE_INLINE void he_pause(void) {
 #endif
 }
 
-/* Touch every cache line of [p, p + bytes). */
-HE_INLINE void he_prefetch_range(const char *p, int64_t bytes, int for_write) {
+/* Every cache line of [p, p + bytes). */
+HE_INLINE void he_prefetch_range(const void *p, int64_t bytes, const int kind) {
     const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(HE_LINE_BYTES - 1));
-    for (; line < p + bytes; line += HE_LINE_BYTES)
-        if (for_write) he_prefetch_write(line);
-        else he_prefetch_read(line);
+    for (; line < (const char *)p + bytes; line += HE_LINE_BYTES) he_prefetch(line, kind);
 }
 
 /* Between HE_BEGIN_* and HE_END_TARGET functions are compiled for one instruction set. Neither target names

@@ -38,9 +38,21 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def _is_plain(array: npt.NDArray[Any]) -> bool:
+    """Whether C may read it as an array: in C order, each element at a multiple of its size."""
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned
+
+
+def _plain(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The array, or a copy, of this dtype and its own shape (0-d included), such that C may read it."""
+    array = np.ascontiguousarray(array, dtype).reshape(array.shape)
+    return array if array.flags.aligned else array.copy()
+
+
 def keys_array(keys: Any) -> Keys:
     """Keys of any integer dtype and shape as uint64 in C order; negative ones by two's complement."""
-    if type(keys) is np.ndarray and keys.flags.c_contiguous:
+    if type(keys) is np.ndarray and _is_plain(keys):
         if keys.dtype is _UINT64:
             return keys
         if keys.dtype is _INT64:
@@ -53,22 +65,21 @@ def keys_array(keys: Any) -> Keys:
             f"keys must be integers, got dtype {array.dtype}; turn other values into keys with hashemb.hash_keys"
         )
     if array.dtype.kind == "i":
-        array = np.ascontiguousarray(array, np.int64).reshape(array.shape)
-        return array.view(np.uint64)
-    return np.ascontiguousarray(array, np.uint64).reshape(array.shape)
+        return _plain(array, _INT64).view(_UINT64)
+    return _plain(array, _UINT64)
 
 
 def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
     """Floats of exactly this shape as float32 in C order. Their finiteness is checked by the core."""
     array = np.asarray(values)
-    if array.dtype is _FLOAT32 and array.shape == shape and array.flags.c_contiguous:
+    if array.dtype is _FLOAT32 and array.shape == shape and _is_plain(array):
         return array
     if array.dtype.kind != "f":
         raise TypeError(f"{name} must be floats, got dtype {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is then refused
-        return np.ascontiguousarray(array, np.float32).reshape(shape)
+        return _plain(array, _FLOAT32)
 
 
 def offsets_array(offsets: Any, num_keys: int) -> Offsets:
@@ -82,7 +93,7 @@ def offsets_array(offsets: Any, num_keys: int) -> Offsets:
         )
     if array.dtype == np.uint64 and int(array.max()) > num_keys:
         raise ValueError(f"offsets must not exceed the {num_keys} keys, got {int(array.max())}")
-    array = np.ascontiguousarray(array, np.int64)
+    array = _plain(array, _INT64)
     if array[0] != 0:
         raise ValueError(f"offsets must start at 0, got {int(array[0])}")
     falls = np.flatnonzero(array[1:] < array[:-1])
@@ -160,8 +171,8 @@ def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
         raise TypeError(f"out must be a float32 array, got {found}")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
-    if not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError("out must be C-contiguous and writeable")
+    if not _is_plain(out) or not out.flags.writeable:
+        raise ValueError("out must be C-contiguous, aligned and writeable")
     return out
 
 

@@ -22,6 +22,12 @@
 
 enum { HE_LINE_BYTES = 64 };
 
+/* Before a loop over a row: vectorise it as it stands, before it is unrolled into scalars, which is what compilers do
+ * where they know the dimension. Needs -fopenmp-simd; no OpenMP library. The order of additions stays. */
+#define HE_SIMD _Pragma("omp simd")
+#define HE_SIMD_OR(x) _Pragma(HE_TEXT(omp simd reduction(|: x)))
+#define HE_TEXT(x) #x
+
 /* High 64 bits of a 128-bit product: maps a 64-bit hash onto [0, n) without a division (Lemire 2019,
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
 HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }

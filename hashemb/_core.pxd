@@ -58,6 +58,7 @@ cdef extern from "table.h" nogil:
     int he_threads_get() noexcept
     void he_threads_set(int n) noexcept
     int he_lookup_threads(const he_table *t, const he_batch *b) noexcept
+    int64_t he_lookup_scratch(const he_table *t) noexcept
     void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch,
                    float *out) noexcept
     void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out) noexcept

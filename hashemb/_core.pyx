@@ -100,7 +100,7 @@ cdef class Core:
         if b.num_bags == 0:
             return
         cdef int num_threads = he_lookup_threads(&self.table, &b)
-        cdef float *scratch = <float *>malloc(2 * num_threads * self.table.dim * sizeof(float))
+        cdef float *scratch = <float *>malloc(num_threads * he_lookup_scratch(&self.table) * sizeof(float))
         if scratch == NULL:
             raise MemoryError()
         with nogil:

@@ -35,6 +35,15 @@ HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsi
 HE_INLINE void he_prefetch_read(const void *p) { __builtin_prefetch(p, 0, 3); }
 HE_INLINE void he_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
 
+/* In a loop that waits for another thread. */
+HE_INLINE void he_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
 /* Touch every cache line of [p, p + bytes). */
 HE_INLINE void he_prefetch_range(const char *p, int64_t bytes, int for_write) {
     const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(HE_LINE_BYTES - 1));

@@ -114,6 +114,7 @@ int he_threads_for(int64_t work_items, int64_t items_per_thread);
 
 /* lookup.c */
 int he_lookup_threads(const he_table *t, const he_batch *b);
+int64_t he_lookup_scratch(const he_table *t); /* floats per thread */
 void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out);
 void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out);
 int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */

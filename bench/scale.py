@@ -91,7 +91,7 @@ class LoopSide:
 
     def run(self, prepared: tuple[Any, Any], clock: Clock) -> None:
         rows, ascending = prepared
-        native.gather(self.weight, rows, self.side.out, ahead=LOOP_AHEAD, nontemporal=False, num_threads=1)
+        native.gather(self.weight, rows, self.side.out, ahead=LOOP_AHEAD, nontemporal=False, far=True, num_threads=1)
         clock.lap("gather")
         native.update(
             self.weight, self.state, ascending, None, self.side.grads, scale=1e-9, ahead=LOOP_AHEAD, num_threads=1

@@ -6,7 +6,7 @@
 #include "numerics.h"
 #include "table.h"
 
-enum { HE_RING = 64, HE_LOOKUP_LINES_AHEAD = 192, HE_UPDATE_AHEAD = 16, HE_BLOCKS_AHEAD = 16 };
+enum { HE_RING = 64, HE_LOOKUP_LINES_AHEAD = 192, HE_UPDATE_AHEAD = 16, HE_BLOCKS_AHEAD = 16, HE_MANY_BLOCKS = 1 << 18 };
 
 /* What a bag's sum is multiplied by: 1 / total weight, or 1 / root of the total square; 0 for a total of 0. */
 HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {

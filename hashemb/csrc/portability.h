@@ -15,7 +15,7 @@
 #define HE_LIKELY(x) __builtin_expect(!!(x), 1)
 #define HE_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define HE_INLINE static inline __attribute__((always_inline, unused))
-/* Once per chunk, bag or rare row: kept out of the loops that are compiled for every dimension. */
+/* Kept out of its callers: what happens once per call, bag or rare row, and loops that want the registers for themselves. */
 #define HE_COLD static __attribute__((noinline))
 #define HE_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define HE_MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -25,8 +25,6 @@ enum { HE_LINE_BYTES = 64 };
 /* Before a loop over a row: vectorise it as it stands, before it is unrolled into scalars, which is what compilers do
  * where they know the dimension. Needs -fopenmp-simd; no OpenMP library. The order of additions stays. */
 #define HE_SIMD _Pragma("omp simd")
-#define HE_SIMD_OR(x) _Pragma(HE_TEXT(omp simd reduction(|: x)))
-#define HE_TEXT(x) #x
 
 /* High 64 bits of a 128-bit product: maps a 64-bit hash onto [0, n) without a division (Lemire 2019,
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */

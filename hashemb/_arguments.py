@@ -34,6 +34,13 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def flag_or_none(name: str, value: Any) -> bool | None:
+    """True, False, or None, which leaves the choice to the library."""
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True, False or None, got {type(value).__name__} {value!r}")
+    return None if value is None else bool(value)
+
+
 def keys_array(keys: Any) -> Keys:
     """Keys of any integer dtype and shape as uint64 in C order; negative ones by two's complement."""
     array = np.asarray(keys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ _MADV_COLLAPSE = 25  # Linux 6.1
 _TMPFS_MAGIC = 0x01021994
 _COLLAPSES_PER_CALL = 64  # each takes 3 ms
 _LOOKS_PER_EXTENT = 8
-_PMD_MAPPED_KINDS = ("FilePmdMapped:", "ShmemPmdMapped:")
+_PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def is_tmpfs(fd: int) -> bool:
@@ -37,10 +39,9 @@ def is_tmpfs(fd: int) -> bool:
     return _libc.fstatfs(fd, result) == 0 and result[0] == _TMPFS_MAGIC
 
 
-def advise(mapped: mmap.mmap) -> None:
+def advise(address: int, num_bytes: int) -> None:
     """Asks for 2 MiB pages at the first access of each extent. Comes before the first access to be of use."""
-    with suppress(OSError):
-        mapped.madvise(_MADV_HUGEPAGE)
+    _libc.madvise(address, num_bytes, _MADV_HUGEPAGE)
 
 
 # ---- what huge pages may take ----
@@ -99,9 +100,8 @@ class Extents:
 
     Parameters
     ----------
-    mapped : mmap.mmap
-    offset : int
-        Where in `mapped` the file begins.
+    address : int
+        Where the file is mapped. Only a multiple of 2 MiB can have huge pages.
     file_bytes, block_bytes : int
         Of the row file.
     blocks_fd : int
@@ -110,10 +110,8 @@ class Extents:
         Collapse what holds any block.
     """
 
-    def __init__(
-        self, mapped: mmap.mmap, offset: int, file_bytes: int, block_bytes: int, blocks_fd: int, *, always: bool
-    ) -> None:
-        self._mapped, self._offset = mapped, offset
+    def __init__(self, address: int, file_bytes: int, block_bytes: int, blocks_fd: int, *, always: bool) -> None:
+        self._address, self._able = address, address % HUGE_PAGE_BYTES == 0
         self._block_bytes, self._blocks_fd, self._always = block_bytes, blocks_fd, always
         self._num_extents = file_bytes // HUGE_PAGE_BYTES
         self._tried = np.zeros(self._num_extents + 1, np.bool_)
@@ -122,12 +120,11 @@ class Extents:
         #: First bytes and last bytes of blocks that have to be written before it is worth reading how many are.
         self._worth_a_look = 2 * HUGE_PAGE_BYTES // block_bytes // _LOOKS_PER_EXTENT
         self._within_block = np.array([*range(0, block_bytes, HUGE_PAGE_BYTES), block_bytes - 1])
-        self._able = True
 
     def collapse_present(self, fd: int) -> None:
         """Collapses every extent of the file that has any page."""
         extent = 0
-        while extent < self._num_extents:
+        while extent < self._num_extents and self._able:
             try:
                 extent = os.lseek(fd, extent * HUGE_PAGE_BYTES, os.SEEK_DATA) // HUGE_PAGE_BYTES
             except OSError:  # ENXIO: no more data
@@ -172,37 +169,35 @@ class Extents:
         first, end = max(0, begin) // self._block_bytes, -(-(begin + HUGE_PAGE_BYTES) // self._block_bytes)
         data = os.pread(self._blocks_fd, 4 * (end - first), DATA_OFFSET_BYTES + 4 * first)
         epochs = np.frombuffer(data, np.uint32)
-        return 2 * np.count_nonzero(epochs) >= epochs.size
+        return 2 * int(np.count_nonzero(epochs)) >= epochs.size
 
     def _collapse(self, extent: int) -> None:
         self._tried[extent] = True
-        begin = self._offset + extent * HUGE_PAGE_BYTES
-        try:
-            self._mapped.madvise(_MADV_COLLAPSE, begin, HUGE_PAGE_BYTES)
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # a kernel before 6.1, or one that has reasons of its own
-                self._able = False
+        address = self._address + extent * HUGE_PAGE_BYTES
+        if _libc.madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
+            self._able = False  # a kernel before 6.1, or one that has reasons of its own
 
 
 # ---- looking ----
 
 
-def huge_page_bytes(ranges: list[tuple[int, int]]) -> int | None:
-    """Bytes that this process maps by huge pages in ranges [begin, end) of addresses; None if it cannot be read.
-
-    The kernel walks the page tables of all the process's mappings for this.
-    """
-    total, seen, inside = 0, False, False
+def huge_page_bytes(begin: int, end: int) -> int | None:
+    """Bytes that this process maps by huge pages in a range of its addresses; None on kernels before 6.7."""
+    regions = (ctypes.c_uint64 * (3 * 256))()  # struct page_region: start, end, categories
+    total = 0
     try:
-        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                words = line.split(None, 2)
-                if words[0] in _PMD_MAPPED_KINDS:
-                    seen = True
-                    total += int(words[1]) * 1024 if inside else 0
-                elif not words[0].endswith(":"):
-                    begin = int(words[0].split("-")[0], 16)
-                    inside = any(low <= begin < high for low, high in ranges)
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    return total if seen else None
+    try:
+        while begin < end:
+            scan = (ctypes.c_uint64 * 12)(96, 0, begin, end, 0, ctypes.addressof(regions), 256, 0, 0, _PAGE_IS_HUGE)
+            scan[11] = _PAGE_IS_HUGE  # struct pm_scan_arg: category_anyof_mask is 0, return_mask
+            found = fcntl.ioctl(fd, _PAGEMAP_SCAN, scan)
+            total += sum(regions[3 * i + 1] - regions[3 * i] for i in range(found))
+            begin = scan[4]  # walk_end
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return total

@@ -212,7 +212,6 @@ class TableFiles:
         self.recovered: str | None = None
         self._fds: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self._offsets: dict[str, int] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
         self._dirty = False
@@ -256,11 +255,11 @@ class TableFiles:
                 f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
             )
         try:
-            self._maps[name], self._offsets[name] = map_file(fd, size, self.writable)
+            self._maps[name], offset = map_file(fd, size, self.writable)
         except OSError as error:
             message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
             raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
-        return self._maps[name], self._offsets[name]
+        return self._maps[name], offset
 
     def _map_array(self, name: str, spec: FileSpec) -> Array:
         filename = f"{name}.npy"
@@ -275,12 +274,13 @@ class TableFiles:
 
     def _ask_for_huge_pages(self, *, always: bool) -> None:
         """Before the first access, which is when a table on disk gets them. One on tmpfs is collapsed as it fills."""
-        on_tmpfs = _huge_pages.is_tmpfs(self._fds["weight"])
-        if always or (not on_tmpfs and self._may_lose_its_holes()):
-            for name in self.meta.row_files:
-                _huge_pages.advise(self._maps[name])
+        specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
+        on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self._fds["weight"])
+        if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
+            for name, spec in specs.items():
+                _huge_pages.advise(self._address(name), spec.file_bytes)
         if on_tmpfs:
-            self._extents = {name: self._make_extents(name, always) for name in self.meta.row_files}
+            self._extents = {name: self._make_extents(name, spec, always) for name, spec in specs.items()}
         if on_tmpfs and always:
             for name, extents in self._extents.items():
                 extents.collapse_present(self._fds[name])
@@ -290,19 +290,27 @@ class TableFiles:
         room_bytes = disk_bytes(self.path) + _huge_pages.free_bytes(self._fds["weight"])
         return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
 
-    def _make_extents(self, name: str, always: bool) -> _huge_pages.Extents:
-        spec, mapped, offset = self.meta.row_files[name], self._maps[name], self._offsets[name]
-        block_bytes = self._block_bytes(spec)
-        blocks_fd = self._fds["blocks"]
-        return _huge_pages.Extents(mapped, offset, spec.file_bytes, block_bytes, blocks_fd, always=always)
+    def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
+        block_bytes, blocks_fd = self._block_bytes(spec), self._fds["blocks"]
+        return _huge_pages.Extents(self._address(name), spec.file_bytes, block_bytes, blocks_fd, always=always)
+
+    def _address(self, name: str) -> int:
+        data: int = self.arrays[name].ctypes.data
+        return data - DATA_OFFSET_BYTES
 
     def _block_bytes(self, spec: FileSpec) -> int:
         return (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0] * self.meta.block_rows
 
     def huge_page_bytes(self) -> int | None:
         """Bytes of the arrays that this process maps by huge pages; None where the kernel cannot tell."""
-        begins = {name: self.arrays[name].ctypes.data - DATA_OFFSET_BYTES for name in self.meta.files}
-        return _huge_pages.huge_page_bytes([(b, b + self.meta.files[name].file_bytes) for name, b in begins.items()])
+        total = 0
+        for name, spec in self.meta.files.items():
+            begin = self._address(name)
+            found = _huge_pages.huge_page_bytes(begin, begin + spec.file_bytes)
+            if found is None:
+                return None
+            total += found
+        return total
 
     # -- the writers' lock: byte 0 of `lock`, shared by all writers while they have the table open --
 

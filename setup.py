@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 CSRC = "hashemb/csrc/"
 C_SOURCES = ["control.c", "kernels.c", "lookup.c", "pages.c", "parallel.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-           "-fno-trapping-math", "-Wall", "-Wextra"]
+           "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra"]
 
 core = Extension(
     "hashemb._core",

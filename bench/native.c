@@ -16,7 +16,7 @@ typedef struct {
     char *out;
     int64_t dim, state_dim;
     float scale;
-    int ahead, nontemporal;
+    int ahead, nontemporal, far; /* far: prefetch to the second-level cache only */
 } work;
 
 typedef struct {
@@ -75,19 +75,28 @@ static inline __attribute__((always_inline)) void copy_row(char *out, const char
     memcpy(out, row, bytes);
 }
 
-static inline __attribute__((always_inline)) void prefetch(const char *p, int64_t bytes, int write) {
+enum { READ, WRITE, READ_FAR };
+
+static inline __attribute__((always_inline)) void prefetch(const char *p, int64_t bytes, const int kind) {
     const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(LINE_BYTES - 1));
     for (; line < p + bytes; line += LINE_BYTES)
-        if (write) __builtin_prefetch(line, 1, 3);
+        if (kind == WRITE) __builtin_prefetch(line, 1, 3);
+        else if (kind == READ_FAR) __builtin_prefetch(line, 0, 2);
         else __builtin_prefetch(line, 0, 3);
 }
 
-static inline __attribute__((always_inline)) void gather_rows(const work *w, int64_t begin, int64_t end, int64_t bytes) {
-    for (int64_t i = begin; i < end && i < begin + w->ahead; i++) prefetch(w->weight + w->rows[i] * bytes, bytes, 0);
+static inline __attribute__((always_inline)) void gather_rows_from(const work *w, int64_t begin, int64_t end, int64_t bytes,
+                                                                   const int kind) {
+    for (int64_t i = begin; i < end && i < begin + w->ahead; i++) prefetch(w->weight + w->rows[i] * bytes, bytes, kind);
     for (int64_t i = begin; i < end; i++) {
-        if (i + w->ahead < end) prefetch(w->weight + w->rows[i + w->ahead] * bytes, bytes, 0);
+        if (i + w->ahead < end) prefetch(w->weight + w->rows[i + w->ahead] * bytes, bytes, kind);
         copy_row(w->out + i * bytes, w->weight + w->rows[i] * bytes, bytes, w->nontemporal);
     }
+}
+
+static inline __attribute__((always_inline)) void gather_rows(const work *w, int64_t begin, int64_t end, int64_t bytes) {
+    if (w->far) gather_rows_from(w, begin, end, bytes, READ_FAR);
+    else gather_rows_from(w, begin, end, bytes, READ);
 }
 
 static void gather_share(const work *w, int64_t begin, int64_t end, double *sum) {
@@ -106,16 +115,17 @@ static void gather_share(const work *w, int64_t begin, int64_t end, double *sum)
 
 /* out[i] = weight[rows[i]]; `nontemporal` needs rows of a multiple of 32 bytes and `out` aligned to 32. */
 void bench_gather(char *weight, int64_t dim, const int64_t *rows, int64_t n, char *out, int ahead, int nontemporal,
-                  int num_threads) {
-    work w = {.weight = weight, .dim = dim, .rows = rows, .out = out, .ahead = ahead, .nontemporal = nontemporal};
+                  int far, int num_threads) {
+    work w = {.weight = weight, .dim = dim, .rows = rows, .out = out, .ahead = ahead, .nontemporal = nontemporal,
+              .far = far};
     run(gather_share, &w, n, num_threads);
 }
 
 static inline __attribute__((always_inline)) void prefetch_update(const work *w, int64_t i, int64_t dim, int64_t state_dim) {
     int64_t row = w->rows[i];
-    prefetch(w->weight + row * dim * 4, dim * 4, 1);
-    if (w->order) prefetch((const char *)(w->grads + w->order[i] * dim), dim * 4, 0);
-    if (state_dim) prefetch((const char *)(w->state + row * state_dim), state_dim * 4, 1);
+    prefetch(w->weight + row * dim * 4, dim * 4, WRITE);
+    if (w->order) prefetch((const char *)(w->grads + w->order[i] * dim), dim * 4, READ);
+    if (state_dim) prefetch((const char *)(w->state + row * state_dim), state_dim * 4, WRITE);
 }
 
 static inline __attribute__((always_inline)) void update_rows(const work *w, int64_t begin, int64_t end, int64_t dim,

@@ -46,7 +46,7 @@ def shared_object() -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.bench_sum.restype = ctypes.c_double
     loaded.bench_sum.argtypes = [pointer, i64, i32]
-    loaded.bench_gather.argtypes = [pointer, i64, pointer, i64, pointer, i32, i32, i32]
+    loaded.bench_gather.argtypes = [pointer, i64, pointer, i64, pointer, i32, i32, i32, i32]
     loaded.bench_update.argtypes = [
         pointer, pointer, i64, i64, pointer, pointer, i64, pointer, ctypes.c_float, i32, i32,
     ]  # fmt: skip
@@ -62,11 +62,13 @@ def consume(values: Floats, num_threads: int) -> float:
     return float(native.bench_sum(values.ctypes.data, values.size, num_threads))
 
 
-def gather(weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, num_threads: int) -> None:
-    """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows."""
+def gather(
+    weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, far: bool, num_threads: int
+) -> None:
+    """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows; `far` to the second-level cache."""
     shared_object().bench_gather(
         weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal,
-        num_threads,
+        far, num_threads,
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class RooflineSide(EmbeddingSide):
         if case.dtype != "float32" or case.bag > 1:
             raise Skip("the roofline loops are written for single float32 rows")
         self.out = aligned((case.num_vectors, case.dim))
-        self.ahead, self.nontemporal = 16, False
+        self.ahead, self.nontemporal, self.far = 16, False, False
         self.update_ahead, self.sort = 16, False
 
     def prepare(self, keys: Keys) -> tuple[Rows, Rows, Rows]:
@@ -144,7 +144,7 @@ class RooflineSide(EmbeddingSide):
     def lookup(self, prepared: tuple[Rows, Rows, Rows]) -> Floats:
         native.gather(
             self.table.weight, prepared[0], self.out, ahead=self.ahead, nontemporal=self.nontemporal,
-            num_threads=self.case.threads,
+            far=self.far, num_threads=self.case.threads,
         )  # fmt: skip
         return self.out
 
@@ -158,17 +158,19 @@ class RooflineSide(EmbeddingSide):
     def tune(self, batches: list[Keys]) -> None:
         """Takes the prefetch distance, kind of stores and order of rows that are fastest here: the limit is wanted."""
         prepared = [self.prepare(b) for b in batches]
-        choices = [(a, nt) for a in (8, 16, 32, 64) for nt in (False, True) if not nt or self.case.dim % 8 == 0]
-        self.ahead, self.nontemporal = min(choices, key=lambda c: self._lookup_seconds(prepared, *c))
+        yes_no = (False, True)
+        choices = [(a, nt, far) for a in (8, 16, 32, 64) for nt in yes_no for far in yes_no if not nt or self.case.dim % 8 == 0]
+        self.ahead, self.nontemporal, self.far = min(choices, key=lambda c: self._lookup_seconds(prepared, *c))
         if self.train:
             updates = [(a, s) for a in (4, 8, 16, 32) for s in (False, True)]
             self.update_ahead, self.sort = min(updates, key=lambda u: self._update_seconds(prepared, *u))
         stores = "non-temporal" if self.nontemporal else "plain"
         order = f", update {self.update_ahead} ahead, {'sorted' if self.sort else 'batch order'}"
-        self.note = f"{stores} stores, {self.ahead} ahead" + order * self.train
+        level = "L2" if self.far else "L1"
+        self.note = f"{stores} stores, {self.ahead} ahead to {level}" + order * self.train
 
-    def _lookup_seconds(self, prepared: list[Any], ahead: int, nontemporal: bool) -> float:
-        self.ahead, self.nontemporal = ahead, nontemporal
+    def _lookup_seconds(self, prepared: list[Any], ahead: int, nontemporal: bool, far: bool) -> float:
+        self.ahead, self.nontemporal, self.far = ahead, nontemporal, far
         return best_seconds(lambda p: native.consume(self.lookup(p), self.case.threads), prepared)
 
     def _update_seconds(self, prepared: list[Any], ahead: int, sort: bool) -> float:

@@ -7,6 +7,7 @@
 from hashemb import errors, reference
 from hashemb._core import get_num_threads, set_num_threads
 from hashemb._version import __version__
+from hashemb._versions import show_versions
 from hashemb.entry import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
@@ -35,4 +36,5 @@ __all__ = [
     "open",
     "reference",
     "set_num_threads",
+    "show_versions",
 ]

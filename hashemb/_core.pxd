@@ -38,13 +38,14 @@ cdef extern from "table.h" nogil:
         uint32_t epoch
 
     ctypedef struct he_share:
-        const uint64_t *stale
+        uint64_t *stale
         int64_t num_stale
 
     ctypedef struct he_plan:
         he_batch batch
         const float *grads
-        const float *scales
+        float *scales
+        int64_t num_occurrences
         int32_t num_threads
         he_share shares[64]
 
@@ -57,14 +58,15 @@ cdef extern from "table.h" nogil:
     int he_threads_get() noexcept
     void he_threads_set(int n) noexcept
     int he_lookup_threads(const he_table *t, const he_batch *b) noexcept
+    int64_t he_lookup_scratch(const he_table *t) noexcept
     void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch,
                    float *out) noexcept
     void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out) noexcept
     int64_t he_first_not_finite(const float *values, int64_t n) noexcept
-    void he_plan_init(const he_table *t, he_plan *p, int force_wide) noexcept
+    int he_plan_init(const he_table *t, he_plan *p) noexcept
     int64_t he_plan_bytes(const he_table *t, const he_plan *p) noexcept
     void he_plan_layout(const he_table *t, he_plan *p, char *memory) noexcept
-    void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) noexcept
+    int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) noexcept
     uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept

@@ -25,8 +25,6 @@ class Core:
         offsets: npt.NDArray[np.int64] | None = None,
         weights: npt.NDArray[np.float32] | None = None,
         pooling: int = 0,
-        *,
-        force_wide: bool = False,
     ) -> npt.NDArray[np.uint64]: ...
     def apply(self) -> None: ...
 

@@ -6,12 +6,16 @@ named here; what is checked again is what would otherwise read or write outside 
 
 import os
 
+import numpy as np
+
 cimport numpy as cnp
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cnp.import_array()
+
+NO_BLOCKS = np.empty(0, np.uint64)
 
 
 # ---- the table kernels ----
@@ -96,7 +100,7 @@ cdef class Core:
         if b.num_bags == 0:
             return
         cdef int num_threads = he_lookup_threads(&self.table, &b)
-        cdef float *scratch = <float *>malloc(2 * num_threads * self.table.dim * sizeof(float))
+        cdef float *scratch = <float *>malloc(num_threads * he_lookup_scratch(&self.table) * sizeof(float))
         if scratch == NULL:
             raise MemoryError()
         with nogil:
@@ -113,12 +117,10 @@ cdef class Core:
         with nogil:
             he_rows(&self.table, source, n, target)
 
-    def plan(self, cnp.ndarray keys not None, cnp.ndarray grads not None, offsets=None, weights=None, int pooling=0,
-             *, bint force_wide=False):
-        """Checks and sorts an update; returns the blocks it touches that are older than the epoch, uint64.
+    def plan(self, cnp.ndarray keys not None, cnp.ndarray grads not None, offsets=None, weights=None, int pooling=0):
+        """Checks and orders an update; returns the blocks it touches that are older than the epoch, ascending uint64.
 
-        The arrays must stay alive and unchanged until `apply`. `force_wide` sorts with 128-bit entries, which
-        otherwise only batches need whose row and occurrence numbers together exceed 64 bits.
+        The arrays must stay alive and unchanged until `apply`.
         """
         cdef he_plan *p = &self.current
         cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
@@ -127,24 +129,25 @@ cdef class Core:
         self.fill_batch(&p.batch, keys, offsets, weights, pooling)
         if num_grads != p.batch.num_bags * dim:
             raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
-        self.reserve(force_wide)
-        with nogil:
-            bad = he_first_not_finite(p.grads, num_grads)
-        if bad >= 0:
-            raise ValueError(f"gradients must be finite: grads[{bad // dim}, {bad % dim}] is {p.grads[bad]} in float32")
+        self.reserve()
         with nogil:
             he_plan_layout(&self.table, p, self.memory)
-            bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
-            if bad < 0:
-                he_update_plan(&self.table, p, epoch)
+            bad = he_update_plan(&self.table, p, epoch)
+        if bad >= 0:
+            raise ValueError(f"gradients must be finite: grads[{bad // dim}, {bad % dim}] is {p.grads[bad]} in float32")
+        bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
         if bad >= 0:
             raise ValueError(f"the weight of key {bad} in its bag must be finite, got {p.scales[bad]} in float32")
         return self.stale_blocks()
 
-    cdef int reserve(self, bint force_wide) except -1:
+    cdef int reserve(self) except -1:
         """Grows the scratch memory to what the current plan needs; it is kept between calls."""
         cdef he_plan *p = &self.current
-        he_plan_init(&self.table, p, force_wide)
+        if he_plan_init(&self.table, p):
+            raise ValueError(
+                f"an update of {p.num_occurrences} rows (keys * num_hashes) of a table of {self.table.num_rows} rows is too "
+                "large for one call: divide the batch"
+            )
         cdef int64_t needed = he_plan_bytes(&self.table, p)
         if needed <= self.memory_bytes:
             return 0
@@ -158,19 +161,18 @@ cdef class Core:
 
     cdef stale_blocks(self):
         cdef he_plan *p = &self.current
-        cdef int64_t total = 0, at = 0
-        cdef cnp.npy_intp length
+        cdef cnp.npy_intp total = 0, at = 0
         cdef int i
         for i in range(p.num_threads):
             total += p.shares[i].num_stale
-        length = total
-        cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &length, cnp.NPY_UINT64, 0)
+        if total == 0:
+            return NO_BLOCKS
+        cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &total, cnp.NPY_UINT64, 0)
         cdef uint64_t *target = <uint64_t *>cnp.PyArray_DATA(out)
         for i in range(p.num_threads):
-            for j in range(p.shares[i].num_stale):
-                target[at] = p.shares[i].stale[j]
-                at += 1
-        return out
+            memcpy(target + at, p.shares[i].stale, p.shares[i].num_stale * sizeof(uint64_t))
+            at += p.shares[i].num_stale
+        return np.unique(out)
 
     def apply(self):
         """Writes the planned update and counts it as one step of the table."""

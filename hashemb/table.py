@@ -108,9 +108,11 @@ class EmbeddingTable:
         writers in any thread or process; a row read during its update may mix old and new elements.
         """
         core = self._open_core()
-        batch = arguments.Batch(keys, offsets, pooling, per_sample_weights, self.embedding_dim)
-        result = arguments.output_array(out, batch.shape)
-        core.lookup(batch.keys, result, batch.offsets, batch.weights, batch.pooling)
+        keys, offsets, weights, code, shape = arguments.batch(
+            keys, offsets, pooling, per_sample_weights, self.embedding_dim
+        )
+        result = arguments.output_array(out, shape)
+        core.lookup(keys, result, offsets, weights, code)
         return result
 
     def rows(self, keys: Any) -> npt.NDArray[np.int64]:
@@ -157,11 +159,13 @@ class EmbeddingTable:
         threads. Counts as one step also when `keys` is empty.
         """
         self._writable()
-        batch = arguments.Batch(keys, offsets, pooling, per_sample_weights, self.embedding_dim)
-        values = arguments.float_array("grads", grads, batch.shape)
+        keys, offsets, weights, code, shape = arguments.batch(
+            keys, offsets, pooling, per_sample_weights, self.embedding_dim
+        )
+        grads = arguments.float_array("grads", grads, shape)
         with self._lock():
             core, files = self._writable()  # another thread may have closed the table meanwhile
-            stale = core.plan(batch.keys, values, batch.offsets, batch.weights, batch.pooling)
+            stale = core.plan(keys, grads, offsets, weights, code)
             if stale.size:
                 files.reserve(stale)
             files.mark_dirty()
@@ -273,7 +277,9 @@ class EmbeddingTable:
         return self._files
 
     def _writable(self) -> tuple[_core.Core, _storage.TableFiles]:
-        core, files = self._open_core(), self._open_files()
+        core, files = self._core, self._files
+        if core is None or files is None:
+            raise ClosedTableError(f"{self.path} has been closed")
         if self.mode == "r":
             raise ReadOnlyTableError(f'{self.path} is open read-only; open it with mode="r+"')
         return core, files

@@ -25,7 +25,7 @@ BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 PUBLIC_NAMES = [
     "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "RowWiseAdagrad", "TableInfo", "TableStats", "Uniform",
     "Zeros", "__version__", "create", "errors", "get_num_threads", "hash_fields", "hash_keys", "info", "open",
-    "reference", "set_num_threads",
+    "reference", "set_num_threads", "show_versions",
 ]
 # fmt: on
 
@@ -51,9 +51,10 @@ def package_modules() -> Iterator[tuple[str, str]]:
 
 
 def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
-    """The Python modules; with `inner`, without those of the storage and those that stand on the public API."""
+    """The Python modules; with `inner`, without those of the storage, `_versions` (which reads what the kernel says of
+    the machine, no table) and those that stand on the public API."""
     for name, text in package_modules():
-        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES
+        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_versions"}
         if name != "_core" and not (inner and is_outer):
             yield name, text
 

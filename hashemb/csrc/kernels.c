@@ -6,7 +6,7 @@
 #include "numerics.h"
 #include "table.h"
 
-enum { HE_CHUNK = 64, HE_LOOKUP_LINES_AHEAD = 32, HE_UPDATE_AHEAD = 16 };
+enum { HE_RING = 64, HE_LOOKUP_LINES_AHEAD = 192, HE_UPDATE_AHEAD = 16, HE_BLOCKS_AHEAD = 16, HE_MANY_BLOCKS = 1 << 18 };
 
 /* What a bag's sum is multiplied by: 1 / total weight, or 1 / root of the total square; 0 for a total of 0. */
 HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
@@ -21,7 +21,7 @@ HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
 }
 
 #define HE_TABLE(suffix)                                                                                          \
-    {#suffix, lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, apply_##suffix}
+    {#suffix, lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, merge_##suffix, apply_##suffix}
 
 #define HE_NAME(f) f##_baseline
 #include "kernels_lookup.inc"
@@ -36,7 +36,7 @@ HE_BEGIN_TARGET("avx2,bmi,bmi2")
 #undef HE_NAME
 HE_END_TARGET
 
-HE_BEGIN_TARGET("avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
+HE_BEGIN_TARGET("avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
 #define HE_NAME(f) f##_avx512
 #include "kernels_lookup.inc"
 #include "kernels_update.inc"

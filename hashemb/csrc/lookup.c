@@ -20,7 +20,7 @@ static void lookup_share(void *arg, int i) {
     const job *j = arg;
     int64_t n = j->b->num_keys;
     he_kernels_active()->lookup(j->t, j->b->keys, share_begin(n, i, j->num_threads), share_begin(n, i + 1, j->num_threads),
-                                j->decay_total, j->scratch + 2 * i * j->t->dim, j->out);
+                                j->decay_total, j->scratch + i * he_lookup_scratch(j->t), j->out);
 }
 
 /* The first bag that starts at or after `key`. */
@@ -40,14 +40,16 @@ static void pool_share(void *arg, int i) {
     int last = i + 1 == j->num_threads;
     int64_t begin = i == 0 ? 0 : bag_at(j->b, share_begin(n, i, j->num_threads));
     int64_t end = last ? j->b->num_bags : bag_at(j->b, share_begin(n, i + 1, j->num_threads));
-    he_kernels_active()->lookup_pooled(j->t, j->b, begin, end, j->decay_total, j->scratch + 2 * i * j->t->dim, j->out);
+    he_kernels_active()->lookup_pooled(j->t, j->b, begin, end, j->decay_total, j->scratch + i * he_lookup_scratch(j->t), j->out);
 }
 
 int he_lookup_threads(const he_table *t, const he_batch *b) {
     return he_threads_for(b->num_keys * t->num_hashes, KEYS_PER_THREAD);
 }
 
-/* scratch: 2 * dim floats per thread. */
+/* Floats of scratch memory per thread: 2 * dim, and a cache line between threads. */
+int64_t he_lookup_scratch(const he_table *t) { return (2 * t->dim + 15) / 16 * 16 + 16; }
+
 void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out) {
     job j = {t, b, decay_total, scratch, out, num_threads};
     he_parallel(b->offsets ? pool_share : lookup_share, &j, num_threads);

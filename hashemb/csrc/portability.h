@@ -22,19 +22,37 @@
 
 enum { HE_LINE_BYTES = 64 };
 
+/* Before a loop over a row: vectorise it as it stands, before it is unrolled into scalars, which is what compilers do
+ * where they know the dimension. Needs -fopenmp-simd; no OpenMP library. The order of additions stays. */
+#define HE_SIMD _Pragma("omp simd")
+#define HE_SIMD_OR(x) _Pragma(HE_TEXT(omp simd reduction(|: x)))
+#define HE_TEXT(x) #x
+
 /* High 64 bits of a 128-bit product: maps a 64-bit hash onto [0, n) without a division (Lemire 2019,
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
 HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 
-HE_INLINE void he_prefetch_read(const void *p) { __builtin_prefetch(p, 0, 3); }
-HE_INLINE void he_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+/* Into the caches: FAR into the second level, which takes more misses at once than the first; WRITE as a line of our own. */
+enum { HE_NEAR, HE_FAR, HE_WRITE };
+HE_INLINE void he_prefetch(const void *p, const int kind) {
+    if (kind == HE_WRITE) __builtin_prefetch(p, 1, 3);
+    else if (kind == HE_FAR) __builtin_prefetch(p, 0, 2);
+    else __builtin_prefetch(p, 0, 3);
+}
 
-/* Touch every cache line of [p, p + bytes). */
-HE_INLINE void he_prefetch_range(const char *p, int64_t bytes, int for_write) {
+/* In a loop that waits for another thread. */
+HE_INLINE void he_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+/* Every cache line of [p, p + bytes). */
+HE_INLINE void he_prefetch_range(const void *p, int64_t bytes, const int kind) {
     const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(HE_LINE_BYTES - 1));
-    for (; line < p + bytes; line += HE_LINE_BYTES)
-        if (for_write) he_prefetch_write(line);
-        else he_prefetch_read(line);
+    for (; line < (const char *)p + bytes; line += HE_LINE_BYTES) he_prefetch(line, kind);
 }
 
 /* Between HE_BEGIN_* and HE_END_TARGET functions are compiled for one instruction set. Neither target names

@@ -12,6 +12,7 @@ enum { HE_MAX_HASHES = 16, HE_MAX_THREADS = 64 };
 enum { HE_FLOAT32 = 0, HE_FLOAT16 = 1, HE_BFLOAT16 = 2 };
 enum { HE_SGD = 0, HE_ADAGRAD = 1, HE_ROWWISE_ADAGRAD = 2, HE_FTRL = 3 };
 enum { HE_ZEROS = 0, HE_UNIFORM = 1, HE_NORMAL = 2 };
+enum { HE_SLOTS_PER_ENTRY = 8 }; /* of the hash sets that find a batch's distinct rows */
 enum { HE_SUM = 0, HE_MEAN = 1, HE_SQRTN = 2 };
 
 typedef struct {
@@ -56,22 +57,34 @@ typedef struct {
     double decay_total;
 } he_step;
 
-/* One thread's share of a planned update: its entries sorted by row, and blocks not yet of this epoch. An entry
- * is (row << occurrence_bits | occurrence) in 64 bits, or in 128 where they do not suffice (he_plan.wide). */
+/* One thread's share of a planned update: distinct rows, roughly ascending, and where the gradient of each is:
+ * the number of its only occurrence, or HE_SUMMED | the index of its sum. */
+#define HE_SUMMED (UINT64_C(1) << 63)
 typedef struct {
-    void *entries, *spare; /* capacity: num_keys * num_hashes entries each */
-    uint64_t *stale;       /* == spare once sorted: block numbers, ascending */
-    int64_t num_entries, num_stale;
-    float *scratch; /* 2 * dim floats */
-    uint64_t rows_touched;
+    uint64_t *rows, *sources;
+    int64_t num_rows;
+    float *sums;           /* dim floats each */
+    uint64_t *stale;       /* blocks not yet of this epoch, in any order, perhaps more than once */
+    int64_t num_stale;
+    float *scratch;        /* 2 * dim floats */
+    int64_t bad_value;     /* the first value of its part of the gradients that is not finite, or -1 */
+    uint64_t rows_touched; /* first updates of a row, once applied */
 } he_share;
 
+/* See update.c. An occurrence is one of a key's rows: number key * num_hashes + h. */
 typedef struct {
     he_batch batch;
-    const float *grads;     /* (num_bags, dim) */
-    const int64_t *bag_of;  /* per key, or NULL without bags */
-    const float *scales;    /* per key, or NULL where all are 1 */
-    int32_t num_threads, occurrence_bits, row_bits, wide;
+    const float *grads; /* (num_bags, dim) */
+    int64_t *bag_of;    /* per key, or NULL without bags */
+    float *scales;      /* per key, or NULL where all are 1 */
+    int64_t num_occurrences, num_buckets;
+    int32_t num_threads, occurrence_bits, bucket_shift;
+    uint64_t *rows;     /* per occurrence its row; once merged, the shares' distinct rows */
+    uint64_t *entries;  /* by bucket: row within the bucket << occurrence_bits | occurrence; merged, the sources */
+    uint64_t *spare;
+    uint32_t *slots;
+    int64_t *bucket_begin, *counts;
+    float *sums;
     he_share shares[HE_MAX_THREADS];
 } he_plan;
 
@@ -84,6 +97,7 @@ typedef struct {
                           float *scratch, float *out);
     int64_t (*first_not_finite)(const float *values, int64_t begin, int64_t end);
     void (*rows)(const he_table *, const uint64_t *keys, int64_t begin, int64_t end, int64_t *out);
+    void (*merge)(const he_table *, he_plan *, int share, uint32_t epoch);
     void (*apply)(const he_table *, const he_plan *, he_share *, const he_step *);
 } he_kernels;
 
@@ -100,6 +114,7 @@ int he_threads_for(int64_t work_items, int64_t items_per_thread);
 
 /* lookup.c */
 int he_lookup_threads(const he_table *t, const he_batch *b);
+int64_t he_lookup_scratch(const he_table *t); /* floats per thread */
 void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out);
 void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out);
 int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */
@@ -107,12 +122,13 @@ int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */
 /* Per key of a batch of bags: its bag, and (where scales is not NULL) what its gradient is multiplied by. */
 void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
 
-/* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes; he_update_plan, which sorts; then
- * the caller makes room for the stale blocks; he_update_apply, which writes and returns how many rows were new. */
-void he_plan_init(const he_table *t, he_plan *p, int force_wide);
+/* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes; he_update_plan, which returns the first
+ * gradient value that is not finite, or -1; then the caller makes room for the stale blocks; he_update_apply, which
+ * writes and returns how many rows were new. */
+int he_plan_init(const he_table *t, he_plan *p); /* 0, or -1: too many occurrences for one update */
 int64_t he_plan_bytes(const he_table *t, const he_plan *p);
 void he_plan_layout(const he_table *t, he_plan *p, char *memory);
-void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
+int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,

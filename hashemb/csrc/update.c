@@ -1,78 +1,82 @@
 /* An update's two halves: planning (which rows, in which order, by which thread) and applying.
  *
- * Rows are divided over threads by range, so each row has one owner, and its occurrences are summed in batch order:
- * the result does not depend on the number of threads. */
+ * A plan is made in three passes over the batch, each divided over the threads:
+ *   count    hashes keys to rows, counts them by bucket (a range of rows), and looks for gradients that aren't finite;
+ *   scatter  brings occurrences into the order of buckets, keeping batch order within each;
+ *   merge    finds the distinct rows of each bucket, and sums the gradients of those that occur more than once.
+ * Rows then come in roughly ascending order, which spares page walks and DRAM pages as well as a full sort would,
+ * while the gradients of a bucket are read forwards. A bucket's hash set stays in the L1 cache.
+ *
+ * Each bucket belongs to one thread, so each row has one owner, and its occurrences are summed in batch order: the
+ * result does not depend on the number of threads or buckets. */
 #include <string.h>
 
 #include "numerics.h"
 #include "table.h"
 
-enum { HE_DIGIT_BITS = 12 };
-
-#define HE_ENTRY uint64_t
-#define HE_SORT(f) f##_64
-#include "sort.inc"
-#undef HE_ENTRY
-#undef HE_SORT
-
-#define HE_ENTRY unsigned __int128
-#define HE_SORT(f) f##_128
-#include "sort.inc"
-#undef HE_ENTRY
-#undef HE_SORT
+enum { KEYS_PER_THREAD = 2048, KEYS_PER_BUCKET_BITS = 8, MAX_BUCKET_BITS = 16, USUAL_BUCKET_BITS = 11 };
 
 /* Bits that hold every number below n. */
 static int bits_for(uint64_t n) { return n <= 1 ? 0 : 64 - __builtin_clzll(n - 1); }
 
 static int64_t align_line(int64_t bytes) { return (bytes + HE_LINE_BYTES - 1) / HE_LINE_BYTES * HE_LINE_BYTES; }
 
-void he_plan_init(const he_table *t, he_plan *p, int force_wide) {
-    int64_t occurrences = p->batch.num_keys * t->num_hashes;
-    p->row_bits = bits_for(t->num_rows);
-    p->occurrence_bits = bits_for((uint64_t)occurrences);
-    p->wide = force_wide || p->row_bits + p->occurrence_bits > 64;
-    p->num_threads = he_threads_for(occurrences, 2048);
+static int64_t split(int64_t n, int i, int num_parts) { return (int64_t)((__int128)n * i / num_parts); }
+
+/* ---- how a plan's memory is divided ---- */
+
+/* 0, or -1 where a row within its bucket and an occurrence together don't fit an entry of 64 bits. */
+int he_plan_init(const he_table *t, he_plan *p) {
+    int64_t n = p->batch.num_keys * t->num_hashes;
+    int row_bits = bits_for(t->num_rows), bits;
+    p->num_occurrences = n;
+    p->occurrence_bits = bits_for((uint64_t)n);
+    bits = HE_MIN(HE_MAX(p->occurrence_bits - KEYS_PER_BUCKET_BITS, 0), USUAL_BUCKET_BITS);
+    bits = HE_MIN(HE_MAX(bits, row_bits + p->occurrence_bits - 64), row_bits);
+    p->bucket_shift = row_bits - bits;
+    p->num_buckets = t->num_rows ? (int64_t)((t->num_rows - 1) >> p->bucket_shift) + 1 : 0;
+    p->num_threads = he_threads_for(n, KEYS_PER_THREAD);
+    return n > UINT32_MAX || bits > MAX_BUCKET_BITS ? -1 : 0;
 }
 
-static int64_t entry_bytes(const he_table *t, const he_plan *p) {
-    return align_line(p->batch.num_keys * t->num_hashes * (p->wide ? 16 : 8));
+/* Takes `bytes` of the memory at *at. */
+static void *take(char **at, int64_t bytes) {
+    char *here = *at;
+    *at += align_line(bytes);
+    return here;
 }
 
-static int64_t share_bytes(const he_table *t, const he_plan *p) {
-    return 2 * entry_bytes(t, p) + align_line(2 * t->dim * (int64_t)sizeof(float));
-}
-
-static int64_t bag_bytes(const he_plan *p) {
-    return p->batch.offsets ? align_line(p->batch.num_keys * 8) + align_line(p->batch.num_keys * 4) : 0;
+/* Lays the plan's arrays out from `at`; returns their end. Slots and sums are for the worst case, and hardly touched
+ * by a batch of distinct rows. */
+static char *lay_out(const he_table *t, he_plan *p, char *at) {
+    const he_batch *b = &p->batch;
+    const int64_t n = p->num_occurrences, row = t->dim * (int64_t)sizeof(float);
+    p->bag_of = b->offsets ? take(&at, b->num_keys * 8) : NULL;
+    p->scales = b->offsets && (b->weights || b->pooling != HE_SUM) ? take(&at, b->num_keys * 4) : NULL;
+    p->rows = take(&at, n * 8);
+    p->entries = take(&at, n * 8);
+    p->spare = take(&at, n * 8);
+    p->slots = take(&at, n * HE_SLOTS_PER_ENTRY * 4);
+    p->bucket_begin = take(&at, (p->num_buckets + 1) * 8);
+    p->counts = take(&at, p->num_threads * p->num_buckets * 8);
+    for (int i = 0; i < p->num_threads; i++) p->shares[i].scratch = take(&at, 2 * row);
+    p->sums = take(&at, n / 2 * row);
+    return at;
 }
 
 int64_t he_plan_bytes(const he_table *t, const he_plan *p) {
-    return HE_LINE_BYTES + bag_bytes(p) + p->num_threads * share_bytes(t, p);
+    he_plan measured = *p;
+    char *start = (char *)(uintptr_t)HE_LINE_BYTES;
+    return lay_out(t, &measured, start) - start + HE_LINE_BYTES;
 }
 
 /* Divides scratch memory (he_plan_bytes of it) and, for bags, fills in each key's bag and scale. */
 void he_plan_layout(const he_table *t, he_plan *p, char *memory) {
-    const he_batch *b = &p->batch;
-    memory = (char *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1));
-    p->bag_of = NULL;
-    p->scales = NULL;
-    if (b->offsets) {
-        int64_t *bag_of = (int64_t *)memory;
-        float *scales = (float *)(memory + align_line(b->num_keys * 8));
-        int scaled = b->weights || b->pooling != HE_SUM;
-        he_bag_scales(b, bag_of, scaled ? scales : NULL);
-        p->bag_of = bag_of;
-        p->scales = scaled ? scales : NULL;
-        memory += bag_bytes(p);
-    }
-    for (int i = 0; i < p->num_threads; i++, memory += share_bytes(t, p)) {
-        he_share *s = &p->shares[i];
-        memset(s, 0, sizeof(*s));
-        s->entries = memory;
-        s->spare = memory + entry_bytes(t, p);
-        s->scratch = (float *)(memory + 2 * entry_bytes(t, p));
-    }
+    lay_out(t, p, (char *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)));
+    if (p->bag_of) he_bag_scales(&p->batch, p->bag_of, p->scales);
 }
+
+/* ---- planning ---- */
 
 typedef struct {
     const he_table *t;
@@ -81,29 +85,70 @@ typedef struct {
     const he_step *step;
 } job;
 
-static uint64_t row_bound(const job *j, int i) {
-    return (uint64_t)((unsigned __int128)j->t->num_rows * (unsigned)i / (unsigned)j->p->num_threads);
+static void count_share(void *arg, int i) {
+    const job *j = arg;
+    const he_table *t = j->t;
+    he_plan *p = j->p;
+    const int64_t k = t->num_hashes, values = p->batch.num_bags * t->dim;
+    const int64_t begin = split(p->batch.num_keys, i, p->num_threads), end = split(p->batch.num_keys, i + 1, p->num_threads);
+    const int shift = p->bucket_shift;
+    int64_t *counts = p->counts + i * p->num_buckets;
+    p->shares[i].bad_value = he_kernels_active()->first_not_finite(p->grads, split(values, i, p->num_threads),
+                                                                   split(values, i + 1, p->num_threads));
+    memset(counts, 0, (size_t)p->num_buckets * sizeof(*counts));
+    for (int64_t key = begin; key < end; key++)
+        for (int64_t h = 0; h < k; h++) {
+            uint64_t row = he_row(p->batch.keys[key], t->salts[h], t->num_rows);
+            p->rows[key * k + h] = row;
+            counts[row >> shift]++;
+        }
 }
 
-static void plan_share(void *arg, int i) {
-    job *j = arg;
+/* Turns counts into where each thread's entries of each bucket begin. */
+static void place_buckets(he_plan *p) {
+    int64_t begin = 0;
+    for (int64_t b = 0; b < p->num_buckets; b++) {
+        p->bucket_begin[b] = begin;
+        for (int i = 0; i < p->num_threads; i++) {
+            int64_t *counts = p->counts + i * p->num_buckets, count = counts[b];
+            counts[b] = begin;
+            begin += count;
+        }
+    }
+    p->bucket_begin[p->num_buckets] = begin;
+}
+
+static void scatter_share(void *arg, int i) {
+    const job *j = arg;
     he_plan *p = j->p;
-    he_share *s = &p->shares[i];
-    if (p->wide) {
-        collect_128(j->t, p, s, row_bound(j, i), row_bound(j, i + 1));
-        sort_128(s, p->occurrence_bits, p->row_bits);
-        find_stale_128(j->t, p, s, j->epoch);
-    } else {
-        collect_64(j->t, p, s, row_bound(j, i), row_bound(j, i + 1));
-        sort_64(s, p->occurrence_bits, p->row_bits);
-        find_stale_64(j->t, p, s, j->epoch);
+    const int64_t k = j->t->num_hashes, keys = p->batch.num_keys;
+    const int64_t begin = split(keys, i, p->num_threads) * k, end = split(keys, i + 1, p->num_threads) * k;
+    const int shift = p->bucket_shift, bits = p->occurrence_bits;
+    const uint64_t mask = (UINT64_C(1) << shift) - 1;
+    int64_t *next = p->counts + i * p->num_buckets;
+    for (int64_t o = begin; o < end; o++) {
+        uint64_t row = p->rows[o];
+        p->entries[next[row >> shift]++] = (row & mask) << bits | (uint64_t)o;
     }
 }
 
-void he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
-    job j = {t, p, epoch, NULL};
-    he_parallel(plan_share, &j, p->num_threads);
+static void merge_share(void *arg, int i) {
+    const job *j = arg;
+    he_kernels_active()->merge(j->t, j->p, i, j->epoch);
 }
+
+int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
+    job j = {t, p, epoch, NULL};
+    he_parallel(count_share, &j, p->num_threads);
+    for (int i = 0; i < p->num_threads; i++)
+        if (p->shares[i].bad_value >= 0) return p->shares[i].bad_value;
+    place_buckets(p);
+    he_parallel(scatter_share, &j, p->num_threads);
+    he_parallel(merge_share, &j, p->num_threads);
+    return -1;
+}
+
+/* ---- applying ---- */
 
 static void apply_share(void *arg, int i) {
     job *j = arg;

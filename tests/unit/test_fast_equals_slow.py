@@ -132,16 +132,31 @@ def test_threads_do_not_change_bits(tmp_path, optimizer):
             assert_same(fast, slow, keys, **call)
 
 
-def test_wide_entries_give_the_same_bits(tmp_path):
-    """128-bit sort entries, which otherwise only enormous tables and batches need."""
-    rng = np.random.default_rng(6)
-    keys, grads = rng.integers(0, 500, 3000).astype(np.uint64), rng.normal(size=(3000, 7)).astype(np.float32)
-    tables = [hashemb.create(tmp_path / n, num_embeddings=700, embedding_dim=7) for n in "ab"]
-    for table, force_wide in zip(tables, (False, True), strict=True):
-        table._files.reserve(table._core.plan(keys, grads, force_wide=force_wide))
-        table._core.apply()
-    assert tables[0].weight.any()
-    assert tables[0].weight.tobytes() == tables[1].weight.tobytes()
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num_embeddings", [1, 2, 3, 255, 257, 4096, 5000, 2**16 + 1])
+def test_updates_are_merged_alike_whatever_the_buckets(tmp_path, num_embeddings, num_threads):
+    """Rows fewer than buckets, buckets of no rows, one key in half of the batch, one key in all of it."""
+    hashemb.set_num_threads(num_threads)
+    rng = np.random.default_rng(num_embeddings)
+    keys = rng.integers(0, 2**63, 20_000)
+    keys[rng.random(20_000) < 0.5] = 7
+    options = {"num_embeddings": num_embeddings, "embedding_dim": 3, "num_hashes": 2}
+    fast, slow = make_pair(tmp_path, **options)
+    with fast:
+        for batch in (keys, keys[:9], keys[:700], np.full(6000, 7)):
+            grads = rng.normal(size=(batch.size, 3)).astype(np.float32)
+            fast.update(batch, grads)
+            slow.update(batch, grads)
+            assert_same_bytes(fast, slow)
+
+
+def test_a_batch_too_large_for_one_update_is_refused(tmp_path):
+    """2**32 occurrences and more; the arrays are never touched, so they take no memory."""
+    keys, grads = np.zeros(2**28 + 1, np.uint64), np.zeros((2**28 + 1, 1), np.float32)
+    with hashemb.create(tmp_path / "t", num_embeddings=10, embedding_dim=1, num_hashes=16) as table:
+        with pytest.raises(ValueError, match=r"an update of 4294967312 rows .* of 10 rows .* divide the batch"):
+            table.update(keys, grads)
+        assert table.step == 0
 
 
 @pytest.mark.parametrize("num_embeddings", [1, 2, 2**31 - 1, 2**31, 2**33 + 7, 2**63 - 1])

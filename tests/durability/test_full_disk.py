@@ -196,9 +196,10 @@ def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocate
 @pytest.mark.parametrize(("code", "raised"), [(errno.EFAULT, errno.EIO), (errno.ENOMEM, errno.ENOMEM)])
 def test_pages_that_cannot_be_had_at_all(tmp_path, monkeypatch, code, raised):
     """Space is there, faults fail: a broken disk or memory. An error, and nothing is marked."""
+    message = r"1 blocks of 4096 bytes cannot be made writable.*accumulator\.npy"
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
         monkeypatch.setattr(_core, "populate_blocks", answers(0, code, code, code))
-        with pytest.raises(OSError, match=r"1 blocks of 4096 bytes cannot be made writable.*accumulator\.npy") as caught:
+        with pytest.raises(OSError, match=message) as caught:
             table.update([1], np.ones((1, 16), np.float32))
         assert caught.value.errno == raised
         assert not isinstance(caught.value, NoSpaceError)

@@ -26,7 +26,7 @@ __all__ = ["Extents", "advise", "free_bytes", "huge_page_bytes", "is_tmpfs", "wr
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 _TMPFS_MAGIC = 0x01021994
-_COLLAPSES_PER_CALL = 64  # each takes 3 ms
+_COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; more where a call has written more extents than that
 _LOOKS_PER_EXTENT = 8
 _PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -139,7 +139,8 @@ class Extents:
             return
         extents, ends = self._touched(blocks)
         if not self._always:
-            extents = self._due(extents, ends)
+            written = blocks.size * self._block_bytes // HUGE_PAGE_BYTES
+            extents = self._due(extents, ends, max(_COLLAPSES_PER_CALL, written))
         for extent in extents.tolist():
             if self._always or self._is_half_written(extent):
                 self._collapse(extent)
@@ -154,13 +155,13 @@ class Extents:
         untried = ~self._tried[extents[first]]
         return extents[first[untried]], ends[untried]
 
-    def _due(self, extents: npt.NDArray[Any], ends: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _due(self, extents: npt.NDArray[Any], ends: npt.NDArray[Any], at_most: int) -> npt.NDArray[Any]:
         """Those that have grown enough since somebody looked, and of these the ones that grow most."""
         self._ends[extents] += ends
         due = self._ends[extents] >= self._worth_a_look
         extents, ends = extents[due], ends[due]
-        if extents.size > _COLLAPSES_PER_CALL:
-            extents = extents[np.argpartition(-ends, _COLLAPSES_PER_CALL)[:_COLLAPSES_PER_CALL]]
+        if extents.size > at_most:
+            extents = extents[np.argpartition(-ends, at_most)[:at_most]]
         self._ends[extents] = 0
         return extents
 

@@ -1,6 +1,6 @@
 """Maps files at addresses that the kernel can back with 2 MiB pages: congruent to the file offset modulo 2 MiB.
 
-ext4 and xfs align a mapping by themselves, tmpfs doesn't, and Python's `mmap` takes no address. So address space is
+ext4 aligns a mapping by itself, tmpfs doesn't, and Python's `mmap` takes no address. So address space is
 reserved first, as an anonymous `mmap` object, and the file is mapped over part of it: the object owns the file's
 mapping, unmaps it when it is closed, and refuses that while somebody holds a view.
 """

@@ -78,6 +78,7 @@ def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case
             side.tune([batch(i) for i in range(1000, 1006)])
     settle_s = SETTLE_S if case.threads > 1 and not settings.smoke else 0.0
     rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner, settle_s=settle_s)
+    checks["huge_page_bytes"] = workload.huge_page_bytes(table)
     return Result(bench, dataclasses.asdict(case), "key", case.num_keys, rows, skipped, checks)
 
 

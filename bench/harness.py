@@ -246,7 +246,8 @@ def machine(directory: str) -> dict[str, Any]:
         "load_1min": os.getloadavg()[0],
         "kernel": platform.release(),
         "transparent_hugepage": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "file_system": _file_system(directory),
+        "shmem_enabled": _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        "file_system": file_system(directory),
         "isa": _core.get_isa(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
@@ -276,7 +277,7 @@ def _first_field(path: str, key: str) -> str:
     return ""
 
 
-def _file_system(directory: str) -> str:
+def file_system(directory: str) -> str:
     """Type of the file system that holds `directory`, and its option for huge pages if it has one. The longest mount
     point that is a prefix wins."""
     best, kind = "", ""

@@ -94,12 +94,14 @@ def run(settings: Settings) -> Iterator[Result]:
                 return keys[chosen], vectors
 
             rows = measure(sides, batch, units=size, repeats=settings.repeats, inner=settings.inner)
+            checks = {"huge_page_bytes": workload.huge_page_bytes(ours.table)}
         finally:
             for close in closers:
                 close()
         workload.drop_table(ours.table)
     point = {"vectors": n, "dim": DIM, "batch": size, "threads": 1}
-    yield Result("kv", point, "key", size, rows, skipped, {"vectors_sha256": digest(stored), "stored": n})
+    checks |= {"vectors_sha256": digest(stored), "stored": n}
+    yield Result("kv", point, "key", size, rows, skipped, checks)
 
 
 def encode(array: Any) -> list[bytes]:

@@ -64,5 +64,6 @@ def run_case(settings: Settings, table: hashemb.EmbeddingTable, case: Case) -> R
     rows = measure(
         [Calls(side) for side in sides], batch, units=calls, repeats=settings.repeats, inner=1, settle_s=settle_s
     )
+    checks["huge_page_bytes"] = workload.huge_page_bytes(table)
     point = {"keys": case.num_keys, "rows": case.rows, "dim": case.dim, "threads": case.threads}
     return Result("overhead", point, "call", calls, rows, skipped, checks)

@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_place(result: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The result with the file system that its tables were on as part of its case."""
-    if result["bench"] == "hash":
+    """The result with the file system that its tables were on as part of its case; older files say it once for all."""
+    if result["bench"] == "hash" or "on" in result["case"]:
         return result
     return {**result, "case": {**result["case"], "on": report["machine"]["file_system"]}}
 
@@ -66,14 +66,14 @@ def replace_between_marks(path: pathlib.Path, text: str) -> None:
 
 
 def machine_lines(reports: list[dict[str, Any]]) -> list[str]:
-    """What the figures were measured on; one line per distinct machine and file system."""
+    """What the figures were measured on; one line per distinct machine."""
     lines: dict[str, None] = {}
     for report in reports:
         m = report["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
         lines[
             f"- {m['cpu']} (family/model/stepping {m['family_model_stepping']}), {m['usable_cores']} cores, "
-            f"L3 {m['l3']}, kernels {m['isa']}, Linux {m['kernel']}, tables on {m['file_system']}, "
+            f"L3 {m['l3']}, kernels {m['isa']}, Linux {m['kernel']}, "
             f"Python {m['python']}; {versions}"
         ] = None
     return ["Measured on:", "", *lines, ""]

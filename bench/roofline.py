@@ -40,6 +40,7 @@ def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, pha
     if phase == "update":
         sides = [UpdateOnly(ours), UpdateOnly(limit)]
     rows = measure(sides, batch, units=case.num_keys, repeats=settings.repeats, inner=settings.inner)
+    checks["huge_page_bytes"] = workload.huge_page_bytes(table)
     return Result("roofline", {"phase": phase, **dataclasses.asdict(case)}, "key", case.num_keys, rows, {}, checks)
 
 

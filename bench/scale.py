@@ -12,7 +12,8 @@ Keys are hashed, so the rows of a set of keys lie all over the table, and "of eq
 The plain C loops of native.c on the same rows say how much of a difference the machine makes on its own. A table of
 2**33 rows of 64 bytes has 512 GiB, most of which is never written; the set is small (2**16 keys) to bound what is. On
 a disk file system the kernel writes dirty pages back and the next store into each faults, the more so the more pages
-there are: faults are reported, and ``--dir`` on a tmpfs with a few GiB leaves them out.
+there are: faults are reported, and ``--dir`` on a tmpfs with a few GiB leaves them out. All tables here have pages
+of 4 KiB (``huge_pages=False``): otherwise the small ones would have larger pages than the large ones.
 """
 
 from __future__ import annotations
@@ -199,7 +200,9 @@ def run(settings: Settings) -> Iterator[Result]:
 
 def make_table(directory: str, bits: int) -> hashemb.EmbeddingTable:
     path = os.path.join(directory, f"{bits}.emb")
-    return hashemb.create(path, num_embeddings=1 << bits, embedding_dim=DIM, optimizer=OPTIMIZERS["rowwise_adagrad"])
+    return hashemb.create(
+        path, num_embeddings=1 << bits, embedding_dim=DIM, optimizer=OPTIMIZERS["rowwise_adagrad"], huge_pages=False
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -218,6 +221,7 @@ def steps(settings: Settings, sides: Sequence[SizeSide], what: str) -> Result:
             raise Mismatch(f"{side.name}: look-up is not the rows' bits")
         checks[f"lookup_sha256 {side.name}"] = digest(found)
     result = turns(settings, sides, what)
+    checks["huge_page_bytes"] = {side.name: workload.huge_page_bytes(side.table) for side in sides}
     return Result(**{**result.__dict__, "checks": {**checks, **result.checks}})
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import hashemb
 from bench import native
 from bench.harness import OURS, Clock, Skip
-from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, gradients
+from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, gradients, writable
 
 
 class EmbeddingSide(ABC):
@@ -88,7 +88,7 @@ class HashembSide(EmbeddingSide):
 
 
 class NumpySide(EmbeddingSide):
-    """Fancy indexing on the mapped file; duplicates summed by sort and reduceat."""
+    """Fancy indexing on the table's own mapping; duplicates summed by sort and reduceat."""
 
     name, group = "NumPy", "NumPy"
 
@@ -96,8 +96,8 @@ class NumpySide(EmbeddingSide):
         super().__init__(table, case, train=train)
         if case.dtype != "float32":
             raise Skip("NumPy has no bfloat16")
-        self.weight = np.load(f"{table.path}/weight.npy", mmap_mode="r+")
-        self.accumulator = np.load(f"{table.path}/accumulator.npy", mmap_mode="r+")
+        self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping
+        self.weight, self.accumulator = map(writable, self.mapped)
 
     def prepare(self, keys: Keys) -> Rows:
         return self.rows(keys)
@@ -159,15 +159,16 @@ class RooflineSide(EmbeddingSide):
         """Takes the prefetch distance, kind of stores and order of rows that are fastest here: the limit is wanted."""
         prepared = [self.prepare(b) for b in batches]
         yes_no = (False, True)
-        choices = [(a, nt, far) for a in (8, 16, 32, 64) for nt in yes_no for far in yes_no if not nt or self.case.dim % 8 == 0]
+        stores = yes_no if self.case.dim % 8 == 0 else (False,)
+        choices = [(a, nt, far) for a in (8, 16, 32, 64) for nt in stores for far in yes_no]
         self.ahead, self.nontemporal, self.far = min(choices, key=lambda c: self._lookup_seconds(prepared, *c))
         if self.train:
             updates = [(a, s) for a in (4, 8, 16, 32) for s in (False, True)]
             self.update_ahead, self.sort = min(updates, key=lambda u: self._update_seconds(prepared, *u))
-        stores = "non-temporal" if self.nontemporal else "plain"
+        kind = "non-temporal" if self.nontemporal else "plain"
         order = f", update {self.update_ahead} ahead, {'sorted' if self.sort else 'batch order'}"
         level = "L2" if self.far else "L1"
-        self.note = f"{stores} stores, {self.ahead} ahead to {level}" + order * self.train
+        self.note = f"{kind} stores, {self.ahead} ahead to {level}" + order * self.train
 
     def _lookup_seconds(self, prepared: list[Any], ahead: int, nontemporal: bool, far: bool) -> float:
         self.ahead, self.nontemporal, self.far = ahead, nontemporal, far

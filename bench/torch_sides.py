@@ -2,7 +2,7 @@
 
 They get rows ("ready ids"): the rows that our table hashes the keys to, or for one table per feature
 (``row % rows_per_table``). All peers of a case share one set of weights in anonymous memory, copied from our table, and
-FBGEMM also runs on our own files (`preallocated_host_buffers`), so that the case fits in memory.
+FBGEMM also runs on our own mapped files (`preallocated_host_buffers`), so that the case fits in memory.
 
 FBGEMM has three shapes: T=F (one table per feature), T=1 (one table, one feature: a batch of batch * F samples),
 and one table shared by F features. The first two take its JIT kernels; the last takes its serial scalar loop, which is
@@ -21,21 +21,22 @@ import numpy as np
 import hashemb
 from bench.harness import Skip, require_memory
 from bench.sides import EmbeddingSide
-from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, table_bytes
+from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, table_bytes, writable
 
 SHAPES = ("T=F", "T=1", "shared")
 
 
 class Buffers:
-    """Weights and accumulator as torch tensors, flat, filled from a table; or views of the table's own files."""
+    """Weights and accumulator as torch tensors, flat, filled from a table; or the table's own mapping, huge pages and
+    all."""
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, kind: str) -> None:
         import torch
 
         self.kind = kind
         if kind == "files":
-            self.weight = self._mapped(table, "weight", case.rows * case.dim)
-            self.accumulator = self._mapped(table, "accumulator", table.state["accumulator"].size)
+            self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping
+            self.weight, self.accumulator = (torch.from_numpy(writable(array).reshape(-1)) for array in self.mapped)
             return
         require_memory(table_bytes(case), "a copy of the table for the peers")
         self.weight = self._anonymous(case.rows * case.dim, kind)
@@ -54,15 +55,6 @@ class Buffers:
         if kind == "huge pages":
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.float32)
-
-    @staticmethod
-    def _mapped(table: hashemb.EmbeddingTable, name: str, size: int) -> Any:
-        import torch
-
-        header = 4096 // 4
-        return torch.from_file(
-            f"{table.path}/{name}.npy", shared=True, size=size + header, dtype=torch.float32
-        )[header:]  # fmt: skip
 
 
 class TorchSide(EmbeddingSide):

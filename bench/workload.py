@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shutil
@@ -125,6 +126,17 @@ def drop_table(table: hashemb.EmbeddingTable) -> None:
     """Closes the table and deletes its files."""
     table.close()
     shutil.rmtree(table.path)
+
+
+def huge_page_bytes(table: hashemb.EmbeddingTable) -> int | None:
+    """How much of the table is mapped by pages of 2 MiB: half of what a random access takes depends on it."""
+    return table.stats().huge_page_bytes
+
+
+def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view of the table's own mapping that a peer may write to. `array` must outlive it."""
+    memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 def table_bytes(case: Case) -> int:

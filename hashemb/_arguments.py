@@ -38,6 +38,13 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def flag_or_none(name: str, value: Any) -> bool | None:
+    """True, False, or None, which leaves the choice to the library."""
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True, False or None, got {type(value).__name__} {value!r}")
+    return None if value is None else bool(value)
+
+
 def _is_plain(array: npt.NDArray[Any]) -> bool:
     """Whether C may read it as an array: in C order, each element at a multiple of its size."""
     flags = array.flags

@@ -1,4 +1,5 @@
-"""Files, mappings and locks: the only module of the core package that touches the operating system.
+"""Files, mappings and locks: with _mapping and _huge_pages the only module of the core package that touches the
+operating system.
 
 It knows names, sizes and byte ranges; it knows nothing of rows as vectors. Invariants: a table directory appears
 whole or not at all; a page of a table is written only after the file system has promised space for it; readers
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import shutil
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _core, _huge_pages
 from hashemb._format import (
     CONTROL_BYTES,
     CONTROL_DTYPE,
@@ -36,6 +38,7 @@ from hashemb._format import (
     encode_meta,
     encode_npy_header,
 )
+from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
@@ -186,6 +189,8 @@ class TableFiles:
     path : str
     writable : bool
         Map read-write, and take part in the writers' lock that guards the clean flag.
+    huge_pages : bool or None
+        Ask for them never (False), always (True), or where they cost nothing that was not asked for (None).
 
     Attributes
     ----------
@@ -199,7 +204,7 @@ class TableFiles:
         all there) or "rebooted" (the machine did, and what was not flushed may be lost).
     """
 
-    def __init__(self, path: str, *, writable: bool) -> None:
+    def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:
         self.path, self.writable = path, writable
         self._pid = os.getpid()
         self.meta = read_meta(path)
@@ -207,10 +212,13 @@ class TableFiles:
         self.recovered: str | None = None
         self._fds: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
         self._dirty = False
         try:
             self._map_all()
+            if huge_pages is not False:
+                self._ask_for_huge_pages(always=huge_pages is True)
             if writable:
                 self._join_writers()
         except BaseException:
@@ -222,7 +230,7 @@ class TableFiles:
     def _map_all(self) -> None:
         for name, spec in self.meta.files.items():
             self.arrays[name] = self._map_array(name, spec)
-        buffer = self._map("control", "control", CONTROL_BYTES)
+        buffer, _ = self._map("control", "control", CONTROL_BYTES)
         self.arrays["control"] = np.frombuffer(buffer, np.uint8)
         self.control = np.frombuffer(buffer, CONTROL_DTYPE)
 
@@ -239,29 +247,70 @@ class TableFiles:
                 ) from None
             raise
 
-    def _map(self, name: str, filename: str, expected_bytes: int) -> mmap.mmap:
+    def _map(self, name: str, filename: str, expected_bytes: int) -> tuple[mmap.mmap, int]:
         fd = self._fds[name] = self._open(filename)
         size = os.fstat(fd).st_size
         if size != expected_bytes:
             raise CorruptTableError(
                 f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
             )
-        prot = mmap.PROT_READ | mmap.PROT_WRITE if self.writable else mmap.PROT_READ
         try:
-            mapped = self._maps[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, prot)
+            self._maps[name], offset = map_file(fd, size, self.writable)
         except OSError as error:
             message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
             raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
-        return mapped
+        return self._maps[name], offset
 
     def _map_array(self, name: str, spec: FileSpec) -> Array:
         filename = f"{name}.npy"
-        mapped = self._map(name, filename, spec.file_bytes)
+        mapped, offset = self._map(name, filename, spec.file_bytes)
         header = os.pread(self._fds[name], DATA_OFFSET_BYTES, 0)
         check_npy_header(header, spec, os.path.join(self.path, filename))
         mapped.madvise(mmap.MADV_RANDOM)
-        flat = np.frombuffer(mapped, spec.dtype, offset=DATA_OFFSET_BYTES)
+        flat = np.frombuffer(mapped, spec.dtype, math.prod(spec.shape), offset + DATA_OFFSET_BYTES)
         return flat.reshape(spec.shape)
+
+    # -- huge pages --
+
+    def _ask_for_huge_pages(self, *, always: bool) -> None:
+        """Before the first access, which is when a table on disk gets them. One on tmpfs is collapsed as it fills."""
+        specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
+        on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self._fds["weight"])
+        if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
+            for name, spec in specs.items():
+                _huge_pages.advise(self._address(name), spec.file_bytes)
+        if on_tmpfs:
+            self._extents = {name: self._make_extents(name, spec, always) for name, spec in specs.items()}
+        if on_tmpfs and always:
+            for name, extents in self._extents.items():
+                extents.collapse_present(self._fds[name])
+
+    def _may_lose_its_holes(self) -> bool:
+        """Whether the kernel lets the whole table be dirty without writing it, and the disk has room for it."""
+        room_bytes = disk_bytes(self.path) + _huge_pages.free_bytes(self._fds["weight"])
+        return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
+
+    def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
+        block_bytes, blocks_fd = self._block_bytes(spec), self._fds["blocks"]
+        return _huge_pages.Extents(self._address(name), spec.file_bytes, block_bytes, blocks_fd, always=always)
+
+    def _address(self, name: str) -> int:
+        data: int = self.arrays[name].ctypes.data
+        return data - DATA_OFFSET_BYTES
+
+    def _block_bytes(self, spec: FileSpec) -> int:
+        return (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0] * self.meta.block_rows
+
+    def huge_page_bytes(self) -> int | None:
+        """Bytes of the arrays that this process maps by huge pages; None where the kernel cannot tell."""
+        total = 0
+        for name, spec in self.meta.files.items():
+            begin = self._address(name)
+            found = _huge_pages.huge_page_bytes(begin, begin + spec.file_bytes)
+            if found is None:
+                return None
+            total += found
+        return total
 
     # -- the writers' lock: byte 0 of `lock`, shared by all writers while they have the table open --
 
@@ -303,29 +352,52 @@ class TableFiles:
         """
         self._dirty = True
         for name, spec in self.meta.row_files.items():
-            row_bytes = (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0]
-            self._reserve_array(name, blocks, row_bytes * self.meta.block_rows)
+            self._reserve_array(name, blocks, self._block_bytes(spec))
         self._reserve_array("blocks", blocks, 4)
         self.arrays["blocks"][blocks] = self.control["epoch"][0]
+        for extents in self._extents.values():
+            extents.collapse_written(blocks)
 
     def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
+        """Faults the blocks in for writing, which reserves their space; what fails is tried again with the space
+        allocated first. In a page cache of 2 MiB folios, of this process or another, a fault needs the space of the
+        whole folio."""
         error = _core.populate_blocks(self.arrays[name], blocks, block_bytes)
-        if error == 0:
-            return
-        for block in blocks.tolist():  # the slow way, which says what is wrong, and serves kernels before 5.14
-            self._allocate(name, block * block_bytes, block_bytes)
+        for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
+            if error == 0:
+                return
+            self._allocate(name, blocks, block_bytes, unit_bytes)
+            if error == errno.EINVAL:  # a kernel before 5.14 cannot populate
+                return
+            error = _core.populate_blocks(self.arrays[name], blocks, block_bytes)
+        if error:
+            code = errno.EIO if error == errno.EFAULT else error
+            message = f"{blocks.size} blocks of {block_bytes} bytes cannot be made writable ({os.strerror(error)})"
+            raise OSError(code, message, self._filename(name))
 
-    def _allocate(self, name: str, begin: int, num_bytes: int) -> None:
-        filename = os.path.join(self.path, f"{name}.npy")
-        num_bytes = min(num_bytes, self.arrays[name].nbytes - begin)
-        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, DATA_OFFSET_BYTES + begin, num_bytes):
+    def _allocate(self, name: str, blocks: Array, block_bytes: int, unit_bytes: int) -> None:
+        """Allocates the blocks rounded out to units of the file, one after the other, those in one unit once."""
+        done = 0
+        for block in blocks.tolist():
+            begin = DATA_OFFSET_BYTES + block * block_bytes
+            end = min(-(-(begin + block_bytes) // unit_bytes) * unit_bytes, self.meta.files[name].file_bytes)
+            begin = max(done, begin // unit_bytes * unit_bytes)
+            if begin < end:
+                self._allocate_bytes(name, begin, end - begin)
+                done = end
+
+    def _allocate_bytes(self, name: str, begin: int, num_bytes: int) -> None:
+        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, begin, num_bytes):
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
             if code == errno.EOPNOTSUPP:  # no promise of space on this file system: docs/durability.md
                 return
-            with _space_errors(filename):
-                raise OSError(code, os.strerror(code), filename)
+            with _space_errors(self._filename(name)):
+                raise OSError(code, os.strerror(code), self._filename(name))
+
+    def _filename(self, name: str) -> str:
+        return os.path.join(self.path, f"{name}.npy")
 
     def flush(self) -> None:
         """Syncs all arrays to disk, then the control page. No-op on a read-only table."""
@@ -358,7 +430,7 @@ class TableFiles:
         """Idempotent. Mappings stay as long as somebody holds a view of them."""
         if self.writable and "lock" in self._fds and self._pid == os.getpid():
             self._leave_writers()  # a forked child shares its parent's lock, and leaves it alone
-        self.arrays = {}
+        self.arrays, self._extents = {}, {}
         if hasattr(self, "control"):
             del self.control
         for mapped in self._maps.values():

@@ -47,6 +47,7 @@ def create(
     num_hashes: int = 1,
     seed: int = 0,
     exist_ok: bool = False,
+    huge_pages: bool | None = None,
 ) -> EmbeddingTable:
     """Creates a table and opens it read-write.
 
@@ -70,6 +71,8 @@ def create(
         Of row hashing, initial values and rounding; 0 to 2**64 - 1.
     exist_ok : bool
         Open the table if `path` already holds one made with the same arguments.
+    huge_pages : bool, optional
+        As for `open`; not stored in the table.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def create(
     (2, 16)
     >>> table.close()
     """
-    path = _table_path(path)
+    path, huge_pages = _table_path(path), arguments.flag_or_none("huge_pages", huge_pages)
     meta = arguments.table_meta(num_embeddings, embedding_dim, dtype, optimizer, init, num_hashes, seed)
     try:
         _storage.create_table(path, meta)
@@ -105,10 +108,12 @@ def create(
         if not exist_ok:
             raise
         arguments.check_same(path, _storage.read_meta(path), meta)
-    return EmbeddingTable(path, "r+")
+    return EmbeddingTable(path, "r+", huge_pages=huge_pages)
 
 
-def open(path: str | os.PathLike[str], mode: Mode = "r") -> EmbeddingTable:
+def open(
+    path: str | os.PathLike[str], mode: Mode = "r", *, huge_pages: bool | None = None
+) -> EmbeddingTable:
     """Opens a table, in milliseconds at any size.
 
     Parameters
@@ -116,6 +121,11 @@ def open(path: str | os.PathLike[str], mode: Mode = "r") -> EmbeddingTable:
     path : str or path-like
     mode : {"r", "r+"}
         "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
+    huge_pages : bool, optional
+        Whether this process asks for pages of 2 MiB, which random access finds in half the time. They hold, and
+        `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table fits both the
+        space left and what the kernel lets become dirty before it writes; on tmpfs, the parts that are half full.
+        True: always, which makes a sparse table dense; False: never. `TableStats.huge_page_bytes` says what came of it.
 
     Raises
     ------
@@ -127,10 +137,13 @@ def open(path: str | os.PathLike[str], mode: Mode = "r") -> EmbeddingTable:
         It is damaged: the message says which file, what was expected and what was found.
     ReadOnlyTableError
         Mode "r+" on files that cannot be written.
+    TypeError
+        `huge_pages` is none of True, False and None.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
-    return EmbeddingTable(_table_path(path), mode)
+    path, huge_pages = _table_path(path), arguments.flag_or_none("huge_pages", huge_pages)
+    return EmbeddingTable(path, mode, huge_pages=huge_pages)
 
 
 def info(path: str | os.PathLike[str]) -> TableInfo:

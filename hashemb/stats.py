@@ -29,6 +29,9 @@ class TableStats:
         Size of the files with and without their holes.
     resident_bytes : int or None
         Bytes of the files in the page cache; None where the kernel cannot tell.
+    huge_page_bytes : int or None
+        Bytes of the files that this process maps by pages of 2 MiB, of those it has used so far; None where the kernel
+        cannot tell. Other processes may map the same bytes by smaller pages.
     """
 
     num_embeddings: int
@@ -39,6 +42,7 @@ class TableStats:
     logical_bytes: int
     disk_bytes: int
     resident_bytes: int | None
+    huge_page_bytes: int | None
 
 
 def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: int = 1) -> float:

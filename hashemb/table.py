@@ -44,8 +44,8 @@ class EmbeddingTable:
         As given to `create`.
     """
 
-    def __init__(self, path: str, mode: Mode) -> None:
-        files = _storage.TableFiles(path, writable=mode == "r+")
+    def __init__(self, path: str, mode: Mode, *, huge_pages: bool | None = None) -> None:
+        files = _storage.TableFiles(path, writable=mode == "r+", huge_pages=huge_pages)
         meta = files.meta
         self.path, self.mode = path, mode
         self.num_embeddings, self.embedding_dim = meta.num_embeddings, meta.embedding_dim
@@ -224,6 +224,7 @@ class EmbeddingTable:
             logical_bytes=self._meta.logical_bytes,
             disk_bytes=_storage.disk_bytes(self.path),
             resident_bytes=files.resident_bytes(),
+            huge_page_bytes=files.huge_page_bytes(),
         )
 
     def _count_rows(self) -> int:

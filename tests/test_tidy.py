@@ -51,10 +51,10 @@ def package_modules() -> Iterator[tuple[str, str]]:
 
 
 def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
-    """The Python modules; with `inner`, without `_storage`, `_versions` (which reads what the kernel says of the
-    machine, no table) and those that stand on the public API."""
+    """The Python modules; with `inner`, without those of the storage, `_versions` (which reads what the kernel says of
+    the machine, no table) and those that stand on the public API."""
     for name, text in package_modules():
-        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | {"_storage", "_versions"}
+        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_versions"}
         if name != "_core" and not (inner and is_outer):
             yield name, text
 

@@ -28,7 +28,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "hashing": {"errors", "_core"},
     "_format": {"errors", "optim", "init"},
     "_arguments": {"errors", "optim", "init", "_format", "_version"},
-    "_storage": {"errors", "optim", "init", "_format", "_core"},
+    "_mapping": set(),
+    "_huge_pages": {"_format", "_mapping"},
+    "_storage": {"errors", "optim", "init", "_format", "_mapping", "_huge_pages", "_core"},
     "snapshot": {"errors", "optim", "init", "_format", "_storage"},
     "table": {"errors", "optim", "init", "stats", "_arguments", "_format", "_storage", "_core", "hashing", "snapshot"},
     "entry": {"errors", "optim", "init", "_arguments", "_format", "_storage", "table"},
@@ -47,6 +49,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "reference",
     },
 }
+#: The modules that touch files and mappings.
+STORAGE_MODULES = {"_storage", "_mapping", "_huge_pages"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
@@ -235,7 +239,7 @@ def _loaded_statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.Import
 
 
 def touches_files(module: str, text: str) -> list[str]:
-    """Complaints about what reaches files, mappings or locks, which is for `_storage` alone."""
+    """Complaints about what reaches files, mappings or locks, which is for `_storage` and its helpers alone."""
     tree = ast.parse(text)
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     return [f"hashemb.{module}: {what}; only _storage does" for what in _file_uses(tree, own)]

@@ -120,7 +120,7 @@ def test_an_untouched_row_reads_as_its_init_and_dirties_no_page(path: Path, othe
 
 def test_canary_a_write_dirties_pages_and_takes_blocks(path: Path) -> None:
     keys = np.arange(5000)
-    with create(path, num_embeddings=2**24) as table:
+    with create(path, num_embeddings=2**24, huge_pages=False) as table:
         before = blocks_on_disk(path)
         table.update(keys, np.ones((5000, 16), np.float32))
         pages = mapped_bytes(str(path / "weight"), *SMAPS_KINDS)

@@ -16,17 +16,16 @@ from hashemb.errors import NoSpaceError
 OPTIONS = {"num_embeddings": 2**22, "embedding_dim": 16, "optimizer": hashemb.Adagrad(lr=0.1)}
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
-def small_disk(request, tmp_path):
-    """A mounted file system of 16 MiB."""
+def mounted(kind, mib, tmp_path):
+    """A mounted file system of so many MiB, until it is unmounted."""
     target = tmp_path / "disk"
     target.mkdir()
-    if request.param == "tmpfs":
-        commands = [["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(target)]]
+    if kind == "tmpfs":
+        commands = [["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(target)]]
     else:
         image = tmp_path / "image"
         image.touch()
-        os.truncate(image, 16 << 20)
+        os.truncate(image, mib << 20)
         commands = [["mkfs.ext4", "-q", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(target)]]
     for command in commands:
         try:
@@ -37,6 +36,21 @@ def small_disk(request, tmp_path):
             pytest.skip(f"this user may not mount file systems: {done.stderr.strip()}")
     yield target
     subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request, tmp_path):
+    yield from mounted(request.param, 16, tmp_path)
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def larger_disk(request, tmp_path):
+    yield from mounted(request.param, 64, tmp_path)
+
+
+@pytest.fixture
+def ext4(tmp_path):
+    yield from mounted("ext4", 64, tmp_path)
 
 
 def fill(directory):
@@ -93,6 +107,106 @@ def test_kernels_without_populate_use_fallocate(tmp_path, monkeypatch):
         table.update(np.arange(10), np.ones((10, 16), np.float32))
         assert asked == [10, 10, 10]
         assert table.stats().disk_bytes >= 3 * 10 * 4096
+
+
+def test_update_on_a_full_disk_with_huge_pages(larger_disk):
+    """On ext4 a row takes 2 MiB of each file; on tmpfs a full disk only prevents collapsing."""
+    keys, grads = np.arange(10), np.random.default_rng(1).normal(size=(10, 16)).astype(np.float32)
+    with hashemb.create(larger_disk / "t", huge_pages=True, **OPTIONS) as table:
+        table.update(keys[:3], grads[:3])
+        if table.stats(exact=True).huge_page_bytes == 0:  # exact: takes the pages of blocks.npy, as above
+            pytest.skip("files here get no huge pages")
+        before, vectors = table.weight[table.rows(keys)].copy(), table.lookup(keys)
+        ballast = fill(larger_disk)
+        with pytest.raises(NoSpaceError, match="no space left"):
+            table.update(keys, grads)
+        np.testing.assert_array_equal(table.weight[table.rows(keys)], before)
+        assert table.step == 1
+        table.update(keys[:3], grads[:3])
+        ballast.unlink()
+        table.update(keys, grads)
+        assert (table.lookup(keys) != vectors).any(axis=1).all()
+
+
+def read_only_huge_folios(path, keys):
+    """Reads rows never written by huge pages, which leaves folios of 2 MiB over holes in the page cache."""
+    with hashemb.open(path, huge_pages=True) as reader:
+        reader.lookup(keys)
+        for array in reader.state.values():
+            assert np.isfinite(array[reader.rows(keys)]).all()
+        return reader.stats().huge_page_bytes
+
+
+def test_update_beside_huge_pages_of_others(ext4):
+    """A process that asked for none can meet them in the page cache: there a store needs 2 MiB of space."""
+    keys, grads = np.arange(4), np.ones((4, 16), np.float32)
+    with hashemb.create(ext4 / "t", huge_pages=False, **OPTIONS) as table:
+        table.update(keys[:1], grads[:1])
+        if not read_only_huge_folios(ext4 / "t", keys):
+            pytest.skip("files here get no huge pages")
+        ballast = fill(ext4)
+        os.truncate(ballast, ballast.stat().st_size - (1 << 20))  # space for pages, not for folios
+        for some in (keys[1:2], keys):
+            with pytest.raises(NoSpaceError, match=r"no space left.*weight\.npy"):
+                table.update(some, grads[: some.size])
+        assert not table.weight[table.rows(keys[1:])].any()
+        assert table.step == 1
+        ballast.unlink()
+        table.update(keys, grads)
+        assert table.weight[table.rows(keys)].all()
+
+
+def answers(*errors):
+    """A `populate_blocks` that fails with these, one call after the other, and then works."""
+    left, real = list(errors), _core.populate_blocks
+
+    def populate(array, blocks, block_bytes):
+        return left.pop(0) if left else real(array, blocks, block_bytes)
+
+    return populate
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """(first byte, bytes) of each fallocate."""
+    calls, real = [], _storage._libc.fallocate
+
+    def fallocate(fd, mode, offset, length):
+        calls.append((offset, length))
+        return real(fd, mode, offset, length)
+
+    monkeypatch.setattr(_storage._libc, "fallocate", fallocate)
+    return calls
+
+
+def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocated):
+    """First the blocks, then the 2 MiB around them, within the file, each once."""
+    with hashemb.create(tmp_path / "t", huge_pages=False, **OPTIONS) as table:
+        size = (tmp_path / "t" / "weight.npy").stat().st_size
+        monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT))
+        table._files.reserve(np.array([0, 1, 9, 65535], np.uint64))
+        assert allocated == [(4096, 4096), (8192, 4096), (40960, 4096), (size - 4096, 4096)]
+        assert np.flatnonzero(table._files.arrays["blocks"]).tolist() == [0, 1, 9, 65535]
+        allocated.clear()
+        monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT, errno.EFAULT))
+        table._files.reserve(np.array([0, 1, 9, 600, 65535], np.uint64))
+        assert allocated[5:] == [(0, 2 << 20), (2 << 20, 2 << 20), (size - 4096, 4096)]
+
+
+@pytest.mark.parametrize(("code", "raised"), [(errno.EFAULT, errno.EIO), (errno.ENOMEM, errno.ENOMEM)])
+def test_pages_that_cannot_be_had_at_all(tmp_path, monkeypatch, code, raised):
+    """Space is there, faults fail: a broken disk or memory. An error, and nothing is marked."""
+    message = r"1 blocks of 4096 bytes cannot be made writable.*accumulator\.npy"
+    with hashemb.create(tmp_path / "t", **OPTIONS) as table:
+        monkeypatch.setattr(_core, "populate_blocks", answers(0, code, code, code))
+        with pytest.raises(OSError, match=message) as caught:
+            table.update([1], np.ones((1, 16), np.float32))
+        assert caught.value.errno == raised
+        assert not isinstance(caught.value, NoSpaceError)
+        assert table.step == 0
+        assert not table._files.arrays["blocks"].any()
+        table.update([1], np.ones((1, 16), np.float32))
+        assert table.step == 1
 
 
 def test_full_disk_seen_by_fallocate(tmp_path, monkeypatch):

@@ -1,0 +1,204 @@
+"""Huge pages for a table's files: whether to ask the kernel for them, asking, and how many there are.
+
+All of this is advice: where the kernel doesn't take it, a table works as it does without. docs/performance.md says
+what is asked for and why; decisions/0006 has the measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb._format import DATA_OFFSET_BYTES
+from hashemb._mapping import HUGE_PAGE_BYTES
+
+__all__ = ["Extents", "advise", "free_bytes", "huge_page_bytes", "is_tmpfs", "write_back_limit_bytes"]
+
+_MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25  # Linux 6.1
+_TMPFS_MAGIC = 0x01021994
+_COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; more where a call has written more extents than that
+_LOOKS_PER_EXTENT = 8
+_PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def is_tmpfs(fd: int) -> bool:
+    """Whether the file is in memory: nothing is ever written back, and huge pages have to be collapsed."""
+    result = (ctypes.c_long * 64)()  # struct statfs has 120 bytes and begins with f_type
+    return _libc.fstatfs(fd, result) == 0 and result[0] == _TMPFS_MAGIC
+
+
+def advise(address: int, num_bytes: int) -> None:
+    """Asks for 2 MiB pages at the first access of each extent. Comes before the first access to be of use."""
+    _libc.madvise(address, num_bytes, _MADV_HUGEPAGE)
+
+
+# ---- what huge pages may take ----
+
+
+def free_bytes(fd: int) -> int:
+    """Space that is left on the file system of a file."""
+    status = os.fstatvfs(fd)
+    return status.f_bavail * status.f_frsize
+
+
+def write_back_limit_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
+    """Dirty bytes at which the kernel starts to write back, of the machine or of the tightest cgroup around us.
+
+    A table of at most this size is never written behind our back. 0 where it cannot be read.
+    """
+    try:
+        with open(f"{proc}/vmstat", encoding="ascii") as file:
+            pages = next(int(line.split()[1]) for line in file if line.startswith("nr_dirty_background_threshold "))
+        percent = int(_text(f"{proc}/sys/vm/dirty_background_ratio"))
+        limits = [limit * percent // 100 for limit in _memory_limits(proc, cgroups)]
+    except (OSError, ValueError, StopIteration):
+        return 0
+    return min([pages * mmap.PAGESIZE, *limits])
+
+
+def _memory_limits(proc: str, cgroups: str) -> Iterator[int]:
+    """memory.max of our cgroup (version 2) and of those around it, as far as they are visible and set."""
+    with open(f"{proc}/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        paths = [line.rstrip("\n")[3:] for line in file if line.startswith("0::")]
+    for path in paths:
+        group = os.path.normpath(path)  # begins with /.. where the cgroup lies outside our cgroup namespace
+        while True:
+            with suppress(FileNotFoundError):  # the root has none
+                text = _text(f"{cgroups}/{group}/memory.max")
+                if text != "max":
+                    yield int(text)
+            if group == "/":
+                break
+            group = os.path.dirname(group)
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
+# ---- tmpfs: collapsing what is there ----
+
+
+class Extents:
+    """The 2 MiB extents of one row file on tmpfs, each collapsed into a huge page at most once by this process.
+
+    Without `always` an extent's turn comes when half of its blocks have been written, so that a sparse table stays
+    sparse.
+
+    Parameters
+    ----------
+    address : int
+        Where the file is mapped. Only a multiple of 2 MiB can have huge pages.
+    file_bytes, block_bytes : int
+        Of the row file.
+    blocks_fd : int
+        Of blocks.npy. It is read, not accessed through its mapping, which would take a page for a hole.
+    always : bool
+        Collapse what holds any block.
+    """
+
+    def __init__(self, address: int, file_bytes: int, block_bytes: int, blocks_fd: int, *, always: bool) -> None:
+        self._address, self._able = address, address % HUGE_PAGE_BYTES == 0
+        self._block_bytes, self._blocks_fd, self._always = block_bytes, blocks_fd, always
+        self._num_extents = file_bytes // HUGE_PAGE_BYTES
+        self._tried = np.zeros(self._num_extents + 1, np.bool_)
+        self._tried[-1] = True  # a part of an extent, at the end, cannot be a huge page
+        self._ends = np.zeros(self._num_extents, np.int32)
+        #: First bytes and last bytes of blocks that have to be written before it is worth reading how many are.
+        self._worth_a_look = 2 * HUGE_PAGE_BYTES // block_bytes // _LOOKS_PER_EXTENT
+        self._within_block = np.array([*range(0, block_bytes, HUGE_PAGE_BYTES), block_bytes - 1])
+
+    def collapse_present(self, fd: int) -> None:
+        """Collapses every extent of the file that has any page."""
+        extent = 0
+        while extent < self._num_extents and self._able:
+            try:
+                extent = os.lseek(fd, extent * HUGE_PAGE_BYTES, os.SEEK_DATA) // HUGE_PAGE_BYTES
+            except OSError:  # ENXIO: no more data
+                return
+            if extent < self._num_extents:
+                self._collapse(extent)
+            extent += 1
+
+    def collapse_written(self, blocks: npt.NDArray[Any]) -> None:
+        """Collapses what has become worth it with `blocks` (ascending), which have just been written."""
+        if not self._able:
+            return
+        extents, ends = self._touched(blocks)
+        if not self._always:
+            written = blocks.size * self._block_bytes // HUGE_PAGE_BYTES
+            extents = self._due(extents, ends, max(_COLLAPSES_PER_CALL, written))
+        for extent in extents.tolist():
+            if self._always or self._is_half_written(extent):
+                self._collapse(extent)
+
+    def _touched(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Extents not yet tried in which blocks begin, end, or lie; and how many beginnings and ends are there."""
+        begins = DATA_OFFSET_BYTES + blocks.astype(np.int64) * self._block_bytes
+        extents = ((begins[:, None] + self._within_block) // HUGE_PAGE_BYTES).ravel()
+        extents = np.minimum(extents, self._num_extents)
+        first = np.flatnonzero(np.append(True, extents[1:] != extents[:-1]))
+        ends = np.append(first[1:], extents.size) - first
+        untried = ~self._tried[extents[first]]
+        return extents[first[untried]], ends[untried]
+
+    def _due(self, extents: npt.NDArray[Any], ends: npt.NDArray[Any], at_most: int) -> npt.NDArray[Any]:
+        """Those that have grown enough since somebody looked, and of these the ones that grow most."""
+        self._ends[extents] += ends
+        due = self._ends[extents] >= self._worth_a_look
+        extents, ends = extents[due], ends[due]
+        if extents.size > at_most:
+            extents = extents[np.argpartition(-ends, at_most)[:at_most]]
+        self._ends[extents] = 0
+        return extents
+
+    def _is_half_written(self, extent: int) -> bool:
+        begin = extent * HUGE_PAGE_BYTES - DATA_OFFSET_BYTES
+        first, end = max(0, begin) // self._block_bytes, -(-(begin + HUGE_PAGE_BYTES) // self._block_bytes)
+        data = os.pread(self._blocks_fd, 4 * (end - first), DATA_OFFSET_BYTES + 4 * first)
+        epochs = np.frombuffer(data, np.uint32)
+        return 2 * int(np.count_nonzero(epochs)) >= epochs.size
+
+    def _collapse(self, extent: int) -> None:
+        self._tried[extent] = True
+        address = self._address + extent * HUGE_PAGE_BYTES
+        if _libc.madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
+            self._able = False  # a kernel before 6.1, or one that has reasons of its own
+
+
+# ---- looking ----
+
+
+def huge_page_bytes(begin: int, end: int) -> int | None:
+    """Bytes that this process maps by huge pages in a range of its addresses; None on kernels before 6.7."""
+    regions = (ctypes.c_uint64 * (3 * 256))()  # struct page_region: start, end, categories
+    total = 0
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        while begin < end:
+            scan = (ctypes.c_uint64 * 12)(96, 0, begin, end, 0, ctypes.addressof(regions), 256, 0, 0, _PAGE_IS_HUGE)
+            scan[11] = _PAGE_IS_HUGE  # struct pm_scan_arg: category_anyof_mask is 0, return_mask
+            found = fcntl.ioctl(fd, _PAGEMAP_SCAN, scan)
+            total += sum(regions[3 * i + 1] - regions[3 * i] for i in range(found))
+            begin = scan[4]  # walk_end
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return total

@@ -45,7 +45,7 @@ def test_no_update_is_lost_between_threads(tmp_path, num_threads):
 def test_closing_under_work_is_a_clear_error(tmp_path):
     """Every thread ends with ClosedTableError, whatever it was doing, and the table is whole."""
     seen = []
-    table = hashemb.create(tmp_path / "t", num_embeddings=2**24, embedding_dim=8)
+    table = hashemb.create(tmp_path / "t", num_embeddings=2**24, embedding_dim=8, huge_pages=False)
     started = threading.Barrier(5)
 
     def work(i):

@@ -29,14 +29,14 @@ HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
 #undef HE_NAME
 
 #if HE_X86
-HE_BEGIN_TARGET("avx2,bmi,bmi2")
+HE_BEGIN_TARGET(HE_AVX2)
 #define HE_NAME(f) f##_avx2
 #include "kernels_lookup.inc"
 #include "kernels_update.inc"
 #undef HE_NAME
 HE_END_TARGET
 
-HE_BEGIN_TARGET("avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
+HE_BEGIN_TARGET(HE_AVX512)
 #define HE_NAME(f) f##_avx512
 #include "kernels_lookup.inc"
 #include "kernels_update.inc"

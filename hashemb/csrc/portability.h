@@ -58,11 +58,14 @@ HE_INLINE void he_prefetch_range(const void *p, int64_t bytes, const int kind) {
 #if defined(__x86_64__)
 #define HE_X86 1
 #define HE_PRAGMA(x) _Pragma(#x)
+#define HE_AVX2 "avx2,bmi,bmi2"
 #if defined(__clang__)
+#define HE_AVX512 "avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl"
 #define HE_BEGIN_TARGET(features) \
     HE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define HE_END_TARGET HE_PRAGMA(clang attribute pop)
 #else
+#define HE_AVX512 "avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"
 #define HE_BEGIN_TARGET(features) HE_PRAGMA(GCC push_options) HE_PRAGMA(GCC target(features))
 #define HE_END_TARGET HE_PRAGMA(GCC pop_options)
 #endif

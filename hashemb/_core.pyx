@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 cnp.import_array()
 
-NO_BLOCKS = np.empty(0, np.uint64)
+cdef object NO_BLOCKS = np.empty(0, np.uint64)
 
 
 # ---- the table kernels ----

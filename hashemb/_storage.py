@@ -359,32 +359,29 @@ class TableFiles:
             extents.collapse_written(blocks)
 
     def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
-        """Faults the blocks in for writing, which reserves their space; what fails is tried again with the space
-        allocated first. In a page cache of 2 MiB folios, of this process or another, a fault needs the space of the
-        whole folio."""
-        error = _core.populate_blocks(self.arrays[name], blocks, block_bytes)
-        for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
-            if error == 0:
-                return
-            self._allocate(name, blocks, block_bytes, unit_bytes)
-            if error == errno.EINVAL:  # a kernel before 5.14 cannot populate
-                return
-            error = _core.populate_blocks(self.arrays[name], blocks, block_bytes)
-        if error:
-            code = errno.EIO if error == errno.EFAULT else error
-            message = f"{blocks.size} blocks of {block_bytes} bytes cannot be made writable ({os.strerror(error)})"
-            raise OSError(code, message, self._filename(name))
+        """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
+        if _core.populate_blocks(self.arrays[name], blocks, block_bytes):
+            for i in range(blocks.size):
+                self._reserve_block(name, blocks[i : i + 1], block_bytes)
 
-    def _allocate(self, name: str, blocks: Array, block_bytes: int, unit_bytes: int) -> None:
-        """Allocates the blocks rounded out to units of the file, one after the other, those in one unit once."""
-        done = 0
-        for block in blocks.tolist():
-            begin = DATA_OFFSET_BYTES + block * block_bytes
-            end = min(-(-(begin + block_bytes) // unit_bytes) * unit_bytes, self.meta.files[name].file_bytes)
-            begin = max(done, begin // unit_bytes * unit_bytes)
-            if begin < end:
-                self._allocate_bytes(name, begin, end - begin)
-                done = end
+    def _reserve_block(self, name: str, block: Array, block_bytes: int) -> None:
+        """Allocates space and faults one block in. In a page cache of 2 MiB folios, of this process or another, a fault
+        needs the space of the whole folio."""
+        error = 0
+        for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
+            self._allocate(name, int(block[0]) * block_bytes, block_bytes, unit_bytes)
+            error = _core.populate_blocks(self.arrays[name], block, block_bytes)
+            if error in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14 cannot populate
+                return
+        code = errno.EIO if error == errno.EFAULT else error
+        message = f"block {block[0]} of {block_bytes} bytes cannot be made writable ({os.strerror(error)})"
+        raise OSError(code, message, self._filename(name))
+
+    def _allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int) -> None:
+        """Allocates bytes of the array, rounded out to units of the file."""
+        first = (DATA_OFFSET_BYTES + begin) // unit_bytes * unit_bytes
+        end = -(-(DATA_OFFSET_BYTES + begin + num_bytes) // unit_bytes) * unit_bytes
+        self._allocate_bytes(name, first, min(end, self.meta.files[name].file_bytes) - first)
 
     def _allocate_bytes(self, name: str, begin: int, num_bytes: int) -> None:
         while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, begin, num_bytes):

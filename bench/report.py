@@ -189,7 +189,7 @@ def draw(results: list[dict[str, Any]], directory: pathlib.Path) -> None:
     bars = [r for r in results if r["bench"] == "roofline"]
     if bars:
         draw_roofline(bars, directory / "roofline.svg")
-    curves = [r for r in results if r["bench"] == "scale" and r["unit"] == "key"]
+    curves = [r for r in results if r["bench"] == "scale" and r["case"]["what"] == "look-up and update"]
     if curves:
         draw_scale(curves[-1], directory / "scale.svg")
 

@@ -122,9 +122,10 @@ def open(
     mode : {"r", "r+"}
         "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
     huge_pages : bool, optional
-        Whether this process asks for pages of 2 MiB, which random access finds in half the time. They hold, and
-        `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table fits both the
-        space left and what the kernel lets become dirty before it writes; on tmpfs, the parts that are half full.
+        Whether this process asks for pages of 2 MiB: a random row then takes about three fifths of the time.
+        They hold, and `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table
+        fits both the space left and what the kernel lets become dirty before it writes; on tmpfs,
+        the parts that are half full.
         True: always, which makes a sparse table dense; False: never. `TableStats.huge_page_bytes` says what came of it.
 
     Raises

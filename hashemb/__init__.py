@@ -11,6 +11,7 @@ from hashemb._versions import show_versions
 from hashemb.entry import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
+from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
 from hashemb.stats import TableStats
 from hashemb.table import EmbeddingTable
@@ -22,6 +23,7 @@ __all__ = [
     "EmbeddingTable",
     "Normal",
     "RowWiseAdagrad",
+    "SnapshotInfo",
     "TableInfo",
     "TableStats",
     "Uniform",

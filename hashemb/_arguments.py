@@ -6,8 +6,9 @@ by the identity of their dtype, before anything else: on a batch of 26 keys the 
 
 from __future__ import annotations
 
+import os
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -226,3 +227,21 @@ def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -
     if differing:
         details = "; ".join(f"{n} is {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in differing)
         raise ValueError(f"{path} holds another table: {details}")
+
+
+def path_string(path: str | os.PathLike[str], name: str = "path") -> str:
+    """A path as a normalised str."""
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str or path-like of str, got {type(text).__name__}")
+    if not text:
+        raise ValueError(f"{name} must not be empty")
+    if "\0" in text:
+        raise ValueError(f"{name} must not hold a null character, got {text!r}")
+    return os.path.normpath(text)
+
+
+def isolation(value: Any) -> Literal["hogwild", "exact"]:
+    if value not in ("hogwild", "exact"):
+        raise ValueError(f'isolation must be "hogwild" or "exact", got {value!r}')
+    return value  # type: ignore[no-any-return]

@@ -7,6 +7,9 @@ cdef extern from "table.h" nogil:
     enum: HE_MAX_HASHES
     enum: HE_MAX_THREADS
     enum: HE_SUM
+    enum: HE_MAX_FILES
+    enum: HE_STRIPE_BLOCKS
+    int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
 
     ctypedef struct he_table:
         char *weight
@@ -49,6 +52,17 @@ cdef extern from "table.h" nogil:
         int32_t num_threads
         he_share shares[64]
 
+    ctypedef struct he_saving:
+        int32_t num_files, lock_fd, target_blocks_fd
+        int32_t target_fds[4]
+        const char *data[4]
+        int64_t block_bytes[4]
+        int64_t total_bytes[4]
+        int64_t data_offset
+        const uint32_t *blocks
+        int64_t num_blocks
+        uint32_t since, until
+
     ctypedef struct he_kernels:
         const char *name
 
@@ -73,3 +87,12 @@ cdef extern from "table.h" nogil:
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept
+    int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd) noexcept
+    uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
+    int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
+    int he_save_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
+    int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
+    int he_gate_enter(const he_control *c, int fd) noexcept
+    void he_gate_leave(int fd) noexcept
+    int he_gate_close(he_control *c, int fd) noexcept
+    void he_gate_open(he_control *c, int fd) noexcept

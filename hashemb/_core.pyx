@@ -1,7 +1,8 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It knows arrays and numbers, never paths. Tables are here, hashing is in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order
-named here; what is checked again is what would otherwise read or write outside an array.
+It knows arrays, numbers and open files, never paths. Tables are here, what processes share is in _core_sharing.pxi, hashing
+in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order named here; what is checked
+again is what would otherwise read or write outside an array.
 """
 
 import os
@@ -9,6 +10,8 @@ import os
 import numpy as np
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -175,7 +178,7 @@ cdef class Core:
         return np.unique(out)
 
     def apply(self):
-        """Writes the planned update and counts it as one step of the table."""
+        """Writes the planned update and counts it as one step of the table, whose number it returns."""
         cdef he_step step
         cdef uint64_t touched
         with nogil:
@@ -183,22 +186,38 @@ cdef class Core:
             touched = he_update_apply(&self.table, &self.current, &step)
             if touched:
                 he_rows_touched_add(self.control, touched)
+        return step.step
 
+    def apply_exact(self, int lock_fd):
+        """`apply`, in turn with other processes that do the same: as if batches came one after another, by step."""
+        cdef he_step step
+        cdef uint64_t touched
+        cdef int error = EINTR
+        while error == EINTR:
+            with nogil:
+                error = he_update_lock_rows(&self.table, &self.current, lock_fd)
+            if error == EINTR:
+                PyErr_CheckSignals()
+        raise_errno(error)
+        with nogil:
+            he_step_begin(self.control, self.table.weight_decay, &step)
+            touched = he_update_apply_exact(&self.table, &self.current, &step, lock_fd)
+            if touched:
+                he_rows_touched_add(self.control, touched)
+        return step.step
 
-def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
-    """Makes the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+    def enter_gate(self, int lock_fd):
+        """Before a batch: waits while a snapshot begins. `leave_gate` comes after the batch, whatever happened."""
+        cdef int error = EINTR
+        while error == EINTR:
+            with nogil:
+                error = he_gate_enter(self.control, lock_fd)
+            if error == EINTR:
+                PyErr_CheckSignals()
+        raise_errno(error)
 
-    Returns 0 or an errno: EFAULT where a store would be a SIGBUS, EINVAL where the kernel cannot do it.
-    """
-    cdef char *base = <char *>cnp.PyArray_DATA(array)
-    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
-    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
-    cdef int error
-    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
-        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
-    with nogil:
-        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
-    return error
+    def leave_gate(self, int lock_fd):
+        he_gate_leave(lock_fd)
 
 
 # ---- threads and instruction sets ----
@@ -250,4 +269,5 @@ def _configure(environment):
 _configure(os.environ)
 
 
+include "_core_sharing.pxi"
 include "_core_hashing.pxi"

@@ -39,10 +39,11 @@ INITIALIZERS: dict[str, type] = {
 CONTROL_DTYPE = np.dtype(
     {
         "names": [
-            "magic", "format", "step", "epoch", "lr", "decay_total", "clean", "rows_touched", "boot_id",
+            "magic", "format", "step", "epoch", "lr", "decay_total", "clean", "rows_touched",
+            "saving", "save_failed", "save_errno", "gate_closing", "boot_id", "checksum",
         ],
-        "formats": ["S8", "<u4", "<u8", "<u8", "<f8", "<f8", "<u8", "<u8", "S36"],
-        "offsets": [0, 8, 16, 24, 32, 40, 48, 56, 128],
+        "formats": ["S8", "<u4", "<u8", "<u8", "<f8", "<f8", "<u8", "<u8", "<u8", "<u8", "<u8", "<u8", "S36", "<u8"],
+        "offsets": [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 128, 4088],
         "itemsize": CONTROL_BYTES,
     }
 )  # fmt: skip
@@ -173,12 +174,14 @@ def _tagged(value: Any) -> dict[str, Any]:
     return {"kind": value.kind, **asdict(value)}
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def checksum_of(content: dict[str, Any]) -> str:
+    """SHA-256 of an object as `json.dumps(..., sort_keys=True)` writes it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _dump(content: dict[str, Any]) -> bytes:
-    return (json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n").encode()
+def dump_checked(content: dict[str, Any]) -> bytes:
+    """JSON as bytes, with the SHA-256 of the rest as its last entry."""
+    return (json.dumps({**content, "checksum": checksum_of(content)}, indent=2) + "\n").encode()
 
 
 def encode_meta(meta: TableMeta) -> bytes:
@@ -192,7 +195,7 @@ def encode_meta(meta: TableMeta) -> bytes:
         f"{name}.npy": {"shape": list(s.shape), "dtype": s.dtype, "bytes": s.file_bytes}
         for name, s in meta.files.items()
     }
-    return _dump(content)
+    return dump_checked(content)
 
 
 def _untag(value: dict[str, Any], classes: dict[str, type]) -> Any:
@@ -223,9 +226,9 @@ def decode_meta(data: bytes, filename: str) -> TableMeta:
     """The inverse of `encode_meta`; any other bytes are a `FormatError` or a `CorruptTableError`."""
     content = _parse(data, filename)
     stored = content.pop("checksum", None)
-    if stored != _checksum(content) or data != _dump(content):
+    if stored != checksum_of(content) or data != dump_checked(content):
         raise CorruptTableError(
-            f"{filename}: damaged: expected checksum {_checksum(content)}, found {stored}"
+            f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}"
         )
     try:
         values = {field.name: content[field.name] for field in fields(TableMeta)}
@@ -241,10 +244,11 @@ def decode_meta(data: bytes, filename: str) -> TableMeta:
 
 def encode_control(lr: float, boot_id: str) -> bytes:
     """The page of a table to which no update has been applied."""
-    page = np.zeros(1, CONTROL_DTYPE)
-    page["magic"], page["format"], page["epoch"], page["clean"] = CONTROL_MAGIC, FORMAT, 1, 1
-    page["lr"], page["boot_id"] = lr, boot_id
-    return page.tobytes()
+    data = bytearray(CONTROL_BYTES)
+    page = np.frombuffer(data, CONTROL_DTYPE)
+    page["magic"], page["format"], page["epoch"], page["lr"] = CONTROL_MAGIC, FORMAT, 1, lr
+    page["boot_id"] = boot_id
+    return seal_control(bytes(data))
 
 
 def check_control(data: bytes, filename: str) -> None:
@@ -263,3 +267,22 @@ def check_control(data: bytes, filename: str) -> None:
             f"{filename}: expected lr >= 0, decay_total <= 0 and epoch >= 1, "
             f"found {lr!r}, {total!r} and {page['epoch']}"
         )
+    stored, clean = int(page["checksum"]), int(page["clean"])
+    if clean > 1 or (stored and not clean):
+        raise CorruptTableError(f"{filename}: expected clean 0 or 1, 1 with a check sum; found {clean} and {stored:#x}")
+    if stored and stored != _page_checksum(data):
+        raise CorruptTableError(f"{filename}: expected check sum {_page_checksum(data):#x}, found {stored:#x}")
+
+
+def seal_control(data: bytes) -> bytes:
+    """A control page at rest, as its last writer leaves it: clean, with a check sum in its last eight bytes."""
+    sealed = bytearray(data)  # not a copy of the record, which leaves out the bytes between its fields
+    page = np.frombuffer(sealed, CONTROL_DTYPE)
+    page["clean"] = 1
+    page["checksum"] = _page_checksum(bytes(sealed))
+    return bytes(sealed)
+
+
+def _page_checksum(data: bytes) -> int:
+    """The first 8 bytes of SHA-256 of all but the last 8 bytes; not 0, which stands for none."""
+    return int.from_bytes(hashlib.sha256(data[:-8]).digest()[:8], "little") or 1

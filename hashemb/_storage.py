@@ -1,9 +1,8 @@
-"""Files, mappings and locks: with _mapping and _huge_pages the only module of the core package that touches the
-operating system.
+"""An open table: its files, mapped, and its locks.
 
-It knows names, sizes and byte ranges; it knows nothing of rows as vectors. Invariants: a table directory appears
-whole or not at all; a page of a table is written only after the file system has promised space for it; readers
-map everything read-only.
+It knows names, sizes and byte ranges; it knows nothing of rows as vectors. Invariants: a page of a table is written
+only after the file system has promised space for it, and after a snapshot in progress has what it held; readers map
+everything read-only.
 """
 
 from __future__ import annotations
@@ -11,35 +10,37 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import math
 import mmap
 import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hashemb import _core, _huge_pages
+from hashemb._directory import (
+    boot_id,
+    disk_bytes,
+    read_control,
+    read_file,
+    read_meta,
+    remove_if_there,
+    space_errors,
+)
 from hashemb._format import (
     CONTROL_BYTES,
     CONTROL_DTYPE,
     DATA_OFFSET_BYTES,
     FileSpec,
-    TableMeta,
-    check_control,
     check_npy_header,
-    decode_meta,
-    encode_control,
-    encode_meta,
-    encode_npy_header,
+    seal_control,
 )
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
-from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -49,133 +50,40 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def boot_id() -> str:
-    """Identifies the running kernel: pages written before it changed may not have reached the disk."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown"
+SAVING_FILE = "saving.json"  # in the table: what a snapshot in progress wants
 
 
-@contextmanager
-def _space_errors(filename: str) -> Iterator[None]:
-    """ENOSPC and EDQUOT as `NoSpaceError`, a file too large for the file system as a plain `OSError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"no space left on the file system: {error.strerror}", filename) from None
-        raise
+# ---- locks and forks: a child that kept its parent's locks open would keep them when the parent is killed ----
 
 
-# ---- creating ----
+class Lock:
+    """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none."""
 
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        _locks.add(self)
 
-def _write_file(path: str, data: bytes, size_bytes: int) -> None:
-    """Creates a file of `size_bytes` that begins with `data` and is otherwise a hole."""
-    with _space_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            _resize(fd, path, size_bytes)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
             os.close(fd)
 
-
-def _resize(fd: int, path: str, size_bytes: int) -> None:
-    try:
-        os.ftruncate(fd, size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EFBIG, errno.EINVAL):
-            raise
-        message = f"this file system cannot hold a file of {size_bytes} bytes ({error.strerror})"
-        raise OSError(error.errno, message, path) from None
+    def __del__(self) -> None:
+        self.close()
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+_open_tables: weakref.WeakSet[TableFiles] = weakref.WeakSet()
 
 
-def create_table(path: str, meta: TableMeta) -> None:
-    """Makes the directory `path` in one step: built beside it under a temporary name, synced, renamed.
-
-    O(1) in the size of the table: array files are holes behind a 4096-byte header.
-    """
-    parent = os.path.dirname(os.path.abspath(path))
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
-    if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
-    with _space_errors(path):
-        building = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=parent)
-    try:
-        os.chmod(building, 0o777 & ~_umask())
-        for name, spec in meta.files.items():
-            _write_file(os.path.join(building, f"{name}.npy"), encode_npy_header(spec), spec.file_bytes)
-        control = encode_control(meta.optimizer.lr, boot_id())
-        _write_file(os.path.join(building, "control"), control, CONTROL_BYTES)
-        _write_file(os.path.join(building, "lock"), b"", 0)
-        content = encode_meta(meta)
-        _write_file(os.path.join(building, "meta.json"), content, len(content))
-        _sync_directory(building)
-        os.rename(building, path)
-        _sync_directory(parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+def _drop_inherited_locks() -> None:
+    for files in list(_open_tables):
+        files.after_fork()
+    for lock in list(_locks):
+        lock.close()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-# ---- reading metadata ----
-
-
-def _read(path: str, limit_bytes: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, limit_bytes, 0)
-    finally:
-        os.close(fd)
-
-
-def read_meta(path: str) -> TableMeta:
-    """The table's metadata; `FileNotFoundError`, `FormatError` or `CorruptTableError` if there is none."""
-    if not os.path.lexists(path):
-        raise FileNotFoundError(errno.ENOENT, "no table at this path", path)
-    filename = os.path.join(path, "meta.json")
-    try:
-        data = _read(filename, 1 << 20)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise FormatError(f"{path}: not a hashemb table: it holds no file meta.json") from None
-    return decode_meta(data, filename)
-
-
-def read_control(path: str) -> Any:
-    """A copy of the control page, as a record with the fields of `_format.CONTROL_DTYPE`."""
-    filename = os.path.join(path, "control")
-    try:
-        data = _read(filename, CONTROL_BYTES + 1)
-    except FileNotFoundError:
-        raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found no file") from None
-    check_control(data, filename)
-    return np.frombuffer(data, CONTROL_DTYPE)[0]
-
-
-def disk_bytes(path: str) -> int:
-    """Bytes that the table's files take up on disk (holes take none)."""
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
 # ---- an open table ----
@@ -206,7 +114,6 @@ class TableFiles:
 
     def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:
         self.path, self.writable = path, writable
-        self._pid = os.getpid()
         self.meta = read_meta(path)
         read_control(path)
         self.recovered: str | None = None
@@ -214,7 +121,9 @@ class TableFiles:
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
-        self._dirty = False
+        self._dirty = self._joined = False
+        self._target: SaveTarget | None = None
+        _open_tables.add(self)
         try:
             self._map_all()
             if huge_pages is not False:
@@ -291,14 +200,14 @@ class TableFiles:
         return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
 
     def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
-        block_bytes, blocks_fd = self._block_bytes(spec), self._fds["blocks"]
+        block_bytes, blocks_fd = self.block_bytes(spec), self._fds["blocks"]
         return _huge_pages.Extents(self._address(name), spec.file_bytes, block_bytes, blocks_fd, always=always)
 
     def _address(self, name: str) -> int:
         data: int = self.arrays[name].ctypes.data
         return data - DATA_OFFSET_BYTES
 
-    def _block_bytes(self, spec: FileSpec) -> int:
+    def block_bytes(self, spec: FileSpec) -> int:
         return (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0] * self.meta.block_rows
 
     def huge_page_bytes(self) -> int | None:
@@ -312,36 +221,67 @@ class TableFiles:
             total += found
         return total
 
-    # -- the writers' lock: byte 0 of `lock`, shared by all writers while they have the table open --
-
-    def _lock(self, kind: int, *, wait: bool) -> bool:
-        request = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 1, 0)
-        try:
-            fcntl.fcntl(self._fds["lock"], fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        return True
+    # -- the writers' lock, shared by all writers while they have the table open --
 
     def _join_writers(self) -> None:
-        self._fds["lock"] = self._open("lock")
-        alone = self._lock(fcntl.F_WRLCK, wait=False)
-        if alone and not self.control["clean"][0]:
-            same_boot = self.control["boot_id"][0].decode("ascii", "replace") == boot_id()
+        self._fds["lock"] = fd = self._open("lock")
+        if _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+            self._take_over()
+        _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+        self._unseal()
+        self._joined = True
+
+    def _take_over(self) -> None:
+        """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
+        control = self.control
+        if not control["clean"][0]:
+            same_boot = control["boot_id"][0].decode("ascii", "replace") == boot_id()
             self.recovered = "killed" if same_boot else "rebooted"
-        if alone:
-            self.control["boot_id"] = boot_id().encode()
+        if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
+            remove_if_there(os.path.join(self.path, "history.json"))
+        self._unseal()
+        control["boot_id"] = boot_id().encode()
+        control["saving"] = control["gate_closing"] = 0
+
+    def _unseal(self) -> None:
+        self.control["checksum"] = 0  # first: a reader must not find it beside other bytes
         self.control["clean"] = 0
-        self._lock(fcntl.F_RDLCK, wait=True)
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
-        if self._lock(fcntl.F_WRLCK, wait=False):
+        if _core.lock(self._fds["lock"], fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
             if self._dirty:
                 self.flush()
-            self.control["clean"] = 1
+            page = self.arrays["control"]
+            sealed = np.frombuffer(seal_control(page.tobytes()), np.uint8)
+            page[:-8] = sealed[:-8]
+            page[-8:] = sealed[-8:]  # last: it vouches for the rest
             self._maps["control"].flush()
+
+    def fd(self, name: str) -> int:
+        """The open file of an array, by name without `.npy`."""
+        return self._fds[name]
+
+    def lock_fd(self) -> int:
+        """The table's lock, which this process has for itself; a forked child joins the writers when it first asks."""
+        fd = self._fds["lock"]
+        if not self._joined:
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+            self._unseal()
+            self._joined = True
+        return fd
+
+    def new_lock(self) -> Lock:
+        """The same file opened once more: what locks the one excludes the other."""
+        return Lock(f"/proc/self/fd/{self._fds['lock']}")
+
+    def after_fork(self) -> None:
+        """In the child."""
+        if "lock" in self._fds:
+            inherited = self._fds["lock"]
+            self._fds["lock"] = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
+            os.close(inherited)
+        self._joined, self._target = False, None
 
     # -- writing --
 
@@ -352,11 +292,38 @@ class TableFiles:
         """
         self._dirty = True
         for name, spec in self.meta.row_files.items():
-            self._reserve_array(name, blocks, self._block_bytes(spec))
+            self._reserve_array(name, blocks, self.block_bytes(spec))
         self._reserve_array("blocks", blocks, 4)
-        self.arrays["blocks"][blocks] = self.control["epoch"][0]
+        self._mark(blocks)
         for extents in self._extents.values():
             extents.collapse_written(blocks)
+
+    def _mark(self, blocks: Array) -> None:
+        saving, until = None, int(self.control["saving"][0])
+        try:
+            if until and self.control["save_failed"][0] != until and self._is_being_saved():
+                saving = self._saving(until)
+            code = _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]), saving)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]))
+        if code:  # the snapshot has failed, which its owner reports; the table goes on
+            self.control["save_errno"], self.control["save_failed"] = code, until
+
+    def _is_being_saved(self) -> bool:
+        """Whether the owner of the snapshot in progress is alive: it holds its lock."""
+        fd = self._fds["lock"]
+        if not _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False):
+            return True
+        _core.lock(fd, fcntl.F_UNLCK, _core.LOCK_SNAPSHOT, False)
+        return False
+
+    def _saving(self, until: int) -> _core.Saving:
+        """Where a snapshot in progress wants blocks saved, as its owner wrote down before it began."""
+        if self._target is None or self._target.until != until:
+            wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
+            self._target = SaveTarget(self, wanted["directory"], wanted["names"], wanted["since"], until)
+        return self._target.saving
 
     def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
         """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
@@ -390,7 +357,7 @@ class TableFiles:
                 continue
             if code == errno.EOPNOTSUPP:  # no promise of space on this file system: docs/durability.md
                 return
-            with _space_errors(self._filename(name)):
+            with space_errors(self._filename(name)):
                 raise OSError(code, os.strerror(code), self._filename(name))
 
     def _filename(self, name: str) -> str:
@@ -425,8 +392,10 @@ class TableFiles:
 
     def close(self) -> None:
         """Idempotent. Mappings stay as long as somebody holds a view of them."""
-        if self.writable and "lock" in self._fds and self._pid == os.getpid():
-            self._leave_writers()  # a forked child shares its parent's lock, and leaves it alone
+        if self._joined:
+            self._leave_writers()
+            self._joined = False
+        self._target = None
         self.arrays, self._extents = {}, {}
         if hasattr(self, "control"):
             del self.control
@@ -436,3 +405,32 @@ class TableFiles:
         self._maps = {}
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+# ---- where a snapshot in progress wants blocks ----
+
+
+class SaveTarget:
+    """The half-made files of a snapshot, open for the saving of blocks of the epochs `since` < epoch <= `until`."""
+
+    def __init__(self, files: TableFiles, directory: str, names: list[str], since: int, until: int) -> None:
+        self.until = until
+        self._fds: list[int] = []
+        weakref.finalize(self, _close_all, self._fds)
+        self._lock, specs = files.new_lock(), files.meta.files
+        targets = [
+            (files.arrays[name], files.block_bytes(specs[name]), self._open(directory, name)) for name in names
+        ]
+        blocks_fd = self._open(directory, "blocks")
+        self.saving = _core.Saving(
+            targets, files.arrays["blocks"], blocks_fd, self._lock.fd, since, until, DATA_OFFSET_BYTES
+        )
+
+    def _open(self, directory: str, name: str) -> int:
+        self._fds.append(os.open(os.path.join(directory, f"{name}.npy"), os.O_RDWR | os.O_CLOEXEC))
+        return self._fds[-1]
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

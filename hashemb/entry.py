@@ -6,17 +6,21 @@ import os
 from dataclasses import dataclass
 
 from hashemb import _arguments as arguments
-from hashemb import _format, _storage
+from hashemb import _directory, _format
 from hashemb.init import Initializer
+from hashemb.lineage import SnapshotInfo
 from hashemb.optim import Optimizer
-from hashemb.table import EmbeddingTable, Mode
+from hashemb.table import EmbeddingTable, Isolation, Mode
 
 __all__ = ["TableInfo", "create", "info", "open"]
 
 
 @dataclass(frozen=True)
 class TableInfo:
-    """What `info` reads without mapping the table; fields as for `create`, and the state of the moment."""
+    """What `info` reads without mapping the table; fields as for `create`, and the state of the moment.
+
+    `clean` says that the last writer has closed the table; `snapshot` is None for a table that was not made as one.
+    """
 
     path: str
     num_embeddings: int
@@ -34,6 +38,8 @@ class TableInfo:
     rows_touched: int
     logical_bytes: int
     disk_bytes: int
+    clean: bool
+    snapshot: SnapshotInfo | None
 
 
 def create(
@@ -47,6 +53,7 @@ def create(
     num_hashes: int = 1,
     seed: int = 0,
     exist_ok: bool = False,
+    isolation: Isolation = "hogwild",
     huge_pages: bool | None = None,
 ) -> EmbeddingTable:
     """Creates a table and opens it read-write.
@@ -71,7 +78,7 @@ def create(
         Of row hashing, initial values and rounding; 0 to 2**64 - 1.
     exist_ok : bool
         Open the table if `path` already holds one made with the same arguments.
-    huge_pages : bool, optional
+    isolation, huge_pages
         As for `open`; not stored in the table.
 
     Returns
@@ -100,19 +107,24 @@ def create(
     (2, 16)
     >>> table.close()
     """
-    path, huge_pages = _table_path(path), arguments.flag_or_none("huge_pages", huge_pages)
+    path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
+    isolation = arguments.isolation(isolation)
     meta = arguments.table_meta(num_embeddings, embedding_dim, dtype, optimizer, init, num_hashes, seed)
     try:
-        _storage.create_table(path, meta)
+        _directory.create_table(path, meta)
     except FileExistsError:
         if not exist_ok:
             raise
-        arguments.check_same(path, _storage.read_meta(path), meta)
-    return EmbeddingTable(path, "r+", huge_pages=huge_pages)
+        arguments.check_same(path, _directory.read_meta(path), meta)
+    return EmbeddingTable(path, "r+", isolation=isolation, huge_pages=huge_pages)
 
 
 def open(
-    path: str | os.PathLike[str], mode: Mode = "r", *, huge_pages: bool | None = None
+    path: str | os.PathLike[str],
+    mode: Mode = "r",
+    *,
+    isolation: Isolation = "hogwild",
+    huge_pages: bool | None = None,
 ) -> EmbeddingTable:
     """Opens a table, in milliseconds at any size.
 
@@ -121,6 +133,10 @@ def open(
     path : str or path-like
     mode : {"r", "r+"}
         "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
+    isolation : {"hogwild", "exact"}
+        Between this writer and others: "hogwild" takes no locks, and where two processes update the same row at
+        the same moment one of the updates may be lost, element by element. "exact" loses none among writers that
+        all ask for it: the result is that of their batches one after the other, in the order of their steps.
     huge_pages : bool, optional
         Whether this process asks for pages of 2 MiB: a random row then takes about three fifths of the time.
         They hold, and `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table
@@ -143,14 +159,14 @@ def open(
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
-    path, huge_pages = _table_path(path), arguments.flag_or_none("huge_pages", huge_pages)
-    return EmbeddingTable(path, mode, huge_pages=huge_pages)
+    path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
+    return EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
 
 
 def info(path: str | os.PathLike[str]) -> TableInfo:
     """The table's metadata and state, read without mapping it. Errors as for `open`."""
-    path = _table_path(path)
-    meta, control = _storage.read_meta(path), _storage.read_control(path)
+    path = arguments.path_string(path)
+    meta, control = _directory.read_meta(path), _directory.read_control(path)
     return TableInfo(
         path=path,
         num_embeddings=meta.num_embeddings,
@@ -167,16 +183,7 @@ def info(path: str | os.PathLike[str]) -> TableInfo:
         lr=float(control["lr"]),
         rows_touched=int(control["rows_touched"]),
         logical_bytes=meta.logical_bytes,
-        disk_bytes=_storage.disk_bytes(path),
+        disk_bytes=_directory.disk_bytes(path),
+        clean=bool(control["clean"]),
+        snapshot=_directory.read_snapshot_info(path),
     )
-
-
-def _table_path(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"path must be a str or path-like of str, got {type(text).__name__}")
-    if not text:
-        raise ValueError("path must not be empty")
-    if "\0" in text:
-        raise ValueError(f"path must not hold a null character, got {text!r}")
-    return os.path.normpath(text)

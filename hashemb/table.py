@@ -7,20 +7,24 @@ import os
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hashemb import _arguments as arguments
-from hashemb import _core, _format, _storage
+from hashemb import _core, _directory, _format, _storage
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
+from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL
+from hashemb.snapshot import take_snapshot
 from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
 
 __all__ = ["EmbeddingTable"]
 
 Mode = Literal["r", "r+"]
+Isolation = Literal["hogwild", "exact"]
 Floats = npt.NDArray[np.float32]
 
 _DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -42,12 +46,19 @@ class EmbeddingTable:
     dtype : str
     optimizer, init
         As given to `create`.
+    isolation : {"hogwild", "exact"}
+        As given to `open`.
+    recovered : {None, "killed", "rebooted"}
+        How the table was found, if its last writer did not close it: ended by a signal (all it wrote is there), or by
+        a restart of the machine (what was not flushed may be lost). Only of a table opened for writing by nobody else.
     """
 
-    def __init__(self, path: str, mode: Mode, *, huge_pages: bool | None = None) -> None:
+    def __init__(
+        self, path: str, mode: Mode, *, isolation: Isolation = "hogwild", huge_pages: bool | None = None
+    ) -> None:
         files = _storage.TableFiles(path, writable=mode == "r+", huge_pages=huge_pages)
         meta = files.meta
-        self.path, self.mode = path, mode
+        self.path, self.mode, self.isolation, self.recovered = path, mode, isolation, files.recovered
         self.num_embeddings, self.embedding_dim = meta.num_embeddings, meta.embedding_dim
         self.num_hashes, self.seed, self.dtype = meta.num_hashes, meta.seed, meta.dtype
         self.optimizer, self.init = meta.optimizer, meta.init
@@ -165,11 +176,19 @@ class EmbeddingTable:
         grads = arguments.float_array("grads", grads, shape)
         with self._lock():
             core, files = self._writable()  # another thread may have closed the table meanwhile
-            stale = core.plan(keys, grads, offsets, weights, code)
-            if stale.size:
-                files.reserve(stale)
-            files.mark_dirty()
-            core.apply()
+            lock_fd = files.lock_fd()
+            core.enter_gate(lock_fd)
+            try:
+                stale = core.plan(keys, grads, offsets, weights, code)
+                if stale.size:
+                    files.reserve(stale)
+                files.mark_dirty()
+                if self.isolation == "exact":
+                    core.apply_exact(lock_fd)
+                else:
+                    core.apply()
+            finally:
+                core.leave_gate(lock_fd)
 
     @property
     def lr(self) -> float:
@@ -222,7 +241,7 @@ class EmbeddingTable:
             estimated_distinct_keys=distinct,
             collision_rate=collision_rate(distinct, self.num_embeddings, self.num_hashes),
             logical_bytes=self._meta.logical_bytes,
-            disk_bytes=_storage.disk_bytes(self.path),
+            disk_bytes=_directory.disk_bytes(self.path),
             resident_bytes=files.resident_bytes(),
             huge_page_bytes=files.huge_page_bytes(),
         )
@@ -232,6 +251,48 @@ class EmbeddingTable:
         written = np.flatnonzero(arrays["blocks"])
         weight = arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
         return sum(int(weight[b * rows : (b + 1) * rows].any(axis=1).sum()) for b in written.tolist())
+
+    # -- points in time --
+
+    def snapshot(
+        self,
+        dst: str | os.PathLike[str],
+        *,
+        extra: dict[str, Any] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SnapshotInfo:
+        """Copies the table as it is at one point in time, while writers in any process go on.
+
+        Parameters
+        ----------
+        dst : str or path-like
+            Directory to create: a table like any other, with check sums (`hashemb.verify`).
+        extra : dict, optional
+            JSON to keep with it, say the trainer's position in its data: `hashemb.info(dst).snapshot.extra`.
+        progress : callable, optional
+            Called with blocks saved so far and in all.
+
+        Returns
+        -------
+        SnapshotInfo
+
+        Raises
+        ------
+        FileExistsError, FileNotFoundError
+            There is something at `dst`, or its parent does not exist.
+        NoSpaceError, OSError
+            It could not be written, by this process or by a writer that had to save a block; nothing is left at `dst`.
+        ReadOnlyTableError, ClosedTableError
+
+        Notes
+        -----
+        The point in time is between batches: it waits for those in flight, and holds up the next ones for some
+        microseconds. From then on whoever first changes a block copies the old one into the snapshot, and this
+        call copies the rest; it reads and writes each written block and its state once, and syncs them. One
+        snapshot or delta is taken of a table at a time; a second call waits.
+        """
+        _, files = self._writable()
+        return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)
 
     # -- life --
 
@@ -261,7 +322,7 @@ class EmbeddingTable:
         return (
             f"<hashemb.EmbeddingTable {self.path!r}: {self.num_embeddings} x {self.embedding_dim} {self.dtype}, "
             f"{self.optimizer}, {self.init}, num_hashes={self.num_hashes}, seed={self.seed}, "
-            f"mode={self.mode!r}, {state}>"
+            f"mode={self.mode!r}, isolation={self.isolation!r}, {state}>"
         )
 
     # -- internals --

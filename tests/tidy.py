@@ -30,15 +30,32 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_arguments": {"errors", "optim", "init", "_format", "_version"},
     "_mapping": set(),
     "_huge_pages": {"_format", "_mapping"},
-    "_storage": {"errors", "optim", "init", "_format", "_mapping", "_huge_pages", "_core"},
-    "snapshot": {"errors", "optim", "init", "_format", "_storage"},
-    "table": {"errors", "optim", "init", "stats", "_arguments", "_format", "_storage", "_core", "hashing", "snapshot"},
-    "entry": {"errors", "optim", "init", "_arguments", "_format", "_storage", "table"},
+    "lineage": {"errors", "_format"},
+    "_directory": {"errors", "optim", "init", "_format", "lineage"},
+    "_blocks": {"errors", "_format", "_directory", "_core"},
+    "_storage": {"errors", "lineage", "_format", "_directory", "_mapping", "_huge_pages", "_core"},
+    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_storage", "_core"},
+    "table": {
+        "errors",
+        "optim",
+        "init",
+        "stats",
+        "lineage",
+        "_arguments",
+        "_format",
+        "_directory",
+        "_storage",
+        "_core",
+        "hashing",
+        "snapshot",
+    },
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
     "__init__": {
         "errors",
         "optim",
         "init",
         "stats",
+        "lineage",
         "_version",
         "_versions",
         "_core",
@@ -50,10 +67,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_storage", "_mapping", "_huge_pages"}
+STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
-PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
+PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
 MAY_ALSO_IMPORT = {"cli": {"ctr"}, "__main__": {"cli"}}
 #: Loaded by the command line once it has found these extras.
 EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}}

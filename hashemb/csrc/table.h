@@ -47,6 +47,8 @@ typedef struct {
     uint64_t step, epoch;
     double lr, decay_total;
     uint64_t clean, rows_touched;
+    uint64_t saving, save_failed, save_errno; /* the epoch that a snapshot in progress saves; the one that failed, and why */
+    uint64_t gate_closing;
 } he_control;
 
 /* What one update is: a snapshot of the control page taken when its step began. */
@@ -124,16 +126,50 @@ void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
 
 /* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes; he_update_plan, which returns the first
  * gradient value that is not finite, or -1; then the caller makes room for the stale blocks; he_update_apply, which
- * writes and returns how many rows were new. */
+ * writes and returns how many rows were new. Exactly, between processes: he_update_lock_rows, he_step_begin,
+ * he_update_apply_exact, which also unlocks. */
 int he_plan_init(const he_table *t, he_plan *p); /* 0, or -1: too many occurrences for one update */
 int64_t he_plan_bytes(const he_table *t, const he_plan *p);
 void he_plan_layout(const he_table *t, he_plan *p, char *memory);
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
+int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
+uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd);
 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
+
+/* What a snapshot in progress wants: blocks written after `since` and until `until`, of these files. */
+enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024 };
+typedef struct {
+    int32_t num_files, lock_fd, target_blocks_fd, target_fds[HE_MAX_FILES];
+    const char *data[HE_MAX_FILES]; /* the table's arrays, and their blocks and sizes in bytes */
+    int64_t block_bytes[HE_MAX_FILES], total_bytes[HE_MAX_FILES];
+    int64_t data_offset;            /* of the arrays in the target's files */
+    const uint32_t *blocks;
+    int64_t num_blocks;
+    uint32_t since, until;
+} he_saving;
+
+/* save.c; 0 or an errno. */
+int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
+int he_save_stripes(const he_saving *s, int64_t begin, int64_t end);
+
+/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, stripes (one at a time), rows
+ * (ascending). Nobody who holds a later one waits for an earlier one. */
+#define HE_LOCK_WRITERS INT64_C(0)  /* shared: has the table open for writing */
+#define HE_LOCK_GATE INT64_C(1)     /* shared: has a batch in flight */
+#define HE_LOCK_TURNSTILE INT64_C(2)
+#define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: takes a snapshot or delta, or applies one */
+#define HE_LOCK_STRIPES (INT64_C(1) << 32)
+#define HE_LOCK_ROWS (INT64_C(1) << 62)
+int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
+void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
+int he_gate_enter(const he_control *c, int fd);
+void he_gate_leave(int fd);
+int he_gate_close(he_control *c, int fd);
+void he_gate_open(he_control *c, int fd);
 
 /* control.c: atomic access to the shared page. */
 void he_step_begin(he_control *c, double weight_decay, he_step *out);

@@ -9,12 +9,15 @@
  *
  * Each bucket belongs to one thread, so each row has one owner, and its occurrences are summed in batch order: the
  * result does not depend on the number of threads or buckets. */
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <string.h>
 
 #include "numerics.h"
 #include "table.h"
 
 enum { KEYS_PER_THREAD = 2048, KEYS_PER_BUCKET_BITS = 8, MAX_BUCKET_BITS = 16, USUAL_BUCKET_BITS = 11 };
+enum { ROWS_PER_LOCK = 2048 };
 
 /* Bits that hold every number below n. */
 static int bits_for(uint64_t n) { return n <= 1 ? 0 : 64 - __builtin_clzll(n - 1); }
@@ -83,6 +86,7 @@ typedef struct {
     he_plan *p;
     uint32_t epoch;
     const he_step *step;
+    int lock_fd;
 } job;
 
 static void count_share(void *arg, int i) {
@@ -138,7 +142,7 @@ static void merge_share(void *arg, int i) {
 }
 
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
-    job j = {t, p, epoch, NULL};
+    job j = {t, p, epoch, NULL, -1};
     he_parallel(count_share, &j, p->num_threads);
     for (int i = 0; i < p->num_threads; i++)
         if (p->shares[i].bad_value >= 0) return p->shares[i].bad_value;
@@ -155,10 +159,86 @@ static void apply_share(void *arg, int i) {
     he_kernels_active()->apply(j->t, j->p, &j->p->shares[i], j->step);
 }
 
-uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) {
-    job j = {t, p, s->epoch, s};
+static uint64_t rows_touched(const he_plan *p) {
     uint64_t touched = 0;
-    he_parallel(apply_share, &j, p->num_threads);
     for (int i = 0; i < p->num_threads; i++) touched += p->shares[i].rows_touched;
     return touched;
+}
+
+uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) {
+    job j = {t, p, s->epoch, s, -1};
+    he_parallel(apply_share, &j, p->num_threads);
+    return rows_touched(p);
+}
+
+/* ---- applying exactly: no update of another process is lost, and all are in the order of their steps ----
+ *
+ * A batch goes over the whole table from below, each thread over its part, holding a lock on the span of rows it is at.
+ * It takes the next span before it gives one up, and the spans of all threads before its step begins: so no batch can
+ * overtake another, and the result is that of the batches one after the other. */
+
+/* The first row of a share's part of the table. Part 0 begins at row 0, and the last has no end. */
+static int64_t share_begin(const he_plan *p, int i) {
+    return i ? (int64_t)((uint64_t)(p->num_buckets * i / p->num_threads) << p->bucket_shift) : 0;
+}
+
+static int64_t share_end(const he_plan *p, int i) {
+    return i + 1 < p->num_threads ? share_begin(p, i + 1) : HE_LOCK_ROWS - 1;
+}
+
+/* Where the group of rows that begins at `from` ends: after some ROWS_PER_LOCK of them, between two buckets. */
+static int64_t group_end(const he_plan *p, const he_share *s, int64_t from) {
+    int64_t end = from + ROWS_PER_LOCK;
+    if (end >= s->num_rows) return s->num_rows;
+    while (end < s->num_rows && s->rows[end] >> p->bucket_shift == s->rows[end - 1] >> p->bucket_shift) end++;
+    return end;
+}
+
+/* The first row above the span of a group that ends with its share's row number `end`. */
+static int64_t span_end(const he_plan *p, int share, int64_t end) {
+    const he_share *s = &p->shares[share];
+    if (end == s->num_rows) return share_end(p, share);
+    return (int64_t)(((s->rows[end - 1] >> p->bucket_shift) + 1) << p->bucket_shift);
+}
+
+int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd) {
+    (void)t;
+    for (int i = 0; i < p->num_threads; i++) {
+        const int64_t begin = share_begin(p, i), end = span_end(p, i, group_end(p, &p->shares[i], 0));
+        int error = begin < end ? he_lock(lock_fd, F_WRLCK, HE_LOCK_ROWS + begin, end - begin, 1) : 0;
+        if (!error) continue;
+        he_lock(lock_fd, F_UNLCK, HE_LOCK_ROWS, 0, 0);
+        return error;
+    }
+    return 0;
+}
+
+static void apply_exact_share(void *arg, int i) {
+    const job *j = arg;
+    he_share *whole = &j->p->shares[i], part = *whole;
+    int64_t from = 0, at = share_begin(j->p, i);
+    uint64_t touched = 0;
+    for (;;) {
+        const int64_t end = group_end(j->p, whole, from), above = span_end(j->p, i, end);
+        part.rows = whole->rows + from;
+        part.sources = whole->sources + from;
+        part.num_rows = end - from;
+        he_kernels_active()->apply(j->t, j->p, &part, j->step);
+        touched += part.rows_touched;
+        if (end < whole->num_rows) {
+            const int64_t next = span_end(j->p, i, group_end(j->p, whole, end));
+            he_lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
+        }
+        if (at < above) he_lock_surely(j->lock_fd, F_UNLCK, HE_LOCK_ROWS + at, above - at);
+        if (end == whole->num_rows) break;
+        from = end;
+        at = above;
+    }
+    whole->rows_touched = touched;
+}
+
+uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) {
+    job j = {t, p, s->epoch, s, lock_fd};
+    he_parallel(apply_exact_share, &j, p->num_threads);
+    return rows_touched(p);
 }

@@ -178,7 +178,7 @@ def edit_meta(**changes: Any) -> Callable[[Path], None]:
         content = json.loads((table / "meta.json").read_bytes()) | changes
         content = {name: value for name, value in content.items() if value is not None}
         content.pop("checksum")
-        (table / "meta.json").write_bytes(_format._dump(content))
+        (table / "meta.json").write_bytes(_format.dump_checked(content))
 
     return damage
 

@@ -1,0 +1,166 @@
+"""Blocks of a table's array files by number: read and written in runs, without a mapping, holes left alone.
+
+Snapshots, deltas and checks work through files this way: reading a hole takes no page, a full disk is an error and not
+a signal, and memory stays within a chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb import _core
+from hashemb._directory import data_extents, space_errors
+from hashemb._format import DATA_OFFSET_BYTES, FileSpec, TableMeta
+
+Numbers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+CHUNK_BLOCKS = 1 << 16  # of epochs looked at together, and of a content hash
+GROUP_BLOCKS = 1 << 11  # of data held in memory together: 8 MiB of a file, usually
+
+
+def block_bytes(meta: TableMeta, spec: FileSpec) -> int:
+    """Bytes of a whole block in one of the row files; the table's last block may have fewer."""
+    return math.prod(spec.shape[1:]) * np.dtype(spec.dtype).itemsize * meta.block_rows
+
+
+def checksum_spec(meta: TableMeta) -> FileSpec:
+    """checksums.npy: per block and row file, in the order of `row_files`; 0 for blocks never written."""
+    return FileSpec((meta.num_blocks, len(meta.row_files)), "<u8")
+
+
+def runs(blocks: Numbers) -> Iterator[tuple[int, int, int]]:
+    """(position in `blocks`, first block, number of blocks) of each run of neighbours; `blocks` ascending."""
+    starts = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
+    ends = np.append(starts[1:], blocks.size)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield start, int(blocks[start]), end - start
+
+
+def groups(blocks: Numbers) -> Iterator[Numbers]:
+    """`blocks` in parts that are worked on together."""
+    for i in range(0, blocks.size, GROUP_BLOCKS):
+        yield blocks[i : i + GROUP_BLOCKS]
+
+
+# ---- epochs ----
+
+
+def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
+    """The chunks of blocks.npy that are not all hole, ascending."""
+    end, chunk_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS, -1
+    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
+        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
+        yield from range(max(first, done + 1), last + 1)
+        done = last
+
+
+def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
+    """(first block, epochs) of the chunks of blocks.npy in which any block has been written, ascending."""
+    end, chunk_bytes = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS
+    for chunk in epoch_chunk_numbers(blocks_fd, num_blocks):
+        at = DATA_OFFSET_BYTES + chunk * chunk_bytes
+        epochs = np.frombuffer(_pread(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
+        if epochs.any():
+            yield chunk * CHUNK_BLOCKS, epochs
+
+
+def update_content_hash(digest: Any, first: int, epochs: npt.NDArray[np.uint32], sums: npt.NDArray[np.uint64]) -> None:
+    """Adds a chunk to a snapshot's content hash: see `SnapshotInfo.content_hash`."""
+    written = np.flatnonzero(epochs)
+    for part in ((written + first).astype("<u8"), epochs[written].astype("<u4"), sums[written].astype("<u8")):
+        digest.update(part.tobytes())
+
+
+# ---- data ----
+
+
+class OpenArrays:
+    """A directory's array files by name, open for reading: a context manager that yields a dict of file descriptors."""
+
+    def __init__(self, directory: str, names: Iterable[str]) -> None:
+        self._paths = {name: os.path.join(directory, f"{name}.npy") for name in names}
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> dict[str, int]:
+        try:
+            for name, path in self._paths.items():
+                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self._fds
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> Bytes:
+    """The bytes of these blocks (ascending) of a row file, (n, bytes of a block); what the last lacks is 0."""
+    size = block_bytes(meta, spec)
+    out = np.zeros((blocks.size, size), np.uint8)
+    flat = out.reshape(-1).data
+    for position, first, count in runs(blocks):
+        at = DATA_OFFSET_BYTES + first * size
+        wanted = min(count * size, spec.file_bytes - at)
+        _pread_into(fd, flat[position * size : position * size + wanted], at)
+    return out
+
+
+def write_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers, data: Bytes, filename: str) -> None:
+    """The inverse of `read_blocks`; `NoSpaceError` on a full disk."""
+    size = block_bytes(meta, spec)
+    flat = np.ascontiguousarray(data).reshape(-1).data
+    with space_errors(filename):
+        for position, first, count in runs(blocks):
+            at = DATA_OFFSET_BYTES + first * size
+            wanted = min(count * size, spec.file_bytes - at)
+            _pwrite(fd, flat[position * size : position * size + wanted], at)
+
+
+def checksums(data: Bytes) -> npt.NDArray[np.uint64]:
+    """Per block: low 64 bits of MurmurHash3 x64-128, seed 0, of its bytes without the zeros at their end."""
+    out = np.empty(data.shape[0], np.uint64)
+    _core.hash_fixed_bytes(data.reshape(-1), data.shape[1], 0, out)
+    return out
+
+
+def write_rows(fd: int, first: int, rows: npt.NDArray[Any], filename: str) -> None:
+    """Rows of an array file from row `first`, of which runs of 4096 bytes that are all zero stay holes."""
+    flat = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    begin = DATA_OFFSET_BYTES + first * (flat.size // rows.shape[0])
+    edge = -begin % 4096
+    cuts = [0, *range(edge or 4096, flat.size, 4096), flat.size]
+    view = flat.data
+    with space_errors(filename):
+        for low, high in itertools.pairwise(cuts):
+            if flat[low:high].any():
+                _pwrite(fd, view[low:high], begin + low)
+
+
+def _pread(fd: int, size: int, at: int) -> bytearray:
+    out = bytearray(size)
+    _pread_into(fd, memoryview(out), at)
+    return out
+
+
+def _pread_into(fd: int, view: memoryview, at: int) -> None:
+    while view:
+        done = os.preadv(fd, [view], at)
+        if not done:
+            raise OSError(f"the file ended at byte {at} while it was read")
+        view, at = view[done:], at + done
+
+
+def _pwrite(fd: int, view: memoryview, at: int) -> None:
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done

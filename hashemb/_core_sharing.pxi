@@ -1,0 +1,122 @@
+# What processes that share a table do to each other: pages, locks, the gate, and saving blocks for a snapshot.
+
+def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
+    """Makes the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+
+    Returns 0 or an errno: EFAULT where a store would be a SIGBUS, EINVAL where the kernel cannot do it.
+    """
+    cdef char *base = <char *>cnp.PyArray_DATA(array)
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
+    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
+    cdef int error
+    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
+        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
+    with nogil:
+        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
+    return error
+
+
+cdef int raise_errno(int error) except -1:
+    if error:
+        raise OSError(error, os.strerror(error))
+    return 0
+
+
+# ---- locks ----
+
+LOCK_WRITERS, LOCK_GATE, LOCK_SNAPSHOT = HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
+STRIPE_BLOCKS = HE_STRIPE_BLOCKS
+
+
+def lock(int fd, int kind, int64_t place, bint wait):
+    """Takes (`fcntl.F_RDLCK`, `F_WRLCK`) or gives up (`F_UNLCK`) a lock; False where another holds it and `wait` is not."""
+    cdef int error = EINTR
+    while error == EINTR:
+        with nogil:
+            error = he_lock(fd, kind, place, 1, wait)
+        if error == EINTR:
+            PyErr_CheckSignals()
+    if error == EAGAIN and not wait:
+        return False
+    raise_errno(error)
+    return True
+
+
+def close_gate(cnp.ndarray control not None, int lock_fd):
+    """Waits until no batch of any process is in flight, and keeps them out until `open_gate`."""
+    cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+    cdef int error = EINTR
+    while error == EINTR:
+        with nogil:
+            error = he_gate_close(page, lock_fd)
+        if error == EINTR:
+            PyErr_CheckSignals()
+    raise_errno(error)
+
+
+def open_gate(cnp.ndarray control not None, int lock_fd):
+    he_gate_open(<he_control *>data_of(control, cnp.NPY_UINT8, b"control"), lock_fd)
+
+
+# ---- saving blocks ----
+
+cdef class Saving:
+    """What a snapshot in progress wants saved, and where.
+
+    Parameters
+    ----------
+    files : list of (ndarray, int, int)
+        The table's arrays, the bytes of a block in each, and the files to save them to, open for writing.
+    blocks : ndarray of uint32
+        The table's.
+    target_blocks_fd, lock_fd : int
+        The target's blocks.npy, open for reading and writing, and the table's lock.
+    since, until : int
+        Blocks of epochs above `since`, up to `until`, are wanted.
+    data_offset : int
+        Where arrays begin in the target's files.
+    """
+
+    cdef he_saving saving
+    cdef object arrays
+
+    def __cinit__(self, list files, cnp.ndarray blocks not None, int target_blocks_fd, int lock_fd, uint32_t since,
+                  uint32_t until, int64_t data_offset):
+        cdef he_saving *s = &self.saving
+        cdef int i
+        cdef cnp.ndarray array
+        if len(files) > HE_MAX_FILES:
+            raise ValueError(f"{len(files)} files, at most {HE_MAX_FILES} expected")
+        self.arrays = (files, blocks)
+        for i, (array, block_bytes, fd) in enumerate(files):
+            s.data[i], s.total_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes
+            s.block_bytes[i], s.target_fds[i] = block_bytes, fd
+        s.num_files, s.lock_fd, s.target_blocks_fd = len(files), lock_fd, target_blocks_fd
+        s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
+        s.since, s.until, s.data_offset = since, until, data_offset
+
+    def save_stripes(self, int64_t begin, int64_t end):
+        """Saves what is still wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""
+        cdef int error
+        if not 0 <= begin <= end <= (self.saving.num_blocks + HE_STRIPE_BLOCKS - 1) // HE_STRIPE_BLOCKS:
+            raise ValueError(f"stripes {begin} to {end} of {self.saving.num_blocks} blocks")
+        with nogil:
+            error = he_save_stripes(&self.saving, begin, end)
+        raise_errno(error)
+
+
+def mark_blocks(cnp.ndarray marks not None, cnp.ndarray blocks not None, uint32_t epoch, Saving saving=None):
+    """Marks blocks (ascending, uint64) as of `epoch`, each saved before that if `saving` wants it.
+
+    Returns 0, or the errno of what could not be saved; the blocks are marked all the same.
+    """
+    cdef uint32_t *target = <uint32_t *>data_of(marks, cnp.NPY_UINT32, b"blocks")
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
+    cdef const he_saving *s = NULL if saving is None else &saving.saving
+    cdef int64_t n = cnp.PyArray_SIZE(blocks)
+    cdef int error
+    if n and <int64_t>source[n - 1] >= cnp.PyArray_SIZE(marks):
+        raise ValueError(f"block {source[n - 1]} of {marks.size}")
+    with nogil:
+        error = he_mark_blocks(s, target, source, n, epoch)
+    return error

@@ -1,0 +1,247 @@
+"""A table at rest: the files of its directory read and written as a whole, never mapped.
+
+Invariants: a directory or a small file appears complete, synced, or not at all; what is damaged is named, with what
+was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from hashemb._format import (
+    CONTROL_BYTES,
+    CONTROL_DTYPE,
+    FileSpec,
+    TableMeta,
+    check_control,
+    decode_meta,
+    encode_control,
+    encode_meta,
+    encode_npy_header,
+)
+from hashemb.errors import CorruptTableError, FormatError, NoSpaceError
+from hashemb.lineage import History, SnapshotInfo
+
+SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
+
+
+def boot_id() -> str:
+    """Identifies the running kernel: pages written before it changed may not have reached the disk."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+@contextmanager
+def space_errors(filename: str) -> Iterator[None]:
+    """ENOSPC and EDQUOT as `NoSpaceError`, a file too large for the file system as a plain `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"no space left on the file system: {error.strerror}", filename) from None
+        raise
+
+
+# ---- writing ----
+
+
+def write_file(path: str, data: bytes, size_bytes: int | None = None, *, sync: bool = True) -> None:
+    """Creates a file of `size_bytes` (default: of the data) that begins with `data` and is otherwise a hole."""
+    with space_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _resize(fd, path, len(data) if size_bytes is None else size_bytes)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _resize(fd: int, path: str, size_bytes: int) -> None:
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        message = f"this file system cannot hold a file of {size_bytes} bytes ({error.strerror})"
+        raise OSError(error.errno, message, path) from None
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Puts a small file in the place of another in one step, durably."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write_file(temporary, data)
+        os.rename(temporary, path)
+    except BaseException:
+        remove_if_there(temporary)
+        raise
+    sync_directory(os.path.dirname(path))
+
+
+def remove_if_there(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def sync_file(path: str) -> None:
+    with space_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_directory(path: str) -> Iterator[str]:
+    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+
+    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
+    """
+    parent = os.path.dirname(os.path.abspath(path))
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
+    if not os.path.isdir(parent):
+        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
+    with space_errors(path):
+        building = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=parent)
+    try:
+        os.chmod(building, 0o777 & ~_umask())
+        yield building
+        sync_directory(building)
+        os.rename(building, path)
+        sync_directory(parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def create_arrays(directory: str, files: dict[str, FileSpec]) -> None:
+    """Array files that are holes behind their headers: O(1) in their size."""
+    for name, spec in files.items():
+        write_file(os.path.join(directory, f"{name}.npy"), encode_npy_header(spec), spec.file_bytes)
+
+
+def create_table(path: str, meta: TableMeta) -> None:
+    """Makes the directory `path` in one step. O(1) in the size of the table."""
+    with new_directory(path) as building:
+        create_arrays(building, meta.files)
+        finish_table(building, meta, encode_control(meta.optimizer.lr, boot_id()))
+
+
+def finish_table(building: str, meta: TableMeta, control: bytes) -> None:
+    """What a table's directory holds beside its arrays."""
+    write_file(os.path.join(building, "control"), control)
+    write_file(os.path.join(building, "lock"), b"")
+    write_file(os.path.join(building, "meta.json"), encode_meta(meta))
+
+
+# ---- reading ----
+
+
+def read_file(path: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, limit_bytes, 0)
+    finally:
+        os.close(fd)
+
+
+def read_meta(path: str) -> TableMeta:
+    """The table's metadata; `FileNotFoundError`, `FormatError` or `CorruptTableError` if there is none."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(errno.ENOENT, "no table at this path", path)
+    filename = os.path.join(path, "meta.json")
+    try:
+        data = read_file(filename)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FormatError(f"{path}: not a hashemb table: it holds no file meta.json") from None
+    return decode_meta(data, filename)
+
+
+def read_control(path: str) -> Any:
+    """A copy of the control page, as a record with the fields of `_format.CONTROL_DTYPE`."""
+    filename = os.path.join(path, "control")
+    for attempt in range(3):
+        try:
+            data = read_file(filename, CONTROL_BYTES + 1)
+        except FileNotFoundError:
+            raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found no file") from None
+        try:
+            check_control(data, filename)
+            break
+        except CorruptTableError:  # or read while a writer came or went
+            if attempt == 2:
+                raise
+    return np.frombuffer(data, CONTROL_DTYPE)[0]
+
+
+def read_history(path: str) -> History:
+    """The points in the table's past; none where nothing has been taken of it yet."""
+    filename = os.path.join(path, "history.json")
+    try:
+        return History.decode(read_file(filename), filename)
+    except FileNotFoundError:
+        return History()
+
+
+def write_history(path: str, history: History) -> None:
+    replace_file(os.path.join(path, "history.json"), history.encode())
+
+
+def read_snapshot_info(path: str) -> SnapshotInfo | None:
+    """What was said of the table when it was made as a snapshot; None if it was not."""
+    filename = os.path.join(path, "snapshot.json")
+    try:
+        return SnapshotInfo.decode(read_file(filename), filename)
+    except FileNotFoundError:
+        return None
+
+
+def disk_bytes(path: str) -> int:
+    """Bytes that the table's files take up on disk (holes take none)."""
+    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+
+
+def data_extents(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The ranges of bytes of [begin, end) that are not holes, ascending."""
+    while begin < end:
+        try:
+            begin = os.lseek(fd, begin, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        stop = min(os.lseek(fd, begin, os.SEEK_HOLE), end)
+        if begin < stop:
+            yield begin, stop
+        begin = stop

@@ -1,0 +1,52 @@
+/* Byte-range locks between processes, on the file `lock`. They belong to the open file description (Linux OFD locks), so
+ * two tables opened in one process exclude each other as well, and the kernel drops them when their holder dies. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <time.h>
+
+#include "table.h"
+
+/* kind: F_RDLCK, F_WRLCK or F_UNLCK. length 0: to the end of all files. 0, or an errno: EAGAIN where it is held by
+ * somebody else and `wait` is 0, EINTR where a signal came first. */
+int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) {
+    struct flock request = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = begin, .l_len = length};
+    if (!fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &request)) return 0;
+    return errno == EACCES ? EAGAIN : errno;
+}
+
+/* For the middle of a batch, which cannot be given up: waits through signals and through a lack of lock records. */
+void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
+    const struct timespec pause = {0, 1000000};
+    int error;
+    while ((error = he_lock(fd, kind, begin, length, 1)))
+        if (error != EINTR) nanosleep(&pause, NULL);
+}
+
+/* A batch holds the gate shared from planning to the last row. Whoever wants it exclusively says so in the control page
+ * and holds the turnstile meanwhile: without it, batches that overlap would keep the gate shared for ever. */
+int he_gate_enter(const he_control *c, int fd) {
+    if (__atomic_load_n(&c->gate_closing, __ATOMIC_ACQUIRE)) {
+        int error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 1);
+        if (error) return error;
+        he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
+    }
+    return he_lock(fd, F_RDLCK, HE_LOCK_GATE, 1, 1);
+}
+
+void he_gate_leave(int fd) { he_lock(fd, F_UNLCK, HE_LOCK_GATE, 1, 0); }
+
+int he_gate_close(he_control *c, int fd) {
+    int error = he_lock(fd, F_WRLCK, HE_LOCK_TURNSTILE, 1, 1);
+    if (error) return error;
+    __atomic_store_n(&c->gate_closing, 1, __ATOMIC_RELEASE);
+    error = he_lock(fd, F_WRLCK, HE_LOCK_GATE, 1, 1);
+    if (error) he_gate_open(c, fd);
+    return error;
+}
+
+void he_gate_open(he_control *c, int fd) {
+    __atomic_store_n(&c->gate_closing, 0, __ATOMIC_RELEASE);
+    he_lock(fd, F_UNLCK, HE_LOCK_GATE, 1, 0);
+    he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
+}

@@ -1,0 +1,204 @@
+"""Points in time of a table that writers go on writing: snapshots, and what deltas are made of.
+
+Copy before first write. `save_point` closes the gate that every batch holds open, so that no batch is half done; it
+notes the epoch E, tells writers where blocks of epochs up to E are wanted, raises the epoch and opens the gate:
+microseconds. From then on a block is changed only after it has been saved: by the writer who is about to change it, or
+before that by `save_point`, which goes over all of them (csrc/save.c). A writer that cannot save a block says so and
+goes on: then the snapshot fails, not the training.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hashemb import _blocks, _core
+from hashemb._directory import (
+    boot_id,
+    create_arrays,
+    finish_table,
+    new_directory,
+    read_history,
+    remove_if_there,
+    replace_file,
+    space_errors,
+    sync_file,
+    write_file,
+    write_history,
+)
+from hashemb._format import CONTROL_DTYPE, TableMeta, seal_control
+from hashemb._storage import SAVING_FILE, Lock, SaveTarget, TableFiles
+from hashemb.lineage import SnapshotInfo, check_extra, new_id
+
+__all__ = ["Progress", "SavedPoint", "one_at_a_time", "save_point", "take_snapshot"]
+
+Progress = Callable[[int, int], None]
+
+_STRIPES_PER_CALL = 16  # between two reports of progress, and two chances to be interrupted
+
+
+@dataclass(frozen=True)
+class SavedPoint:
+    """The moment that a snapshot or delta holds: its epoch, when it was, and the control page."""
+
+    epoch: int
+    created: float
+    control: bytes
+
+    @property
+    def page(self) -> Any:
+        return np.frombuffer(self.control, CONTROL_DTYPE)[0]
+
+
+@contextmanager
+def one_at_a_time(files: TableFiles) -> Iterator[Lock]:
+    """Only one process takes or applies points in time of a table; others wait. Its death ends it."""
+    lock = files.new_lock()
+    try:
+        _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_SNAPSHOT, True)
+        yield lock
+    finally:
+        lock.close()
+
+
+def take_snapshot(
+    files: TableFiles, path: str, *, extra: dict[str, Any] | None = None, progress: Progress | None = None
+) -> SnapshotInfo:
+    """See `EmbeddingTable.snapshot`."""
+    extra, meta = check_extra(extra), files.meta
+    with new_directory(path) as building, one_at_a_time(files) as lock:
+        create_arrays(building, {**meta.files, "checksums": _blocks.checksum_spec(meta)})
+        point = save_point(files, lock, building, list(meta.row_files), progress=progress)
+        num_blocks, content_hash = write_checksums(building, meta)
+        history, page = read_history(files.path), point.page
+        info = SnapshotInfo(
+            id=new_id(),
+            sequence=history.next_sequence(),
+            epoch=point.epoch,
+            step=int(page["step"]),
+            created=point.created,
+            lr=float(page["lr"]),
+            decay_total=float(page["decay_total"]),
+            rows_touched=int(page["rows_touched"]),
+            num_blocks=num_blocks,
+            content_hash=content_hash,
+            extra=extra,
+        )
+        history = history.append(info.point)
+        finish_table(building, meta, _control_of_copy(point))
+        write_file(os.path.join(building, "history.json"), history.encode())
+        write_file(os.path.join(building, "snapshot.json"), info.encode())
+        for name in (*meta.files, "checksums"):
+            sync_file(os.path.join(building, f"{name}.npy"))
+        write_history(files.path, history)
+    return info
+
+
+def _control_of_copy(point: SavedPoint) -> bytes:
+    data = bytearray(point.control)
+    page = np.frombuffer(data, CONTROL_DTYPE)
+    page["epoch"] = point.epoch + 1  # what is written from now on is not in the snapshot
+    page["saving"] = page["save_failed"] = page["save_errno"] = page["gate_closing"] = 0
+    page["boot_id"] = boot_id().encode()
+    return seal_control(bytes(data))
+
+
+# ---- a point in time ----
+
+
+def save_point(
+    files: TableFiles, lock: Lock, directory: str, names: list[str], *, since: int = 0, progress: Progress | None = None
+) -> SavedPoint:
+    """Saves the blocks written after epoch `since`, of the arrays `names`, to array files that `directory` holds.
+
+    The caller has the table to itself (`one_at_a_time`) by `lock`. blocks.npy there says which blocks are saved, and
+    their epochs. Not synced.
+    """
+    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since}
+    announcement = os.path.join(files.path, SAVING_FILE)
+    control = files.control
+    replace_file(announcement, json.dumps(wanted).encode())
+    try:
+        point = _begin(files, lock)
+        try:
+            with space_errors(directory):
+                target = SaveTarget(files, directory, names, since, point.epoch)
+                _save_the_rest(files, target.saving, progress)
+            _check_writers(files, point.epoch, directory)
+        finally:
+            control["saving"] = 0
+    finally:
+        remove_if_there(announcement)
+    return point
+
+
+def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
+    """The moment itself: no batch is in flight between closing the gate and opening it."""
+    page, control = files.arrays["control"], files.control
+    _core.close_gate(page, lock.fd)
+    try:
+        epoch = int(control["epoch"][0])
+        if epoch >= 2**32 - 1:
+            raise OverflowError(f"{files.path}: epochs are 32 bits, and {epoch} points in time were taken of the table")
+        point = SavedPoint(epoch, time.time(), page.tobytes())
+        control["save_failed"] = control["save_errno"] = 0
+        control["saving"] = epoch
+        control["epoch"] = epoch + 1
+    finally:
+        _core.open_gate(page, lock.fd)
+    return point
+
+
+def _save_the_rest(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
+    """Goes over all written blocks and saves those that no writer has saved first."""
+    blocks_fd, num_blocks = files.fd("blocks"), files.meta.num_blocks
+    per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
+    chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
+    num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
+    for done, chunk in enumerate(chunks):
+        first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
+        for stripe in range(first, last, _STRIPES_PER_CALL):
+            saving.save_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
+        if progress:
+            progress(done + 1, len(chunks))
+
+
+def _check_writers(files: TableFiles, epoch: int, directory: str) -> None:
+    if int(files.control["save_failed"][0]) != epoch:
+        return
+    code = int(files.control["save_errno"][0])
+    with space_errors(directory):
+        raise OSError(code, f"a writer of the table could not save a block to it: {os.strerror(code)}", directory)
+
+
+# ---- check sums ----
+
+
+def write_checksums(directory: str, meta: TableMeta) -> tuple[int, str]:
+    """Fills in checksums.npy of a table at rest; returns how many blocks it has, and their content hash."""
+    filename, count, digest = os.path.join(directory, "checksums.npy"), 0, hashlib.sha256()
+    with _blocks.OpenArrays(directory, [*meta.row_files, "blocks"]) as fds:
+        out = os.open(filename, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
+                written = np.flatnonzero(epochs)
+                sums = np.zeros((epochs.size, len(meta.row_files)), np.uint64)
+                for part in _blocks.groups(written):
+                    for column, (name, spec) in enumerate(meta.row_files.items()):
+                        data = _blocks.read_blocks(fds[name], meta, spec, part + first)
+                        sums[part, column] = _blocks.checksums(data)
+                _blocks.write_rows(out, first, sums, filename)
+                _blocks.update_content_hash(digest, first, epochs, sums)
+                count += written.size
+        finally:
+            os.close(out)
+    return count, digest.hexdigest()

@@ -135,6 +135,38 @@ class EmbeddingTable:
         core.rows(array, result)
         return result
 
+    def prefetch(self, keys: Any) -> None:
+        """Starts to bring rows into memory, and returns at once: before the batch that needs them, while others are at work.
+
+        Parameters
+        ----------
+        keys : array_like of int, any shape and integer dtype
+            As for `lookup`.
+
+        Raises
+        ------
+        TypeError, ClosedTableError
+
+        Notes
+        -----
+        For a table larger than memory; where the rows are in memory already it costs their hashing and changes nothing. Of a
+        table open for writing it brings the optimiser's state as well. A thread of this process asks the kernel for the
+        pages (`MADV_WILLNEED`): advice, which it may ignore when memory is short, as this does when 64 earlier calls still
+        wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask for their
+        own pages without this (docs/performance.md). On a table with huge pages, those read by this call stay small.
+
+        Examples
+        --------
+        >>> import hashemb, tempfile
+        >>> table = hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=1000, embedding_dim=4)
+        >>> batches = [[1, 2, 3], [4, 5, 6]]
+        >>> for batch, following in zip(batches, [*batches[1:], []]):
+        ...     table.prefetch(following)
+        ...     vectors = table.lookup(batch)
+        >>> table.close()
+        """
+        self._open_core().prefetch(arguments.keys_array(keys), self.mode == "r+")
+
     # -- writing --
 
     def update(
@@ -385,4 +417,6 @@ def _bind_core(files: _storage.TableFiles) -> _core.Core:
         "states": states,
         "paid": arrays.get("paid"),
     }
-    return _core.Core(bound, scalars)
+    core = _core.Core(bound, scalars)
+    core.fault_ahead = not files.asks_for_huge_pages  # the first fault brings 2 MiB; single pages would keep that from it
+    return core

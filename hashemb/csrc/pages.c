@@ -51,14 +51,19 @@ static void ask_for_blocks(const char *base, const uint64_t *blocks, int64_t n, 
     }
 }
 
-/* In windows, which begin to be asked for one ahead once something had to be read. */
+/* In windows, asked for one ahead once something had to be read. */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes) {
     const int64_t usual = HE_MAX(WINDOW_BYTES / block_bytes, 1);
-    int64_t from = 0, window = HE_MAX(FIRST_WINDOW_BYTES / block_bytes, 1), read = he_blocks_read();
+    int64_t from = 0, asked = 0, window = HE_MAX(FIRST_WINDOW_BYTES / block_bytes, 1), read = he_blocks_read();
     int asking = 0, error = 0;
     while (from < num_blocks && !error) {
         const int64_t end = HE_MIN(from + window, num_blocks);
-        if (asking) ask_for_blocks(base, blocks + end, HE_MIN(usual, num_blocks - end), block_bytes, total_bytes);
+        const int64_t ahead = HE_MIN(end + usual, num_blocks);
+        if (asking) {
+            asked = HE_MAX(asked, from);
+            ask_for_blocks(base, blocks + asked, ahead - asked, block_bytes, total_bytes);
+            asked = ahead;
+        }
         error = populate_window(base, blocks + from, end - from, block_bytes, total_bytes);
         asking = he_blocks_read() != read;
         read = he_blocks_read();

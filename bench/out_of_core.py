@@ -1,9 +1,9 @@
 """A table four times as large as the memory, against plain mappings, LMDB and RocksDB under the same limit.
 
-Each side runs in a process of its own, in a memory control group of its own, from a cold page cache: look-ups, or training
-(look-up and update), of uniform keys or of keys by Zipf's law with exponent 1.2. Rows have 16 float32. Ours and NumPy
-do row-wise Adagrad; the stores write vectors back by SGD, which spares them the state, into their best settings: batch calls,
-no sync, no write-ahead log, filled in the order of keys.
+Each side runs in a process of its own, in a memory control group of its own, from a cold page cache: look-ups, or
+training (look-up and update), of uniform keys or of keys by Zipf's law with exponent 1.2. Rows have 16 float32. Ours and
+NumPy do row-wise Adagrad. The stores write vectors back by SGD, which spares them the state; they have batch calls, no
+sync, no write-ahead log, and have been filled in the order of their keys.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def run(settings: Settings) -> Iterator[Result]:
 def fill(directory: str, bits: int) -> None:
     path = os.path.join(directory, "t.emb")
     optimizer = workload.OPTIMIZERS["rowwise_adagrad"]
-    with hashemb.create(path, num_embeddings=1 << bits, embedding_dim=DIM, optimizer=optimizer, huge_pages=False) as table:
+    with hashemb.create(
+        path, num_embeddings=1 << bits, embedding_dim=DIM, optimizer=optimizer, huge_pages=False
+    ) as table:
         grads = np.random.default_rng(13).standard_normal((workload.FILL_ROWS, DIM)).astype(np.float32)
         for begin in range(0, 1 << bits, workload.FILL_ROWS):
             rows = np.arange(begin, min(begin + workload.FILL_ROWS, 1 << bits))
@@ -176,7 +178,9 @@ def open_store(name: str, directory: str) -> tuple[Callable[[Any], Any], Callabl
 def open_lmdb(path: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
     import lmdb
 
-    store = lmdb.open(path, map_size=64 << 30, sync=False, metasync=False, writemap=True, map_async=True, readahead=False)
+    store = lmdb.open(
+        path, map_size=64 << 30, sync=False, metasync=False, writemap=True, map_async=True, readahead=False
+    )
 
     def get(keys: list[bytes]) -> list[bytes]:
         with store.begin(buffers=True) as transaction:

@@ -136,7 +136,7 @@ class EmbeddingTable:
         return result
 
     def prefetch(self, keys: Any) -> None:
-        """Starts to bring rows into memory, and returns at once: before the batch that needs them, while others are at work.
+        """Starts to bring rows into memory, and returns at once: for the next batch, before work on this one.
 
         Parameters
         ----------
@@ -149,11 +149,11 @@ class EmbeddingTable:
 
         Notes
         -----
-        For a table larger than memory; where the rows are in memory already it costs their hashing and changes nothing. Of a
-        table open for writing it brings the optimiser's state as well. A thread of this process asks the kernel for the
-        pages (`MADV_WILLNEED`): advice, which it may ignore when memory is short, as this does when 64 earlier calls still
-        wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask for their
-        own pages without this (docs/performance.md). On a table with huge pages, those read by this call stay small.
+        For a table larger than memory; where the rows are in memory already it changes nothing. Of a table open for
+        writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
+        (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
+        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask
+        for their own pages without this (docs/performance.md). In a table with huge pages, what this reads stays small.
 
         Examples
         --------
@@ -418,5 +418,5 @@ def _bind_core(files: _storage.TableFiles) -> _core.Core:
         "paid": arrays.get("paid"),
     }
     core = _core.Core(bound, scalars)
-    core.fault_ahead = not files.asks_for_huge_pages  # the first fault brings 2 MiB; single pages would keep that from it
+    core.fault_ahead = not files.asks_for_huge_pages  # a fault brings 2 MiB, unless it finds single pages there
     return core

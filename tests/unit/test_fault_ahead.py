@@ -1,4 +1,4 @@
-"""Tables that are not in memory: `prefetch` brings rows in, look-ups and updates ask ahead, and neither changes a bit."""
+"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead by themselves, and neither changes a bit."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def test_prefetch_brings_rows_and_for_writers_their_state(cold: pathlib.Path, mo
     assert found[64:].sum() <= wanted.size, "neighbours were read too"  # but for those of the header, which open reads
 
 
-@pytest.mark.parametrize("options", [{"num_hashes": 3}, {"embedding_dim": 1500, "num_embeddings": 1 << 12}, {"dtype": "bfloat16"}])
+LONG_ROWS = {"embedding_dim": 1500, "num_embeddings": 1 << 12}
+
+
+@pytest.mark.parametrize("options", [{"num_hashes": 3}, LONG_ROWS, {"dtype": "bfloat16"}])
 def test_prefetch_brings_all_pages_of_a_row(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:
     path = make(tmp_path / "t.emb", OPTIMIZERS["adagrad with decay"], **options)
     with hashemb.open(path, "r+", huge_pages=False) as table:
@@ -172,7 +175,8 @@ def test_reading_ahead_writes_nothing(tmp_path: pathlib.Path) -> None:
         table.prefetch(KEYS)
         table.lookup(KEYS)
         table.flush()
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_oublock - written <= 8 + mmap.PAGESIZE // 512  # the control page
+        written = resource.getrusage(resource.RUSAGE_SELF).ru_oublock - written
+        assert written * 512 <= 2 * mmap.PAGESIZE  # the control page
         assert {file.name: file.stat().st_blocks for file in path.iterdir()} == before
         assert not any(array.any() for array in (table.weight, *table.state.values()))
 

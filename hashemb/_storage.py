@@ -253,12 +253,14 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
-        for name, spec in self.meta.row_files.items():
-            self._reserve_array(name, blocks, self.block_bytes(spec))
-        self._reserve_array("blocks", blocks, 4)
+        new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
+        if new.size:
+            for name, spec in self.meta.row_files.items():
+                self._reserve_array(name, new, self.block_bytes(spec))
+            self._reserve_array("blocks", new, 4)
         self._mark(blocks)
         for extents in self._extents.values():
-            extents.collapse_written(blocks)
+            extents.collapse_written(new)
 
     def _mark(self, blocks: Array) -> None:
         epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]

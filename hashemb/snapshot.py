@@ -168,9 +168,9 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
     per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
     chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
     num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
-    for done, chunk in enumerate(chunks):
+    for done, chunk in enumerate(reversed(chunks)):  # downwards: see csrc/save.c
         first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
-        for stripe in range(first, last, _STRIPES_PER_CALL):
+        for stripe in reversed(range(first, last, _STRIPES_PER_CALL)):
             saving.copy_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
         if progress:
             progress(done + 1, len(chunks))

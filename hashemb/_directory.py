@@ -7,9 +7,11 @@ was expected and what was found.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -30,6 +32,7 @@ from hashemb._format import (
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError
 from hashemb.lineage import History, SnapshotInfo
 
+ABANDONED_S = 10.0  # older than any directory that its maker has not locked yet
 SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
 
 
@@ -119,6 +122,7 @@ def sync_directory(path: str) -> None:
 def new_directory(path: str) -> Iterator[str]:
     """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
 
+    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
     `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
     """
     parent = os.path.dirname(os.path.abspath(path))
@@ -126,17 +130,43 @@ def new_directory(path: str) -> Iterator[str]:
         raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
+    prefix = f".{os.path.basename(path)}."
+    remove_abandoned(parent, prefix)
     with space_errors(path):
-        building = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=parent)
+        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    fd = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         os.chmod(building, 0o777 & ~_umask())
         yield building
-        sync_directory(building)
+        os.fsync(fd)
         os.rename(building, path)
         sync_directory(parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+    finally:
+        os.close(fd)
+
+
+def remove_abandoned(parent: str, prefix: str) -> None:
+    """Removes directories begun by `new_directory` in processes that are dead: nobody holds a lock on them."""
+    with suppress(OSError):  # a courtesy: what is in the way of it is in nobody's way
+        for entry in os.scandir(parent):
+            is_ours = entry.name.startswith(prefix) and entry.name.endswith(".tmp")
+            if is_ours and entry.is_dir(follow_symlinks=False) and time.time() - entry.stat().st_mtime > ABANDONED_S:
+                _remove_if_unlocked(entry.path)
+
+
+def _remove_if_unlocked(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _umask() -> int:

@@ -152,8 +152,9 @@ class EmbeddingTable:
         For a table larger than memory; where the rows are in memory already it changes nothing. Of a table open for
         writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
         (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
-        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask
-        for their own pages without this (docs/performance.md). In a table with huge pages, what this reads stays small.
+        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates
+        ask for their own pages without this (docs/performance.md). In a table with huge
+        pages, what this reads stays small.
 
         Examples
         --------

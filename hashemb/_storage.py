@@ -318,10 +318,13 @@ class TableFiles:
         _core.lock(fd, fcntl.F_UNLCK, _core.LOCK_SNAPSHOT, False)
         return False
 
-    def _saving(self, until: int) -> _core.Saving:
-        """Where a snapshot in progress wants blocks saved, as its owner wrote down before it began."""
+    def _saving(self, until: int) -> _core.Saving | None:
+        """Where a snapshot in progress wants blocks saved, as its owner wrote down before it began; None where that
+        owner died and the lock is the next one's, which is about to begin."""
         if self._target is None or self._target.until != until:
             wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
+            if wanted["until"] != until:
+                return None
             self._target = SaveTarget(self, wanted["directory"], wanted["names"], wanted["since"], until)
         return self._target.saving
 

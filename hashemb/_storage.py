@@ -29,6 +29,7 @@ from hashemb._directory import (
     read_file,
     read_meta,
     remove_if_there,
+    remove_leftovers,
     space_errors,
 )
 from hashemb._format import (
@@ -239,6 +240,7 @@ class TableFiles:
             self.recovered = "killed" if same_boot else "rebooted"
         if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
             remove_if_there(os.path.join(self.path, "history.json"))
+        remove_leftovers(self.path, SAVING_FILE)
         self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0

@@ -171,6 +171,31 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
             np.testing.assert_array_equal(taken.lookup(keys), np.full((3000, 4), -2, np.float32))
 
 
+def test_what_a_killed_snapshot_left_in_the_table_goes_with_the_next_writer(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    hashemb.create(path, num_embeddings=1000, embedding_dim=4).close()
+    whole = {entry.name for entry in os.scandir(path)}
+    for name in ("saving.json", "saving.json.77.tmp", "history.json.78.tmp"):
+        (path / name).write_bytes(b"{")
+    with hashemb.open(path) as reader, hashemb.open(path, "r+") as table:
+        assert reader.step == table.step == 0
+        assert {entry.name for entry in os.scandir(path)} == whole
+
+
+def test_a_file_that_goes_while_the_table_is_measured_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The announcement of a snapshot that has just ended: it stopped `info`, `stats` and the opening for writing."""
+    path = tmp_path / "t"
+    with hashemb.create(path, num_embeddings=1000, embedding_dim=4) as table:
+        size = table.stats().disk_bytes
+        (path / "saving.json").write_bytes(b"{}")
+        seen = list(os.scandir(path))
+        (path / "saving.json").unlink()
+        monkeypatch.setattr("hashemb._directory.os.scandir", lambda _: iter(seen))
+        assert table.stats().disk_bytes == hashemb.info(path).disk_bytes == size
+
+
 # ---- exactly once ----
 
 

@@ -195,7 +195,8 @@ class Actors:
         """Actors that ended by themselves with an error or a signal of their own."""
         codes = {name: process.exitcode for name, process in self.processes.items()}
         wanted = {name: (None, 0, -signal.SIGKILL) if name in self.killed else (None, 0) for name in codes}
-        return [f"{name}: exit code {codes[name]}\n{self._said(name)}" for name in codes if codes[name] not in wanted[name]]
+        wrong = [name for name in codes if codes[name] not in wanted[name]]
+        return [f"{name}: exit code {codes[name]}\n{self._said(name)}" for name in wrong]
 
     def _said(self, name: str) -> str:
         path = self.root / f"board-{name}"
@@ -262,9 +263,9 @@ class Ledger:
         legal = np.zeros(found.shape, bool)
         for chosen in itertools.product((0, 1), repeat=len(parts)):
             legal |= found == expected + sum((c * p for c, p in zip(chosen, parts, strict=True)), 0 * expected)
-        bad = np.argwhere(~legal)
-        assert bad.size == 0, f"{path}: {len(bad)} counters in no legal state, first {bad[0]}: {found[tuple(bad[0])]} " \
-            f"of at least {expected[tuple(bad[0])]}; batches {counts}, cut short {cut_short}"
+        bad, at = (~legal).sum(), np.unravel_index(np.argmin(legal), legal.shape)
+        state = f"{found[at]} at {at}, batches {counts} make {expected[at]}, cut short {cut_short}"
+        assert not bad, f"{path}: {bad} counters in no legal state, the first {state}"
         step = hashemb.info(path).step - self.before_step
         assert sum(counts) <= step <= sum(counts) + len(cut_short), (path, counts, step)
 

@@ -1,4 +1,4 @@
-"""Processes for tests of sharing: the same function in several at once, forks that must not hang, waiting with an end."""
+"""Processes for tests of sharing: the same function in several at once, forks that must not hang, waiting."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_canary_a_lost_or_doubled_batch_is_noticed(tmp_path: Path, table: int) -
     with pytest.raises(AssertionError, match="no legal state"):
         ledger.check(path, keys, done - [1, 0, 0], set(), is_cut=False)
     with pytest.raises(AssertionError, match="no legal state"):
-        ledger.check(path, keys, done + [0, 0, 1], {0}, is_cut=False)
+        ledger.check(path, keys, done + np.array([0, 0, 1]), {0}, is_cut=False)
     with hashemb.open(path, "r+") as opened:
         opened.update(keys[:1], np.ones((1, 8), np.float32))
     with pytest.raises(AssertionError, match=r"no legal state|\("):

@@ -22,7 +22,7 @@ import hashemb
 from hashemb import snapshot as snapshot_module
 
 SPAWN = multiprocessing.get_context("spawn")
-PAIRS, FAR, CLOCK = 4000, 10**6, 10**9
+PAIRS, FAR, CLOCK = 3000, 10**6, 10**9
 COUNTERS: dict[str, Any] = {"optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
 
 
@@ -71,17 +71,17 @@ def writers(path: Path, isolation: Any, threads: tuple[int, ...]) -> Iterator[li
 def test_snapshots_under_fire_hold_whole_batches(tmp_path: Path, isolation: Any, threads: tuple[int, ...]) -> None:
     """Both rows of each pair are equal, and the step is the number of batches that are in it."""
     path, clocks = tmp_path / "t", CLOCK + np.arange(len(threads))
-    hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS).close()
+    hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
     last_step = -1
     with hashemb.open(path, "r+") as table:
         first, second = (np.concatenate(keys) for keys in zip(*map(pairs_of, range(len(threads))), strict=True))
         rows = table.rows(np.concatenate([first, second, clocks]))
         _, found, counts = np.unique(rows, return_inverse=True, return_counts=True)
         alone = (counts[found][: first.size] == 1) & (counts[found][first.size : 2 * first.size] == 1)
-        assert alone.mean() > 0.95
+        assert alone.mean() > 0.9
         assert (counts[found][2 * first.size :] == 1).all()
         with writers(path, isolation, threads):
-            for number in range(5):
+            for number in range(4):
                 info = table.snapshot(tmp_path / f"s{number}")
                 with hashemb.open(tmp_path / f"s{number}") as taken:
                     one, other = taken.lookup(first[alone]), taken.lookup(second[alone])
@@ -107,9 +107,9 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
             waited.append(time.perf_counter() - began)
 
     monkeypatch.setattr(snapshot_module, "_begin", timed)
-    hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS).close()
+    hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
     with hashemb.open(path, "r+") as table, writers(path, "hogwild", (1, 1, 1, 1)):
-        for number in range(6):
+        for number in range(5):
             table.snapshot(tmp_path / f"s{number}")
     median = statistics.median(waited)
     print(f"the gate closed after {1e3 * median:.1f} ms (median of {len(waited)}), {1e3 * max(waited):.1f} at most")
@@ -221,6 +221,11 @@ def train(root: str, pause_s: float) -> None:
                 table.snapshot(Path(root) / f"after-{number:04}", extra={"next": number + 1})
 
 
+def wait_for_one_more(root: Path, process: Any) -> None:
+    before = len(list(root.glob("after-*")))
+    wait_for(lambda: len(list(root.glob("after-*"))) > before or process.exitcode is not None)
+
+
 def test_a_killed_trainer_learns_its_data_exactly_once(tmp_path: Path) -> None:
     """To the bit, with an accumulator, and rounding that depends on the step."""
     rng = np.random.default_rng(4)
@@ -233,9 +238,8 @@ def test_a_killed_trainer_learns_its_data_exactly_once(tmp_path: Path) -> None:
     for _ in range(30):
         process = SPAWN.Process(target=train, args=(str(tmp_path), 0.002 if kills < 4 else 0.0))
         process.start()
-        before = len(list(tmp_path.glob("after-*")))
         if kills < 4:
-            wait_for(lambda n=before: len(list(tmp_path.glob("after-*"))) > n or process.exitcode is not None)  # type: ignore[misc]
+            wait_for_one_more(tmp_path, process)
             time.sleep(rng.uniform(0, 0.02))
             process.kill()
         process.join(60)

@@ -90,7 +90,7 @@ cdef extern from "table.h" nogil:
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept
-    int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd) noexcept
+    int he_update_lock_rows(const he_plan *p, int lock_fd) noexcept
     uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
     int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
     int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) noexcept

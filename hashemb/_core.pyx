@@ -210,7 +210,7 @@ cdef class Core:
         cdef int error = EINTR
         while error == EINTR:
             with nogil:
-                error = he_update_lock_rows(&self.table, &self.current, lock_fd)
+                error = he_update_lock_rows(&self.current, lock_fd)
             if error == EINTR:
                 PyErr_CheckSignals()
         raise_errno(error)

@@ -28,6 +28,7 @@ from hashemb._directory import (
     read_file,
     read_meta,
     remove_if_there,
+    remove_leftovers,
     space_errors,
 )
 from hashemb._format import (
@@ -201,6 +202,7 @@ class TableFiles:
             self.recovered = "killed" if same_boot else "rebooted"
         if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
             remove_if_there(os.path.join(self.path, "history.json"))
+        remove_leftovers(self.path, SAVING_FILE)
         self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
@@ -285,6 +287,8 @@ class TableFiles:
         try:
             if self._target is None or self._target.until != until:
                 wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
+                if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
+                    return None
                 self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
             return self._target.saving
         except OSError as error:

@@ -133,7 +133,7 @@ int64_t he_plan_bytes(const he_table *t, const he_plan *p);
 void he_plan_layout(const he_table *t, he_plan *p, char *memory);
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
-int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
+int he_update_lock_rows(const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
 uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd);
 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
@@ -160,14 +160,15 @@ int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, 
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 
-/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time), rows
- * (ascending). Nobody who holds a later one waits for an earlier one. */
+/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time),
+ * entry, rows (ascending). Nobody who holds a later one waits for an earlier one. */
 #define HE_LOCK_WRITERS INT64_C(0)  /* shared: has the table open for writing */
 #define HE_LOCK_GATE INT64_C(1)     /* shared: has a batch in flight */
 #define HE_LOCK_TURNSTILE INT64_C(2)
 #define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: takes a snapshot or delta, or applies one */
 #define HE_LOCK_BLOCKS (INT64_C(1) << 32)
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
+#define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the next exact batch to lock rows */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
 int he_gate_enter(const he_control *c, int fd);

@@ -53,13 +53,20 @@ def groups(blocks: Numbers) -> Iterator[Numbers]:
 # ---- epochs ----
 
 
+def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterator[tuple[int, int]]:
+    """The units of so many blocks whose epochs are not all hole, as ranges (first, end), ascending."""
+    end, unit_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * unit_blocks, 0
+    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
+        first = max((begin - DATA_OFFSET_BYTES) // unit_bytes, done)
+        done = max((stop - 1 - DATA_OFFSET_BYTES) // unit_bytes + 1, done)
+        if first < done:
+            yield first, done
+
+
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    end, chunk_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS, -1
-    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
-        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
-        yield from range(max(first, done + 1), last + 1)
-        done = last
+    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
+        yield from range(first, end)
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:

@@ -25,6 +25,7 @@ cdef extern from "table.h" nogil:
         uint64_t salts[16]
         float eps, initial_accumulator, beta, l1, l2
         double weight_decay
+        int32_t tmpfs_fd
 
     ctypedef struct he_batch:
         const uint64_t *keys
@@ -84,6 +85,7 @@ cdef extern from "table.h" nogil:
     uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
+    int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) noexcept
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept

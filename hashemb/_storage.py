@@ -262,6 +262,11 @@ class TableFiles:
         """The open file of an array, by name without `.npy`."""
         return self._fds[name]
 
+    def tmpfs_fd(self) -> int:
+        """The weights' open file on tmpfs, where also reads take space; -1 elsewhere."""
+        fd = self._fds["weight"]
+        return fd if _huge_pages.is_tmpfs(fd) else -1
+
     def lock_fd(self) -> int:
         """The table's lock, which this process has for itself; a forked child joins the writers when it first asks."""
         fd = self._fds["lock"]

@@ -159,17 +159,19 @@ def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
 
 
 def _save_the_rest(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
-    """Goes over all written blocks and saves those that no writer has saved first."""
-    blocks_fd, num_blocks = files.fd("blocks"), files.meta.num_blocks
-    per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
-    chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
-    num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
-    for done, chunk in enumerate(chunks):
-        first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
+    """Goes over all written blocks and saves those that no writer has saved first.
+
+    Stripes whose epochs are a hole are left out: on tmpfs a look at one would take a page, of which none may be left.
+    """
+    spans = list(_blocks.spans_of_epochs(files.fd("blocks"), files.meta.num_blocks, _core.STRIPE_BLOCKS))
+    done, total = 0, sum(last - first for first, last in spans)
+    for first, last in spans:
         for stripe in range(first, last, _STRIPES_PER_CALL):
-            saving.save_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
-        if progress:
-            progress(done + 1, len(chunks))
+            end = min(stripe + _STRIPES_PER_CALL, last)
+            saving.save_stripes(stripe, end)
+            done += end - stripe
+            if progress:
+                progress(done * _core.STRIPE_BLOCKS, total * _core.STRIPE_BLOCKS)
 
 
 def _check_writers(files: TableFiles, epoch: int, directory: str) -> None:

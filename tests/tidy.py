@@ -44,6 +44,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_arguments",
         "_format",
         "_directory",
+        "_blocks",
         "_storage",
         "_core",
         "hashing",

@@ -29,6 +29,7 @@ typedef struct {
     uint64_t salts[HE_MAX_HASHES];
     float eps, initial_accumulator, beta, l1, l2;
     double weight_decay;
+    int32_t tmpfs_fd;    /* a file of the table where it lies on tmpfs, else -1 */
 } he_table;
 
 /* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
@@ -139,6 +140,11 @@ uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
+
+/* Before a batch reads a table on tmpfs: its rows (of_rows), or else its blocks' epochs. A read of a hole takes a page
+ * there; with little space left the pages are asked for one by one, which is slow. 0 or an errno: EFAULT where a read
+ * would be a SIGBUS. */
+int he_secure_reads(const he_table *t, const he_batch *b, int of_rows);
 
 /* What a snapshot in progress wants: blocks written after `since` and until `until`, of these files. */
 enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024 };

@@ -62,6 +62,7 @@ cdef extern from "table.h" nogil:
         int64_t data_offset
         const uint32_t *blocks
         int64_t num_blocks
+        he_control *control
         uint32_t since, until
 
     ctypedef struct he_kernels:
@@ -91,7 +92,7 @@ cdef extern from "table.h" nogil:
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept
     int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd) noexcept
     uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
-    int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
+    void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
     int he_save_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
     int he_gate_enter(const he_control *c, int fd) noexcept

@@ -47,6 +47,7 @@ class Saving:
         cls,
         files: list[tuple[npt.NDArray[Any], int, int]],
         blocks: npt.NDArray[np.uint32],
+        control: npt.NDArray[np.uint8],
         target_blocks_fd: int,
         lock_fd: int,
         since: int,
@@ -57,7 +58,7 @@ class Saving:
 
 def mark_blocks(
     marks: npt.NDArray[np.uint32], blocks: npt.NDArray[np.uint64], epoch: int, saving: Saving | None = None
-) -> int: ...
+) -> None: ...
 
 def populate_blocks(array: npt.NDArray[Any], blocks: npt.NDArray[np.uint64], block_bytes: int) -> int: ...
 def get_num_threads() -> int: ...

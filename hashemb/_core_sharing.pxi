@@ -67,7 +67,7 @@ cdef class Saving:
     ----------
     files : list of (ndarray, int, int)
         The table's arrays, the bytes of a block in each, and the files to save them to, open for writing.
-    blocks : ndarray of uint32
+    blocks, control : ndarray of uint32, of uint8
         The table's.
     target_blocks_fd, lock_fd : int
         The target's blocks.npy, open for reading and writing, and the table's lock.
@@ -80,14 +80,15 @@ cdef class Saving:
     cdef he_saving saving
     cdef object arrays
 
-    def __cinit__(self, list files, cnp.ndarray blocks not None, int target_blocks_fd, int lock_fd, uint32_t since,
-                  uint32_t until, int64_t data_offset):
+    def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray control not None, int target_blocks_fd,
+                  int lock_fd, uint32_t since, uint32_t until, int64_t data_offset):
         cdef he_saving *s = &self.saving
         cdef int i
         cdef cnp.ndarray array
         if len(files) > HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, at most {HE_MAX_FILES} expected")
-        self.arrays = (files, blocks)
+        self.arrays = (files, blocks, control)
+        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
         for i, (array, block_bytes, fd) in enumerate(files):
             s.data[i], s.total_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes
             s.block_bytes[i], s.target_fds[i] = block_bytes, fd
@@ -108,15 +109,13 @@ cdef class Saving:
 def mark_blocks(cnp.ndarray marks not None, cnp.ndarray blocks not None, uint32_t epoch, Saving saving=None):
     """Marks blocks (ascending, uint64) as of `epoch`, each saved before that if `saving` wants it.
 
-    Returns 0, or the errno of what could not be saved; the blocks are marked all the same.
+    What could not be saved is marked all the same: the control page then says that the snapshot has failed.
     """
     cdef uint32_t *target = <uint32_t *>data_of(marks, cnp.NPY_UINT32, b"blocks")
     cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
     cdef const he_saving *s = NULL if saving is None else &saving.saving
     cdef int64_t n = cnp.PyArray_SIZE(blocks)
-    cdef int error
     if n and <int64_t>source[n - 1] >= cnp.PyArray_SIZE(marks):
         raise ValueError(f"block {source[n - 1]} of {marks.size}")
     with nogil:
-        error = he_mark_blocks(s, target, source, n, epoch)
-    return error
+        he_mark_blocks(s, target, source, n, epoch)

@@ -133,18 +133,26 @@ def new_directory(path: str) -> Iterator[str]:
     prefix = f".{os.path.basename(path)}."
     remove_abandoned(parent, prefix)
     with space_errors(path):
-        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    fd = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        place = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    try:
+        with _locked_directory(place) as fd:
+            os.chmod(place, 0o777 & ~_umask())
+            yield place
+            os.fsync(fd)
+            os.rename(place, path)
+            place = path
+            sync_directory(parent)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        os.chmod(building, 0o777 & ~_umask())
-        yield building
-        os.fsync(fd)
-        os.rename(building, path)
-        sync_directory(parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        yield fd
     finally:
         os.close(fd)
 

@@ -308,12 +308,10 @@ class TableFiles:
         try:
             if until and self.control["save_failed"][0] != until and self._is_being_saved():
                 saving = self._saving(until)
-            code = _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]), saving)
-        except OSError as error:
-            code = error.errno or errno.EIO
-            _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]))
-        if code:  # the snapshot has failed, which its owner reports; the table goes on
-            self.control["save_errno"], self.control["save_failed"] = code, until
+        except OSError as error:  # the snapshot has failed, which its owner reports; the table goes on
+            self.control["save_errno"] = error.errno or errno.EIO
+            self.control["save_failed"] = until  # before a block is marked: see csrc/save.c
+        _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]), saving)
 
     def _is_being_saved(self) -> bool:
         """Whether the owner of the snapshot in progress is alive: it holds its lock."""
@@ -428,7 +426,7 @@ class SaveTarget:
         ]
         blocks_fd = self._open(directory, "blocks")
         self.saving = _core.Saving(
-            targets, files.arrays["blocks"], blocks_fd, self._lock.fd, since, until, DATA_OFFSET_BYTES
+            targets, files.arrays["blocks"], files.arrays["control"], blocks_fd, self._lock.fd, since, until, DATA_OFFSET_BYTES
         )
 
     def _open(self, directory: str, name: str) -> int:

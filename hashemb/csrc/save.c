@@ -83,35 +83,55 @@ static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
     return i;
 }
 
-/* For a writer about to change these blocks (ascending): saves them where a snapshot needs them (s may be NULL: none
- * does), then marks them as of `epoch`. Returns 0, or why one could not be saved: they are marked all the same. */
-int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
-    int error = 0;
-    for (int64_t i = 0, end; i < n; i = end) {
-        end = s ? end_of_stripe(blocks, n, i) : n;
-        const int64_t stripe = HE_LOCK_STRIPES + (int64_t)(blocks[i] / HE_STRIPE_BLOCKS);
-        if (s) he_lock_surely(s->lock_fd, F_WRLCK, stripe, 1);
-        if (s && !error) error = save_listed(s, blocks + i, end - i);
-        for (int64_t j = i; j < end; j++) __atomic_store_n(&marks[blocks[j]], epoch, __ATOMIC_RELEASE);
-        if (s) he_lock_surely(s->lock_fd, F_UNLCK, stripe, 1);
-    }
+static int lock_stripe(const he_saving *s, int kind, int64_t stripe) {
+    int error;
+    while ((error = he_lock(s->lock_fd, kind, HE_LOCK_STRIPES + stripe, 1, 1)) == EINTR) continue;
     return error;
 }
 
-/* For the owner of the snapshot: saves what is still due of the stripes [begin, end). */
+/* Says that the snapshot has failed: its owner looks once it has gone over all blocks, so this comes before a block that
+ * was not saved is marked. */
+static void give_up(const he_saving *s, int error) {
+    __atomic_store_n(&s->control->save_errno, (uint64_t)error, __ATOMIC_RELEASE);
+    __atomic_store_n(&s->control->save_failed, s->until, __ATOMIC_RELEASE);
+}
+
+static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+    for (int64_t i = 0; i < n; i++) __atomic_store_n(&marks[blocks[i]], epoch, __ATOMIC_RELEASE);
+}
+
+/* For a writer about to change these blocks (ascending): saves them where a snapshot needs them (s may be NULL: none
+ * does), then marks them as of `epoch`. Where one cannot be saved the snapshot has failed, and the writer goes on. */
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+    int64_t i = 0;
+    for (int64_t end; s && i < n; i = end) {
+        end = end_of_stripe(blocks, n, i);
+        const int64_t stripe = (int64_t)(blocks[i] / HE_STRIPE_BLOCKS);
+        int error = lock_stripe(s, F_WRLCK, stripe);
+        const int locked = !error;
+        if (!error) error = save_listed(s, blocks + i, end - i);
+        if (error) give_up(s, error);
+        mark(marks, blocks + i, end - i, epoch);
+        if (locked) lock_stripe(s, F_UNLCK, stripe);
+        if (error) s = NULL;
+    }
+    mark(marks, blocks + i, n - i, epoch);
+}
+
+/* For the owner of the snapshot: saves what is still due of the stripes [begin, end). 0 or an errno. */
 int he_save_stripes(const he_saving *s, int64_t begin, int64_t end) {
     uint64_t blocks[HE_STRIPE_BLOCKS];
     int error = 0;
     for (int64_t stripe = begin; stripe < end && !error; stripe++) {
         const int64_t first = stripe * HE_STRIPE_BLOCKS, last = HE_MIN(first + HE_STRIPE_BLOCKS, s->num_blocks);
         int64_t n = 0;
-        he_lock_surely(s->lock_fd, F_WRLCK, HE_LOCK_STRIPES + stripe, 1);
+        if ((error = lock_stripe(s, F_WRLCK, stripe))) break;
         for (int64_t b = first; b < last; b++) {
             const uint32_t epoch = __atomic_load_n(&s->blocks[b], __ATOMIC_ACQUIRE);
             if (epoch > s->since && epoch <= s->until) blocks[n++] = (uint64_t)b;
         }
         if (n) error = save_listed(s, blocks, n);
-        he_lock_surely(s->lock_fd, F_UNLCK, HE_LOCK_STRIPES + stripe, 1);
+        lock_stripe(s, F_UNLCK, stripe);
     }
     return error;
 }

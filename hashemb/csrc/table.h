@@ -155,11 +155,12 @@ typedef struct {
     int64_t data_offset;            /* of the arrays in the target's files */
     const uint32_t *blocks;
     int64_t num_blocks;
+    he_control *control;            /* the table's, which is told of a failure */
     uint32_t since, until;
 } he_saving;
 
-/* save.c; 0 or an errno. */
-int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
+/* save.c */
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
 int he_save_stripes(const he_saving *s, int64_t begin, int64_t end);
 
 /* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, stripes (one at a time), rows

@@ -87,6 +87,7 @@ def _resize(fd: int, path: str, size_bytes: int) -> None:
 def replace_file(path: str, data: bytes) -> None:
     """Puts a small file in the place of another in one step, durably."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    remove_if_there(temporary)  # of a process of the same number that was killed, or could not remove it
     try:
         write_file(temporary, data)
         os.rename(temporary, path)
@@ -143,8 +144,17 @@ def new_directory(path: str) -> Iterator[str]:
             place = path
             sync_directory(parent)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        _take_back(place, path)
         raise
+
+
+def _take_back(place: str, path: str) -> None:
+    """Removes what was made. From `path` it goes in one step: a removal may fail half-way."""
+    if place == path:
+        place = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+        with suppress(OSError):
+            os.rename(path, place)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

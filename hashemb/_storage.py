@@ -370,10 +370,14 @@ class TableFiles:
         """Syncs all arrays to disk, then the control page. No-op on a read-only table."""
         if not self.writable:
             return
-        self._dirty = False
-        for name in self.meta.files:
-            self._maps[name].flush()
-        self._maps["control"].flush()
+        self._dirty = False  # first: an update meanwhile makes it dirty again
+        try:
+            for name in self.meta.files:
+                self._maps[name].flush()
+            self._maps["control"].flush()
+        except BaseException:
+            self._dirty = True
+            raise
 
     def mark_dirty(self) -> None:
         """Called once per update: the last writer's close has something to sync."""
@@ -394,10 +398,18 @@ class TableFiles:
     # -- closing --
 
     def close(self) -> None:
-        """Idempotent. Mappings stay as long as somebody holds a view of them."""
-        if self._joined:
-            self._leave_writers()
-            self._joined = False
+        """Idempotent. Mappings stay as long as somebody holds a view of them.
+
+        Where the table cannot be synced that is raised; it is closed all the same, and not marked clean.
+        """
+        joined, self._joined = self._joined, False
+        try:
+            if joined:
+                self._leave_writers()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._target = None
         self.arrays, self._extents = {}, {}
         if hasattr(self, "control"):

@@ -126,8 +126,8 @@ def save_point(
     wanted = {"directory": os.path.abspath(directory), "names": names, "since": since}
     announcement = os.path.join(files.path, SAVING_FILE)
     control = files.control
-    replace_file(announcement, json.dumps(wanted).encode())
     try:
+        replace_file(announcement, json.dumps(wanted).encode())
         point = _begin(files, lock)
         try:
             with space_errors(directory):

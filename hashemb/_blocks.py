@@ -89,6 +89,15 @@ def update_content_hash(digest: Any, first: int, epochs: npt.NDArray[np.uint32],
 # ---- data ----
 
 
+def spans_of_data(fd: int, meta: TableMeta, spec: FileSpec) -> Iterator[tuple[int, int]]:
+    """The blocks of a row file that are not all hole, as ranges (first, end) of at most `CHUNK_BLOCKS`, ascending."""
+    size = block_bytes(meta, spec)
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, spec.file_bytes):
+        last = (stop - 1 - DATA_OFFSET_BYTES) // size + 1
+        for first in range((begin - DATA_OFFSET_BYTES) // size, last, CHUNK_BLOCKS):
+            yield first, min(first + CHUNK_BLOCKS, last)
+
+
 class OpenArrays:
     """A directory's array files by name, open for reading: a context manager that yields a dict of file descriptors."""
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core, _huge_pages
+from hashemb import _core, _huge_pages, _recovery
 from hashemb._directory import (
     boot_id,
     disk_bytes,
@@ -37,7 +37,6 @@ from hashemb._format import (
     DATA_OFFSET_BYTES,
     FileSpec,
     check_npy_header,
-    seal_control,
 )
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb.errors import CorruptTableError, ReadOnlyTableError
@@ -234,29 +233,24 @@ class TableFiles:
     def _take_over(self) -> None:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
         control = self.control
-        if not control["clean"][0]:
-            same_boot = control["boot_id"][0].decode("ascii", "replace") == boot_id()
-            self.recovered = "killed" if same_boot else "rebooted"
+        self.recovered = _recovery.how_left(control)
         if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
             remove_if_there(os.path.join(self.path, "history.json"))
-        self._unseal()
+            marks = self.arrays["blocks"]
+            _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
+        self._unseal()
 
     def _unseal(self) -> None:
-        self.control["checksum"] = 0  # first: a reader must not find it beside other bytes
-        self.control["clean"] = 0
+        _recovery.unseal(self.control, self._maps["control"])
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
         if _core.lock(self._fds["lock"], fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
             if self._dirty:
                 self.flush()
-            page = self.arrays["control"]
-            sealed = np.frombuffer(seal_control(page.tobytes()), np.uint8)
-            page[:-8] = sealed[:-8]
-            page[-8:] = sealed[-8:]  # last: it vouches for the rest
-            self._maps["control"].flush()
+            _recovery.seal(self.arrays["control"], self._maps["control"])
 
     def fd(self, name: str) -> int:
         """The open file of an array, by name without `.npy`."""

@@ -33,7 +33,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "lineage": {"errors", "_format"},
     "_directory": {"errors", "optim", "init", "_format", "lineage"},
     "_blocks": {"errors", "_format", "_directory", "_core"},
-    "_storage": {"errors", "lineage", "_format", "_directory", "_mapping", "_huge_pages", "_core"},
+    "_recovery": {"_format", "_directory", "_blocks"},
+    "_storage": {"errors", "lineage", "_format", "_directory", "_recovery", "_mapping", "_huge_pages", "_core"},
     "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_storage", "_core"},
     "table": {
         "errors",
@@ -68,7 +69,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"}
+STORAGE_MODULES = {"_directory", "_blocks", "_recovery", "_storage", "_mapping", "_huge_pages", "snapshot"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -130,8 +130,8 @@ def save_point(
     wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
     announcement = os.path.join(files.path, SAVING_FILE)
     write_file(bits, b"", bits_bytes(files.meta), sync=False)
-    replace_file(announcement, json.dumps(wanted).encode())
     try:
+        replace_file(announcement, json.dumps(wanted).encode())
         point = _begin(files, lock)
         try:
             with space_errors(directory):
@@ -167,6 +167,7 @@ def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
 def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
     blocks_fd, num_blocks = files.fd("blocks"), files.meta.num_blocks
     per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
+    # Chunks that are holes are left out: on tmpfs a look at one would take a page, of which none may be left.
     chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
     num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
     for done, chunk in enumerate(reversed(chunks)):  # downwards: see csrc/save.c

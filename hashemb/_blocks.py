@@ -55,13 +55,20 @@ def groups(meta: TableMeta, blocks: Numbers) -> Iterator[Numbers]:
 # ---- epochs ----
 
 
+def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterator[tuple[int, int]]:
+    """The units of so many blocks whose epochs are not all hole, as ranges (first, end), ascending."""
+    end, unit_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * unit_blocks, 0
+    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
+        first = max((begin - DATA_OFFSET_BYTES) // unit_bytes, done)
+        done = max((stop - 1 - DATA_OFFSET_BYTES) // unit_bytes + 1, done)
+        if first < done:
+            yield first, done
+
+
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    end, chunk_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS, -1
-    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
-        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
-        yield from range(max(first, done + 1), last + 1)
-        done = last
+    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
+        yield from range(first, end)
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
@@ -114,6 +121,15 @@ def mapped_array(path: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
         yield array
     finally:
         del array
+
+
+def spans_of_data(fd: int, meta: TableMeta, spec: FileSpec) -> Iterator[tuple[int, int]]:
+    """The blocks of a row file that are not all hole, as ranges (first, end) of at most `CHUNK_BLOCKS`, ascending."""
+    size = block_bytes(meta, spec)
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, spec.file_bytes):
+        last = (stop - 1 - DATA_OFFSET_BYTES) // size + 1
+        for first in range((begin - DATA_OFFSET_BYTES) // size, last, CHUNK_BLOCKS):
+            yield first, min(first + CHUNK_BLOCKS, last)
 
 
 class OpenArrays:

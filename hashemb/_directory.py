@@ -87,6 +87,7 @@ def _resize(fd: int, path: str, size_bytes: int) -> None:
 def replace_file(path: str, data: bytes) -> None:
     """Puts a small file in the place of another in one step, durably."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    remove_if_there(temporary)  # of a process of the same number that was killed, or could not remove it
     try:
         write_file(temporary, data)
         os.rename(temporary, path)
@@ -94,6 +95,13 @@ def replace_file(path: str, data: bytes) -> None:
         remove_if_there(temporary)
         raise
     sync_directory(os.path.dirname(path))
+
+
+def remove_leftovers(path: str, *names: str) -> None:
+    """Removes these files of a table, and what others were killed at while they replaced one. Alone with the table."""
+    for entry in os.scandir(path):
+        if entry.is_file(follow_symlinks=False) and (entry.name in names or entry.name.endswith(".tmp")):
+            remove_if_there(entry.path)
 
 
 def remove_if_there(path: str) -> None:
@@ -133,18 +141,35 @@ def new_directory(path: str) -> Iterator[str]:
     prefix = f".{os.path.basename(path)}."
     remove_abandoned(parent, prefix)
     with space_errors(path):
-        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    fd = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        place = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    try:
+        with _locked_directory(place) as fd:
+            os.chmod(place, 0o777 & ~_umask())
+            yield place
+            os.fsync(fd)
+            os.rename(place, path)
+            place = path
+            sync_directory(parent)
+    except BaseException:
+        _take_back(place, path)
+        raise
+
+
+def _take_back(place: str, path: str) -> None:
+    """Removes what was made. From `path` it goes in one step: a removal may fail half-way."""
+    if place == path:
+        place = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+        with suppress(OSError):
+            os.rename(path, place)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        os.chmod(building, 0o777 & ~_umask())
-        yield building
-        os.fsync(fd)
-        os.rename(building, path)
-        sync_directory(parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        yield fd
     finally:
         os.close(fd)
 
@@ -259,7 +284,11 @@ def read_snapshot_info(path: str) -> SnapshotInfo | None:
 
 def disk_bytes(path: str) -> int:
     """Bytes that the table's files take up on disk (holes take none)."""
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+    total = 0
+    for entry in os.scandir(path):
+        with suppress(FileNotFoundError):  # a snapshot's announcement comes and goes
+            total += entry.stat().st_blocks * 512 if entry.is_file() else 0
+    return total
 
 
 def data_extents(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _arguments as arguments
-from hashemb import _core, _directory, _format, _storage
+from hashemb import _blocks, _core, _directory, _format, _storage
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL
@@ -111,6 +111,8 @@ class EmbeddingTable:
         ------
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
+        NoSpaceError
+            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call succeeds.
         ClosedTableError
 
         Notes
@@ -282,10 +284,12 @@ class EmbeddingTable:
         )
 
     def _count_rows(self) -> int:
-        arrays, rows = self._open_files().arrays, self._meta.block_rows
-        written = np.flatnonzero(arrays["blocks"])
-        weight = arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
-        return sum(int(weight[b * rows : (b + 1) * rows].any(axis=1).sum()) for b in written.tolist())
+        files, rows, count = self._open_files(), self._meta.block_rows, 0
+        weight = files.arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
+        for first, epochs in _blocks.epoch_chunks(files.fd("blocks"), self._meta.num_blocks):
+            for block in (first + np.flatnonzero(epochs)).tolist():
+                count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
+        return count
 
     # -- points in time --
 
@@ -412,6 +416,7 @@ def _bind_core(files: _storage.TableFiles) -> _core.Core:
         "l1": getattr(meta.optimizer, "l1", 0.0),
         "l2": getattr(meta.optimizer, "l2", 0.0),
         "weight_decay": meta.optimizer.weight_decay,
+        "tmpfs_fd": files.tmpfs_fd(),
     }
     bound = {
         "weight": arrays["weight"],

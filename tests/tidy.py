@@ -35,7 +35,18 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_blocks": {"errors", "_format", "_directory", "_core"},
     "_locks": set(),
     "_saving": {"_format", "_locks", "_core"},
-    "_storage": {"errors", "_format", "_directory", "_locks", "_mapping", "_huge_pages", "_saving", "_core"},
+    "_recovery": {"_format", "_directory", "_blocks"},
+    "_storage": {
+        "errors",
+        "_format",
+        "_directory",
+        "_locks",
+        "_recovery",
+        "_mapping",
+        "_huge_pages",
+        "_saving",
+        "_core",
+    },
     "snapshot": {"lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
     "table": {
         "errors",
@@ -46,6 +57,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_arguments",
         "_format",
         "_directory",
+        "_blocks",
         "_storage",
         "_core",
         "hashing",
@@ -69,7 +81,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_locks", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot"}
+STORAGE_MODULES = {
+    "_directory", "_blocks", "_locks", "_recovery", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot",
+}  # fmt: skip
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -38,6 +38,7 @@ typedef struct {
     float eps, initial_accumulator, beta, l1, l2;
     double weight_decay;
     he_ahead *ahead;
+    int32_t tmpfs_fd;    /* a file of the table where it lies on tmpfs, else -1 */
 } he_table;
 
 /* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
@@ -142,7 +143,7 @@ int64_t he_plan_bytes(const he_table *t, const he_plan *p);
 void he_plan_layout(const he_table *t, he_plan *p, char *memory);
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
-int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
+int he_update_lock_rows(const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
 uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd);
 
 /* ahead.c: pages are asked for before they are touched. A call asks he_ahead_watch whether to look at the disk at all; if so
@@ -161,6 +162,11 @@ int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int wit
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
 
+/* Before a batch reads a table on tmpfs: its rows (of_rows), or else its blocks' epochs. A read of a hole takes a page
+ * there; with little space left the pages are asked for one by one, which is slow. 0 or an errno: EFAULT where a read
+ * would be a SIGBUS. */
+int he_secure_reads(const he_table *t, const he_batch *b, int of_rows);
+
 /* What a snapshot in progress wants: blocks written after epoch `since` and until `until`, of these files. See save.c. */
 enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256,
        HE_BLOCKS_PER_COPY = 64 };
@@ -171,24 +177,26 @@ typedef struct {
     int64_t data_offset;            /* of the arrays in the target's files */
     const uint32_t *blocks;
     int64_t num_blocks, num_rows;
+    he_control *control;            /* the table's, which is told of a failure */
     uint32_t since, until;
     uint64_t *bits;                 /* per row: it is saved, or need not be */
     char *buffer;                   /* HE_ROWS_PER_LOG entries of the log: a row's number, and the row of each file */
 } he_saving;
 
 /* save.c; 0 or an errno. */
-int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 
-/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time), rows
- * (ascending). Nobody who holds a later one waits for an earlier one. */
+/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time),
+ * entry, rows (ascending). Nobody who holds a later one waits for an earlier one. */
 #define HE_LOCK_WRITERS INT64_C(0)  /* shared: has the table open for writing */
 #define HE_LOCK_GATE INT64_C(1)     /* shared: has a batch in flight */
 #define HE_LOCK_TURNSTILE INT64_C(2)
 #define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: takes a snapshot or delta, or applies one */
 #define HE_LOCK_BLOCKS (INT64_C(1) << 32)
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
+#define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the next exact batch to lock rows */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
 int he_gate_enter(const he_control *c, int fd);

@@ -207,9 +207,11 @@ uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) {
 
 /* ---- applying exactly: no update of another process is lost, and all are in the order of their steps ----
  *
- * A batch goes over the whole table from below, each thread over its part, holding a lock on the span of rows it is at.
- * It takes the next span before it gives one up, and the spans of all threads before its step begins: so no batch can
- * overtake another, and the result is that of the batches one after the other. */
+ * A batch goes over the table from below, each thread over its part, holding locks on the rows from where it is. Its
+ * step begins when it has locked all rows below the last thread's part, and the beginning of that; the last thread takes
+ * the next span before it gives one up. So no batch can overtake another, however many threads each has, and the result
+ * is that of the batches one after the other. With one thread a batch needs no more than the first span to set out: the
+ * batches of several processes follow each other over the table. */
 
 /* The first row of a share's part of the table. Part 0 begins at row 0, and the last has no end. */
 static int64_t share_begin(const he_plan *p, int i) {
@@ -235,28 +237,28 @@ static int64_t span_end(const he_plan *p, int share, int64_t end) {
     return (int64_t)(((s->rows[end - 1] >> p->bucket_shift) + 1) << p->bucket_shift);
 }
 
-int he_update_lock_rows(const he_table *t, const he_plan *p, int lock_fd) {
-    (void)t;
-    for (int i = 0; i < p->num_threads; i++) {
-        const int64_t begin = share_begin(p, i), end = span_end(p, i, group_end(p, &p->shares[i], 0));
-        int error = begin < end ? he_lock(lock_fd, F_WRLCK, HE_LOCK_ROWS + begin, end - begin, 1) : 0;
-        if (!error) continue;
-        he_lock(lock_fd, F_UNLCK, HE_LOCK_ROWS, 0, 0);
-        return error;
-    }
-    return 0;
+/* One batch at a time waits here, as a range that many pass through might never be free as a whole. */
+int he_update_lock_rows(const he_plan *p, int lock_fd) {
+    const int last = p->num_threads - 1;
+    const int64_t end = span_end(p, last, group_end(p, &p->shares[last], 0));
+    int error = he_lock(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1, 1);
+    if (error) return error;
+    error = he_lock(lock_fd, F_WRLCK, HE_LOCK_ROWS, end, 1);
+    he_lock(lock_fd, F_UNLCK, HE_LOCK_ENTRY, 1, 0);
+    return error;
 }
 
 static void apply_exact_share(void *arg, int i) {
     const job *j = arg;
     he_share *whole = &j->p->shares[i];
+    const int is_last = i + 1 == j->p->num_threads;
     int64_t from = 0, asked = 0, at = share_begin(j->p, i);
     uint64_t touched = 0;
     for (;;) {
         const int64_t end = group_end(j->p, whole, from), above = span_end(j->p, i, end);
         touched += j->watch ? apply_watchfully(j, whole, from, end, group_end(j->p, whole, end), &asked)
                             : apply_rows(j, whole, from, end);
-        if (end < whole->num_rows) {
+        if (is_last && end < whole->num_rows) {
             const int64_t next = span_end(j->p, i, group_end(j->p, whole, end));
             he_lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
         }

@@ -100,7 +100,7 @@ def compare(spec: dict[str, Any], names: list[str], limit_bytes: int, skipped: d
             raise Mismatch(f"{name}: the vectors of the first batch are not ours")
     checks = {"first_lookup_sha256": found[OURS]["first_sha256"], "distinct_pages_per_batch": found[OURS]["pages"]}
     checks |= {f"pages_read_per_batch {name}": child["pages_read"] for name, child in found.items()}
-    point = {k: spec[k] for k in ("distribution", "what")}
+    point = {"what": spec["what"], "popularity": spec["distribution"]}
     case = {**point, "rows": 1 << spec["bits"], "limit_mib": limit_bytes >> 20, "dim": DIM, "keys": BATCH, "threads": 1}
     rows = summaries([Named(name) for name in names], clocks, BATCH)
     return Result("out_of_core", case, "key", BATCH, rows, skipped, checks)

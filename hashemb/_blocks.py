@@ -67,7 +67,7 @@ def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDA
     end, chunk_bytes = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS
     for chunk in epoch_chunk_numbers(blocks_fd, num_blocks):
         at = DATA_OFFSET_BYTES + chunk * chunk_bytes
-        epochs = np.frombuffer(_pread(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
+        epochs = np.frombuffer(read_at(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
         if epochs.any():
             yield chunk * CHUNK_BLOCKS, epochs
 
@@ -123,7 +123,7 @@ def write_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers, data
         for position, first, count in runs(blocks):
             at = DATA_OFFSET_BYTES + first * size
             wanted = min(count * size, spec.file_bytes - at)
-            _pwrite(fd, flat[position * size : position * size + wanted], at)
+            write_at(fd, flat[position * size : position * size + wanted], at)
 
 
 def checksums(data: Bytes) -> npt.NDArray[np.uint64]:
@@ -143,10 +143,11 @@ def write_rows(fd: int, first: int, rows: npt.NDArray[Any], filename: str) -> No
     with space_errors(filename):
         for low, high in itertools.pairwise(cuts):
             if flat[low:high].any():
-                _pwrite(fd, view[low:high], begin + low)
+                write_at(fd, view[low:high], begin + low)
 
 
-def _pread(fd: int, size: int, at: int) -> bytearray:
+def read_at(fd: int, size: int, at: int) -> bytearray:
+    """`size` bytes of a file from byte `at`; `OSError` if it ends before."""
     out = bytearray(size)
     _pread_into(fd, memoryview(out), at)
     return out
@@ -160,7 +161,9 @@ def _pread_into(fd: int, view: memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def _pwrite(fd: int, view: memoryview, at: int) -> None:
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """All of `data` to a file from byte `at`."""
+    view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, at)
         view, at = view[done:], at + done

@@ -27,6 +27,7 @@ from hashemb._directory import (
     disk_bytes,
     read_control,
     read_file,
+    read_history,
     read_meta,
     remove_if_there,
     space_errors,
@@ -40,7 +41,7 @@ from hashemb._format import (
     seal_control,
 )
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
-from hashemb.errors import CorruptTableError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, FormatError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -237,11 +238,19 @@ class TableFiles:
         if not control["clean"][0]:
             same_boot = control["boot_id"][0].decode("ascii", "replace") == boot_id()
             self.recovered = "killed" if same_boot else "rebooted"
-        if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
+        if self.recovered == "rebooted" and not self._is_being_applied():
+            # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a delta
+            # only that delta's blocks can be, and it will be applied again.
             remove_if_there(os.path.join(self.path, "history.json"))
         self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
+
+    def _is_being_applied(self) -> bool:
+        try:
+            return read_history(self.path).applying is not None
+        except FormatError:  # damaged, and about to be removed
+            return False
 
     def _unseal(self) -> None:
         self.control["checksum"] = 0  # first: a reader must not find it beside other bytes

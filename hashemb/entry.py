@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 
 from hashemb import _arguments as arguments
@@ -160,7 +161,20 @@ def open(
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
-    return EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
+    table = EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
+    try:
+        applying = _directory.read_history(path).applying
+        if applying:
+            warnings.warn(
+                f"{path}: delta {applying} has been applied in part, or is being applied: rows from before and after "
+                "it stand side by side; if it was interrupted, apply it again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    except BaseException:
+        table.close()
+        raise
+    return table
 
 
 def info(path: str | os.PathLike[str]) -> TableInfo:

@@ -25,7 +25,7 @@ MAX_POINTS = 1000  # kept in a table's history; a delta cannot start from an old
 # ---- JSON that carries its own checksum ----
 
 
-def load_checked(data: bytes, filename: str) -> dict[str, Any]:
+def load_checked(data: bytes, filename: str, latest: int = LINEAGE_FORMAT) -> dict[str, Any]:
     """The inverse of `dump_checked`; any other bytes are a `CorruptTableError`, a larger format a `FormatError`."""
     try:
         content = json.loads(data)
@@ -36,8 +36,8 @@ def load_checked(data: bytes, filename: str) -> dict[str, Any]:
         ) from None
     if data != dump_checked(content):
         raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
-    if not isinstance(content.get("format"), int) or content["format"] > LINEAGE_FORMAT:
-        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {LINEAGE_FORMAT}")
+    if not isinstance(content.get("format"), int) or content["format"] > latest:
+        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {latest}")
     return content  # type: ignore[no-any-return]
 
 
@@ -74,10 +74,15 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class History:
-    """The points in a table's past, oldest first; `applying` is the id of a delta that is being applied to it."""
+    """The points in a table's past, oldest first.
+
+    `applying` is the id of a delta that is being applied to the table; `source` that of the table whose points these
+    are, where it is another (a replica made by hand).
+    """
 
     points: tuple[Point, ...] = ()
     applying: str | None = None
+    source: str | None = None
 
     @property
     def last(self) -> Point | None:
@@ -90,20 +95,22 @@ class History:
         return self.points[-1].sequence + 1 if self.points else 0
 
     def append(self, point: Point) -> History:
-        return History((*self.points, point)[-MAX_POINTS:])
+        return replace(self, points=(*self.points, point)[-MAX_POINTS:], applying=None)
 
     def while_applying(self, id: str) -> History:
         return replace(self, applying=id)
 
     def encode(self) -> bytes:
-        content = {"format": LINEAGE_FORMAT, "applying": self.applying, "points": [asdict(p) for p in self.points]}
-        return dump_checked(content)
+        points = [asdict(point) for point in self.points]
+        return dump_checked(
+            {"format": LINEAGE_FORMAT, "applying": self.applying, "source": self.source, "points": points}
+        )
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> History:
         content = load_checked(data, filename)
         try:
-            return cls(tuple(Point(**point) for point in content["points"]), content["applying"])
+            return cls(tuple(Point(**point) for point in content["points"]), content["applying"], content["source"])
         except (KeyError, TypeError) as error:
             raise FormatError(f"{filename}: this version cannot read the history: {error!r}") from None
 

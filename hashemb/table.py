@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from hashemb import _arguments as arguments
 from hashemb import _core, _directory, _format, _storage
+from hashemb._delta_file import DeltaInfo, DeltaReader
+from hashemb.delta import Since, apply_to, export_to
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL
@@ -293,6 +295,63 @@ class EmbeddingTable:
         """
         _, files = self._writable()
         return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)
+
+    def export_delta(
+        self,
+        since: Since,
+        path: str | os.PathLike[str],
+        *,
+        state: bool = False,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> DeltaInfo:
+        """Writes what changed since a point in time to one file, for `hashemb.apply_delta`; writers go on meanwhile.
+
+        Parameters
+        ----------
+        since : None, str, path-like, SnapshotInfo or DeltaInfo
+            A snapshot or delta of this table (or of the table this is a replica of), or the path of one. None:
+            everything ever written, the beginning of a chain.
+        path : str or path-like
+            File to create; by custom ``*.delta``, which `hashemb.follow` looks for.
+        state : bool
+            The optimiser's state too, to train on with. Default: what look-ups need.
+        dtype : {"float32", "float16", "bfloat16"}, optional
+            Of the weights in the file, rounded to nearest even. Default: the table's.
+        progress : callable, optional
+            Called with blocks packed so far and in all.
+
+        Returns
+        -------
+        DeltaInfo
+
+        Raises
+        ------
+        ValueError
+            `since` is not in the table's history, `state` with another dtype, or a weight too large for `dtype`.
+        FileExistsError, FileNotFoundError
+            There is something at `path`, or its directory does not exist.
+        NoSpaceError, OSError
+            It could not be written; nothing is left at `path`.
+        DeltaError
+            The table itself has a delta applied in part.
+        ReadOnlyTableError, ClosedTableError
+
+        Notes
+        -----
+        A point in time, as `snapshot`: no batch is half in it. Holds whole blocks, about 4096 bytes of weights each;
+        reads and writes each changed block twice, through files beside `path`. The file appears complete and
+        synced, or not at all.
+        """
+        _, files = self._writable()
+        where = arguments.path_string(path)
+        return export_to(files, since, where, state=state, dtype=dtype, progress=progress)
+
+    def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
+        """See `hashemb.apply_delta`; the delta has been checked."""
+        with self._lock():
+            _, files = self._writable()
+            return apply_to(files, delta, progress)
 
     # -- life --
 

@@ -35,6 +35,21 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_blocks": {"errors", "_format", "_directory", "_core"},
     "_storage": {"errors", "lineage", "_format", "_directory", "_mapping", "_huge_pages", "_core"},
     "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_storage", "_core"},
+    "_half": {"_format"},
+    "_delta_file": {"errors", "lineage", "_format", "_directory", "_blocks"},
+    "delta": {
+        "errors",
+        "optim",
+        "lineage",
+        "_format",
+        "_half",
+        "_directory",
+        "_blocks",
+        "_storage",
+        "_delta_file",
+        "snapshot",
+        "_core",
+    },
     "table": {
         "errors",
         "optim",
@@ -48,7 +63,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "_delta_file",
+        "delta",
     },
+    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
     "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
     "__init__": {
         "errors",
@@ -61,13 +79,19 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "delta",
         "table",
         "entry",
+        "replica",
         "reference",
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"}
+STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"} | {
+    "_delta_file",
+    "delta",
+    "replica",
+}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -240,8 +240,9 @@ class DeltaReader:
 
     def numbers(self) -> Iterator[_blocks.Numbers]:
         """The numbers of the blocks, ascending, in groups that are worked on together."""
-        for first in range(0, self.info.num_blocks, _blocks.GROUP_BLOCKS):
-            count = min(_blocks.GROUP_BLOCKS, self.info.num_blocks - first)
+        per_group = _blocks.blocks_per_group(self.info.table)
+        for first in range(0, self.info.num_blocks, per_group):
+            count = min(per_group, self.info.num_blocks - first)
             yield np.frombuffer(self._read(8 * first, 8 * count), "<i8")
 
     def groups(self) -> Iterator[Group]:

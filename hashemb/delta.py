@@ -159,7 +159,7 @@ def _count(blocks_fd: int, meta: TableMeta) -> int:
 def _saved_groups(fds: dict[str, int], meta: TableMeta, names: list[str], dtype: str) -> Iterator[Group]:
     """The saved blocks, their weights as the delta stores them."""
     for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
-        for numbers in _blocks.groups(np.flatnonzero(epochs) + first):
+        for numbers in _blocks.groups(meta, np.flatnonzero(epochs) + first):
             data = {name: _blocks.read_blocks(fds[name], meta, meta.files[name], numbers) for name in names}
             weight = convert_rows(_rows(data["weight"], meta.files["weight"]), meta.dtype, dtype)
             data["weight"] = weight.view(np.uint8).reshape(numbers.size, -1)

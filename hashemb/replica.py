@@ -212,7 +212,8 @@ def _source(path: str, found: _Directory) -> tuple[str | None, History]:
         meta = read_meta(path)
     else:
         history, meta = History(), None
-    sources = sorted({info.table.id for info in found.deltas.values() if info.parent is None})
+    infos = found.deltas.values()
+    sources = sorted({info.table.id for info in infos if info.parent is None} or {info.table.id for info in infos})
     if meta and meta.id in sources:
         return meta.id, history
     if len(sources) > 1:

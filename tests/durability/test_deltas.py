@@ -40,7 +40,8 @@ def test_a_replica_reads_as_its_source(tmp_path: Path, optimizer: Any, dtype: st
         hashemb.create(tmp_path / "r", **serving(source)) as replica,
     ):
         infos = chain(source, tmp_path, 3)
-        assert [(info.sequence, info.parent_sequence, info.step) for info in infos] == [(0, -1, 3), (1, 0, 6), (2, 1, 9)]
+        places = [(info.sequence, info.parent_sequence, info.step) for info in infos]
+        assert places == [(0, -1, 3), (1, 0, 6), (2, 1, 9)]
         assert infos[2].parent == infos[1].id
         for file, info in zip(files_of(tmp_path, 3), infos, strict=True):
             assert hashemb.apply_delta(replica, file) == info == hashemb.delta_info(file)
@@ -141,7 +142,7 @@ def test_from_a_snapshot_and_on_its_copy(tmp_path: Path) -> None:
 
 
 def test_a_replica_hands_deltas_on(tmp_path: Path) -> None:
-    """Source -> replica -> replica of the replica; the last takes deltas of either. Blocks newer than a point stay so."""
+    """Source -> replica -> replica of the replica. Blocks that are newer than a point stay so on the way."""
     tables = [hashemb.create(tmp_path / name, **OPTIONS) for name in ("s", "r", "t")]
     source, middle, last = tables
     infos = chain(source, tmp_path, 2)

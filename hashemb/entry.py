@@ -11,6 +11,7 @@ from hashemb import _directory, _format
 from hashemb.init import Initializer
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import Optimizer
+from hashemb.snapshot import interrupted_delta
 from hashemb.table import EmbeddingTable, Isolation, Mode
 
 __all__ = ["TableInfo", "create", "info", "open"]
@@ -163,11 +164,11 @@ def open(
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
     table = EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
     try:
-        applying = _directory.read_history(path).applying
+        applying = interrupted_delta(path)
         if applying:
             warnings.warn(
-                f"{path}: delta {applying} has been applied in part, or is being applied: rows from before and after "
-                "it stand side by side; if it was interrupted, apply it again",
+                f"{path}: delta {applying} was applied in part, as whoever applied it was interrupted: rows from "
+                "before and after it stand side by side; apply it again",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -42,7 +42,15 @@ from hashemb._storage import TableFiles
 from hashemb.errors import DeltaError
 from hashemb.lineage import History, SnapshotInfo, check_extra, new_id
 
-__all__ = ["Progress", "SavedPoint", "one_at_a_time", "save_point", "take_snapshot", "whole_history"]
+__all__ = [
+    "Progress",
+    "SavedPoint",
+    "interrupted_delta",
+    "one_at_a_time",
+    "save_point",
+    "take_snapshot",
+    "whole_history",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -84,6 +92,18 @@ def whole_history(files: TableFiles) -> History:
             "interrupted",
         )
     return history
+
+
+def interrupted_delta(path: str) -> str | None:
+    """Id of a delta that was applied to the table in part, and that nobody is applying now."""
+    if not read_history(path).applying:
+        return None
+    fd = os.open(os.path.join(path, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        alone = _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
+        return read_history(path).applying if alone else None
+    finally:
+        os.close(fd)
 
 
 def take_snapshot(

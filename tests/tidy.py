@@ -69,7 +69,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "delta",
     },
     "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
     "__init__": {
         "errors",
         "optim",

@@ -96,7 +96,7 @@ def test_an_apply_that_was_killed_is_completed_by_another(tmp_path: Path, where:
 def _half_applied_table_behaves(tmp_path: Path, files: list[Path]) -> None:
     info = hashemb.delta_info(files[1])
     for mode in ("r", "r+"):
-        with pytest.warns(RuntimeWarning, match=f"delta {info.id} has been applied in part"):
+        with pytest.warns(RuntimeWarning, match=f"delta {info.id} was applied in part"):
             hashemb.open(tmp_path / "r", mode).close()
     for file in (files[0], files[2]):
         with pytest.raises(DeltaError, match=f"{info.id} was applied in part") as caught:
@@ -178,6 +178,22 @@ def test_a_failed_apply_leaves_a_note_and_an_open_gate(tmp_path: Path, monkeypat
         hashemb.apply_delta(replica, tmp_path / "0.delta")
         assert_same(contents(replica, state=False), contents(source, state=False))
         replica.update([1], np.ones((1, 5), np.float32))
+
+
+def test_a_table_opened_while_a_delta_is_applied_gives_no_warning(tmp_path: Path) -> None:
+    with hashemb.create(tmp_path / "s", **OPTIONS) as source, hashemb.create(tmp_path / "r", **OPTIONS) as replica:
+        chain(source, tmp_path, 1)
+        opened = []
+
+        def look(done: int, total: int) -> None:
+            assert _directory.read_history(replica.path).applying
+            opened.append(hashemb.open(tmp_path / "r", "r"))
+
+        hashemb.apply_delta(replica, tmp_path / "0.delta", progress=look)
+        assert opened
+        for table in opened:
+            np.testing.assert_array_equal(table.lookup([1, 2, 3]), source.lookup([1, 2, 3]))
+            table.close()
 
 
 # ---- beside writers ----

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from delta_chains import EVERY_KEY, OPTIONS, assert_same, chain, contents, train
 
 import hashemb
+from hashemb.cli import main
 from hashemb.errors import DeltaError
 
 COUNT = 6
@@ -259,14 +261,15 @@ def test_readers_see_it_without_reopening(tmp_path: Path, source: hashemb.Embedd
 # ---- the command line ----
 
 
-def hashemb_command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hashemb", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_commands(tmp_path: Path) -> None:
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """snapshot, delta and follow on the directory of a table; a second follow has nothing to say but where it is."""
     pytest.importorskip("typer")
+
+    def hashemb_command(*arguments: Any) -> Any:
+        status = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
     (tmp_path / "inbox").mkdir()
     with hashemb.create(tmp_path / "s", **OPTIONS) as table:
         train(table, 0)

@@ -29,6 +29,7 @@ from hashemb._directory import (
     read_history,
     read_meta,
     remove_if_there,
+    remove_leftovers,
     space_errors,
 )
 from hashemb._format import (
@@ -84,7 +85,7 @@ class TableFiles:
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
-        self._dirty = self._joined = False
+        self._dirty = self._joined = self.asks_for_huge_pages = False
         self._target: SaveTarget | None = None
         after_fork_in_child(self)
         try:
@@ -149,6 +150,7 @@ class TableFiles:
         specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
         on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self._fds["weight"])
         if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
+            self.asks_for_huge_pages = bool(specs)
             for name, spec in specs.items():
                 _huge_pages.advise(self._address(name), spec.file_bytes)
         if on_tmpfs:
@@ -204,6 +206,7 @@ class TableFiles:
             # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a delta
             # only that delta's blocks can be, and it will be applied again.
             remove_if_there(os.path.join(self.path, "history.json"))
+        remove_leftovers(self.path, SAVING_FILE)
         self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
@@ -262,12 +265,15 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
-        for name, spec in self.meta.row_files.items():
-            self._reserve_array(name, blocks, self.block_bytes(spec))
-        self._reserve_array("blocks", blocks, 4)
+        new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
+        if new.size:
+            for name, spec in self.meta.row_files.items():
+                self._reserve_array(name, new, self.block_bytes(spec))
+            self._reserve_array("blocks", new, 4)
         self._mark(blocks)
-        for extents in self._extents.values():
-            extents.collapse_written(blocks)
+        if new.size:
+            for extents in self._extents.values():
+                extents.collapse_written(new)
 
     def _mark(self, blocks: Array) -> None:
         epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]
@@ -291,6 +297,8 @@ class TableFiles:
         try:
             if self._target is None or self._target.until != until:
                 wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
+                if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
+                    return None
                 self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
             return self._target.saving
         except OSError as error:

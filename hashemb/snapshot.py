@@ -160,9 +160,10 @@ def save_point(
     The caller has the table to itself (`one_at_a_time`) by `lock`. blocks.npy there says which blocks are saved, and
     their epochs. Not synced.
     """
-    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since}
-    announcement = os.path.join(files.path, SAVING_FILE)
     control, bits = files.control, os.path.join(directory, BITS_FILE)
+    until = int(control["epoch"][0])  # which a writer tells it by from what a killed one before it wanted
+    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
+    announcement = os.path.join(files.path, SAVING_FILE)
     write_file(bits, b"", bits_bytes(files.meta), sync=False)
     replace_file(announcement, json.dumps(wanted).encode())
     try:
@@ -203,9 +204,9 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
     per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
     chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
     num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
-    for done, chunk in enumerate(chunks):
+    for done, chunk in enumerate(reversed(chunks)):  # downwards: see csrc/save.c
         first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
-        for stripe in range(first, last, _STRIPES_PER_CALL):
+        for stripe in reversed(range(first, last, _STRIPES_PER_CALL)):
             saving.copy_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
         if progress:
             progress(done + 1, len(chunks))

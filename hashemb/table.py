@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _arguments as arguments
-from hashemb import _core, _directory, _format, _storage
+from hashemb import _core, _directory, _storage
+from hashemb._binding import bind_core
 from hashemb._delta_file import DeltaInfo, DeltaReader
 from hashemb.delta import Since, apply_to, export_to
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
@@ -28,10 +29,6 @@ __all__ = ["EmbeddingTable"]
 Mode = Literal["r", "r+"]
 Isolation = Literal["hogwild", "exact"]
 Floats = npt.NDArray[np.float32]
-
-_DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-_OPTIMIZER_CODES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "ftrl": 3}
-_INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
 
 
 class EmbeddingTable:
@@ -66,7 +63,7 @@ class EmbeddingTable:
         self.optimizer, self.init = meta.optimizer, meta.init
         self._meta = meta
         self._files: _storage.TableFiles | None = files
-        self._core: _core.Core | None = _bind_core(files)
+        self._core: _core.Core | None = bind_core(files)
         self._update_lock, self._pid = threading.Lock(), os.getpid()
         self._finalizer = weakref.finalize(self, files.close)
         if files.recovered == "rebooted":
@@ -136,6 +133,38 @@ class EmbeddingTable:
         result = np.empty(shape, np.int64)
         core.rows(array, result)
         return result
+
+    def prefetch(self, keys: Any) -> None:
+        """Starts to bring rows into memory, and returns at once: for the next batch, before work on this one.
+
+        Parameters
+        ----------
+        keys : array_like of int, any shape and integer dtype
+            As for `lookup`.
+
+        Raises
+        ------
+        TypeError, ClosedTableError
+
+        Notes
+        -----
+        For a table larger than memory; where the rows are in memory already it changes nothing. Of a table open for
+        writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
+        (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
+        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask
+        for their own pages without this (docs/performance.md). In a table with huge pages, what this reads stays small.
+
+        Examples
+        --------
+        >>> import hashemb, tempfile
+        >>> table = hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=1000, embedding_dim=4)
+        >>> batches = [[1, 2, 3], [4, 5, 6]]
+        >>> for batch, following in zip(batches, [*batches[1:], []]):
+        ...     table.prefetch(following)
+        ...     vectors = table.lookup(batch)
+        >>> table.close()
+        """
+        self._open_core().prefetch(arguments.keys_array(keys), self.mode == "r+")
 
     # -- writing --
 
@@ -417,33 +446,3 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _bind_core(files: _storage.TableFiles) -> _core.Core:
-    meta, arrays = files.meta, files.arrays
-    states = [arrays[name] for name in meta.optimizer.state_files]
-    width = getattr(meta.init, "scale", getattr(meta.init, "std", 0.0))
-    scalars = {
-        "dtype": _DTYPE_CODES[meta.dtype],
-        "optimizer": _OPTIMIZER_CODES[meta.optimizer.kind],
-        "init": _INIT_CODES[meta.init.kind],
-        "block_shift": meta.block_rows.bit_length() - 1,
-        "init_scale": width / math.sqrt(meta.num_hashes),
-        "init_key": _format.init_key(meta.seed),
-        "rounding_key": _format.rounding_key(meta.seed),
-        "salts": _format.salts(meta.seed, meta.num_hashes),
-        "eps": getattr(meta.optimizer, "eps", 0.0),
-        "initial_accumulator": getattr(meta.optimizer, "initial_accumulator_value", 0.0),
-        "beta": getattr(meta.optimizer, "beta", 0.0),
-        "l1": getattr(meta.optimizer, "l1", 0.0),
-        "l2": getattr(meta.optimizer, "l2", 0.0),
-        "weight_decay": meta.optimizer.weight_decay,
-    }
-    bound = {
-        "weight": arrays["weight"],
-        "blocks": arrays["blocks"],
-        "control": arrays["control"],
-        "states": states,
-        "paid": arrays.get("paid"),
-    }
-    return _core.Core(bound, scalars)

@@ -37,6 +37,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_saving": {"_format", "_locks", "_core"},
     "_storage": {"errors", "lineage", "_format", "_directory", "_locks", "_mapping", "_huge_pages", "_saving", "_core"},
     "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
+    "_binding": {"_format", "_storage", "_core"},
     "_half": {"_format"},
     "_delta_file": {"errors", "lineage", "_format", "_directory", "_blocks"},
     "delta": {
@@ -65,6 +66,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "_binding",
         "_delta_file",
         "delta",
     },

@@ -1,14 +1,15 @@
 /* Copy before first write: what a table held at a point in time is brought to the files of a snapshot, although writers go
  * on.
  *
- * The owner of the snapshot copies blocks, stripe by stripe, under the stripe's byte-range lock. A writer who comes first
+ * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer who comes first
  * does not copy the block: of each row that it is about to change it appends the old content to a log, once, as a bit per
  * row says (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are being changed is
  * copied with them; the log has what they were, and the owner puts it back when all is copied.
  *
  * It holds that a row is changed only after a writer has seen its bit set, and that bits are set under the lock, after the
  * old content is in the log or in the copy. Whoever dies in between leaves rows without a bit and unchanged: they are
- * saved again. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when it
+ * saved again. Nobody locks more than a stripe of blocks or so at a time, and the owner goes downwards where writers go
+ * upwards: they meet once, and nobody waits for a range that others keep stepping into. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when it
  * is marked. The files are written by system calls: a full disk is an errno, not a signal. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -86,34 +87,37 @@ static int reserve_bits(const he_saving *s, int64_t stripe) {
 
 static int wanted(const he_saving *s, uint32_t epoch) { return epoch > s->since && epoch <= s->until; }
 
-/* The epochs that the target has for a stripe; how many, in *count. */
-static int read_epochs(const he_saving *s, int64_t stripe, uint32_t *epochs, int64_t *count) {
-    const int64_t first = stripe * HE_STRIPE_BLOCKS;
-    *count = HE_MIN(HE_STRIPE_BLOCKS, s->num_blocks - first);
-    return read_all(s->target_blocks_fd, (char *)epochs, *count * 4, s->data_offset + first * 4);
+/* The epochs that the target has for blocks [begin, end). */
+static int read_epochs(const he_saving *s, int64_t begin, int64_t end, uint32_t *epochs) {
+    return read_all(s->target_blocks_fd, (char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
 }
 
-static int write_epochs(const he_saving *s, int64_t stripe, const uint32_t *epochs, int64_t count) {
-    return write_all(s->target_blocks_fd, (const char *)epochs, count * 4, s->data_offset + stripe * HE_STRIPE_BLOCKS * 4);
+static int write_epochs(const he_saving *s, int64_t begin, int64_t end, const uint32_t *epochs) {
+    return write_all(s->target_blocks_fd, (const char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
 }
 
-/* The epochs of a stripe's wanted blocks, before a writer marks them as its own; other blocks need nothing saved. */
-static int save_epochs(const he_saving *s, int64_t stripe, const uint64_t *blocks, int64_t n) {
+static void lock_blocks(const he_saving *s, int kind, int64_t begin, int64_t end) {
+    he_lock_surely(s->lock_fd, kind, HE_LOCK_BLOCKS + begin, end - begin);
+}
+
+/* The epochs of wanted blocks of one stripe, before a writer marks them as its own; others need nothing saved. */
+static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
     uint32_t epochs[HE_STRIPE_BLOCKS];
-    int64_t count, changed = 0;
-    int error = reserve_bits(s, stripe);
-    if (!error) error = read_epochs(s, stripe, epochs, &count);
+    const int64_t begin = (int64_t)blocks[0], end = (int64_t)blocks[n - 1] + 1;
+    int64_t changed = 0;
+    int error = reserve_bits(s, begin / HE_STRIPE_BLOCKS);
+    if (!error) error = read_epochs(s, begin, end, epochs);
     for (int64_t i = 0; i < n && !error; i++) {
-        uint32_t *saved = &epochs[blocks[i] - (uint64_t)(stripe * HE_STRIPE_BLOCKS)], epoch = s->blocks[blocks[i]];
+        uint32_t *saved = &epochs[blocks[i] - blocks[0]], epoch = s->blocks[blocks[i]];
         if (epoch > s->until || *saved) continue;
-        if (!wanted(s, epoch)) {
+        if (wanted(s, epoch)) {
+            *saved = epoch;
+            changed++;
+        } else {
             set_block(s, (int64_t)blocks[i]);
-            continue;
         }
-        *saved = epoch;
-        changed++;
     }
-    return error || !changed ? error : write_epochs(s, stripe, epochs, count);
+    return error || !changed ? error : write_epochs(s, begin, end, epochs);
 }
 
 static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
@@ -128,18 +132,18 @@ int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, 
     int error = 0;
     for (int64_t i = 0, end; i < n; i = end) {
         end = s ? end_of_stripe(blocks, n, i) : n;
-        const int64_t stripe = (int64_t)(blocks[i] / HE_STRIPE_BLOCKS);
-        if (s) he_lock_surely(s->lock_fd, F_WRLCK, HE_LOCK_STRIPES + stripe, 1);
-        if (s && !error) error = save_epochs(s, stripe, blocks + i, end - i);
+        const int64_t first = (int64_t)blocks[i], last = (int64_t)blocks[end - 1];
+        if (s) lock_blocks(s, F_WRLCK, first, last + 1);
+        if (s && !error) error = save_epochs(s, blocks + i, end - i);
         for (int64_t j = i; j < end; j++) __atomic_store_n(&marks[blocks[j]], epoch, __ATOMIC_RELEASE);
-        if (s) he_lock_surely(s->lock_fd, F_UNLCK, HE_LOCK_STRIPES + stripe, 1);
+        if (s) lock_blocks(s, F_UNLCK, first, last + 1);
     }
     return error;
 }
 
 /* ---- rows ---- */
 
-/* Appends rows whose bit is not set to the log, then sets their bits; the caller holds the lock of their stripes. */
+/* Appends rows whose bit is not set to the log, then sets their bits; the caller holds the lock of their blocks. */
 static int log_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
     char *at = s->buffer;
     for (int64_t i = 0; i < n; i++) {
@@ -166,62 +170,73 @@ static void prefetch_row(const he_saving *s, uint64_t row) {
         he_prefetch_range(s->data[f] + row * (uint64_t)s->row_bytes[f], s->row_bytes[f], HE_NEAR);
 }
 
+/* Takes from `rows`, at *i on, those that are not saved: a group, whose blocks are no further apart than a stripe. */
+static int64_t take_group(const he_saving *s, const uint64_t *rows, int64_t n, int64_t *i, uint64_t *group, int64_t *low,
+                          int64_t *high) {
+    int64_t count = 0;
+    *low = *high = 0;
+    for (; *i < n && count < HE_ROWS_PER_LOG; ++*i) {
+        const uint64_t row = rows[*i];
+        if (*i + 16 < n) he_prefetch(&s->bits[rows[*i + 16] / 64], HE_NEAR);
+        if (is_saved(s, row)) continue;
+        const int64_t block = (int64_t)(row >> s->block_shift);
+        const int64_t lower = count ? HE_MIN(*low, block) : block, upper = count ? HE_MAX(*high, block) : block;
+        if (upper - lower >= HE_STRIPE_BLOCKS) break;
+        prefetch_row(s, row);
+        group[count++] = row;
+        *low = lower;
+        *high = upper;
+    }
+    return count;
+}
+
 /* Saves those of the rows, which a writer is about to change, that are not saved yet. Returns 0 or an errno. */
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
-    const int stripe_shift = s->block_shift + 10;
     uint64_t group[HE_ROWS_PER_LOG];
-    _Static_assert(HE_STRIPE_BLOCKS == 1 << 10, "stripe_shift");
-    for (int64_t i = 0; i < n;) {
-        uint64_t low = UINT64_MAX, high = 0;
-        int64_t m = 0;
-        for (; i < n && m < HE_ROWS_PER_LOG; i++) {
-            if (i + 16 < n) he_prefetch(&s->bits[rows[i + 16] / 64], HE_NEAR);
-            if (is_saved(s, rows[i])) continue;
-            prefetch_row(s, rows[i]);
-            group[m++] = rows[i];
-            low = HE_MIN(low, rows[i] >> stripe_shift);
-            high = HE_MAX(high, rows[i] >> stripe_shift);
-        }
-        if (!m) continue;
-        he_lock_surely(s->lock_fd, F_WRLCK, HE_LOCK_STRIPES + (int64_t)low, (int64_t)(high - low) + 1);
-        int error = log_rows(s, group, m);
-        he_lock_surely(s->lock_fd, F_UNLCK, HE_LOCK_STRIPES + (int64_t)low, (int64_t)(high - low) + 1);
-        if (error) return error;
+    int64_t low, high;
+    int error = 0;
+    for (int64_t i = 0; i < n && !error;) {
+        const int64_t count = take_group(s, rows, n, &i, group, &low, &high);
+        if (!count) break;
+        lock_blocks(s, F_WRLCK, low, high + 1);
+        error = log_rows(s, group, count);
+        lock_blocks(s, F_UNLCK, low, high + 1);
     }
-    return 0;
+    return error;
 }
 
 /* ---- the owner of the snapshot ---- */
 
-/* Copies the wanted blocks of one stripe; neighbours are written together. */
-static int copy_stripe(const he_saving *s, int64_t stripe) {
-    uint32_t epochs[HE_STRIPE_BLOCKS];
-    const int64_t first = stripe * HE_STRIPE_BLOCKS;
-    int64_t count, copied = 0;
-    int error = read_epochs(s, stripe, epochs, &count);
-    for (int64_t i = 0, end; i < count && !error; i = end + 1) {
-        for (end = i; end < count; end++) {
-            const uint32_t epoch = __atomic_load_n(&s->blocks[first + end], __ATOMIC_ACQUIRE);
-            if (!epochs[end] && !wanted(s, epoch)) break;
-            if (!epochs[end]) epochs[end] = epoch; /* else a writer has marked the block, and saved its epoch */
+/* Copies the wanted of the blocks [begin, end); neighbours are written together. */
+static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
+    uint32_t epochs[HE_BLOCKS_PER_COPY];
+    int64_t copied = 0, count = end - begin;
+    int error = read_epochs(s, begin, end, epochs);
+    for (int64_t i = 0, stop; i < count && !error; i = stop + 1) {
+        for (stop = i; stop < count; stop++) {
+            const uint32_t epoch = __atomic_load_n(&s->blocks[begin + stop], __ATOMIC_ACQUIRE);
+            if (!epochs[stop] && !wanted(s, epoch)) break;
+            if (!epochs[stop]) epochs[stop] = epoch; /* else a writer has marked the block, and saved its epoch */
         }
-        if (i == end) continue;
-        if (!copied) error = reserve_bits(s, stripe);
-        if (!error) error = copy_run(s, first + i, first + end);
-        copied += end - i;
+        if (i < stop) error = copy_run(s, begin + i, begin + stop);
+        copied += stop - i;
     }
-    if (!error && copied) error = write_epochs(s, stripe, epochs, count);
+    if (!error && copied) error = reserve_bits(s, begin / HE_STRIPE_BLOCKS);
+    if (!error && copied) error = write_epochs(s, begin, end, epochs);
     for (int64_t i = 0; i < count && !error && copied; i++)
-        if (epochs[i]) set_block(s, first + i);
+        if (epochs[i]) set_block(s, begin + i);
     return error;
 }
 
+/* Copies the wanted blocks of stripes [begin, end), from the last down. */
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) {
+    const int64_t first = begin * HE_STRIPE_BLOCKS, last = HE_MIN(end * HE_STRIPE_BLOCKS, s->num_blocks);
     int error = 0;
-    for (int64_t stripe = begin; stripe < end && !error; stripe++) {
-        he_lock_surely(s->lock_fd, F_WRLCK, HE_LOCK_STRIPES + stripe, 1);
-        error = copy_stripe(s, stripe);
-        he_lock_surely(s->lock_fd, F_UNLCK, HE_LOCK_STRIPES + stripe, 1);
+    for (int64_t at = (last - 1) / HE_BLOCKS_PER_COPY * HE_BLOCKS_PER_COPY; at >= first && !error; at -= HE_BLOCKS_PER_COPY) {
+        const int64_t stop = HE_MIN(at + HE_BLOCKS_PER_COPY, last);
+        lock_blocks(s, F_WRLCK, at, stop);
+        error = copy_blocks(s, at, stop);
+        lock_blocks(s, F_UNLCK, at, stop);
     }
     return error;
 }

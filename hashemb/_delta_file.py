@@ -14,14 +14,15 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from hashemb import _blocks
 from hashemb._directory import SMALL_FILE_BYTES, space_errors
-from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta, decode_meta, dump_checked, encode_meta
+from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta, checksum_of, meta_content, meta_of_content
 from hashemb.errors import CorruptTableError, FormatError
-from hashemb.lineage import Point, load_checked
+from hashemb.lineage import Point
 
 __all__ = ["DeltaInfo", "DeltaReader", "Group", "Progress", "write_delta"]
 
@@ -101,17 +102,18 @@ class DeltaInfo:
     def encode(self) -> bytes:
         """The header: magic, length, JSON, zeros up to a multiple of 4096 bytes."""
         content = {"format": DELTA_FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
-        content["table"] = json.loads(encode_meta(self.table))
+        content["table"] = meta_content(self.table)
         content["arrays"] = {n: {"shape": list(s.shape), "dtype": s.dtype} for n, s in self.arrays.items()}
-        text = dump_checked({**content, "data_bytes": self.data_bytes})
+        content["data_bytes"] = self.data_bytes
+        text = json.dumps({**content, "checksum": checksum_of(content)}).encode()
         return _padded(MAGIC + struct.pack("<Q", len(text)) + text)
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> DeltaInfo:
         """The inverse of `encode`; any other bytes are a `CorruptTableError`, a newer format a `FormatError`."""
-        content = load_checked(data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]], filename, DELTA_FORMAT)
+        content = _load(data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]], filename)
         try:
-            table = decode_meta((json.dumps(content["table"], indent=2) + "\n").encode(), filename)
+            table = meta_of_content(content["table"], filename)
             info = cls(**{**{field.name: content[field.name] for field in fields(cls)}, "table": table})
             info.check_values()
             encoded = info.encode()
@@ -131,6 +133,20 @@ class DeltaInfo:
             raise ValueError(f"lr {self.lr!r}, decay total {self.decay_total!r}, created {self.created!r}")
         if min(self.sequence, self.step, self.rows_touched, self.from_epoch) < 0:
             raise ValueError(f"sequence {self.sequence}, step {self.step}, {self.rows_touched} rows")
+
+
+def _load(text: bytes, filename: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        stored = content.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"{filename}: expected JSON with a checksum, found {len(text)} bytes that are not"
+        raise CorruptTableError(message) from None
+    if stored != checksum_of(content):
+        raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
+    if content.get("format") != DELTA_FORMAT:
+        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {DELTA_FORMAT}")
+    return content  # type: ignore[no-any-return]
 
 
 def array_names(info: DeltaInfo) -> list[str]:

@@ -25,7 +25,7 @@ MAX_POINTS = 1000  # kept in a table's history; a delta cannot start from an old
 # ---- JSON that carries its own checksum ----
 
 
-def load_checked(data: bytes, filename: str, latest: int = LINEAGE_FORMAT) -> dict[str, Any]:
+def load_checked(data: bytes, filename: str) -> dict[str, Any]:
     """The inverse of `dump_checked`; any other bytes are a `CorruptTableError`, a larger format a `FormatError`."""
     try:
         content = json.loads(data)
@@ -36,8 +36,8 @@ def load_checked(data: bytes, filename: str, latest: int = LINEAGE_FORMAT) -> di
         ) from None
     if data != dump_checked(content):
         raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
-    if not isinstance(content.get("format"), int) or content["format"] > latest:
-        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {latest}")
+    if not isinstance(content.get("format"), int) or content["format"] > LINEAGE_FORMAT:
+        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {LINEAGE_FORMAT}")
     return content  # type: ignore[no-any-return]
 
 

@@ -160,7 +160,7 @@ def follow(
 
     Notes
     -----
-    A call with nothing to do reads the headers of the files, some 0.1 ms each, and touches nothing. Readers of the
+    A call with nothing to do reads the headers of the files, some 0.3 ms each, and touches nothing. Readers of the
     replica in other processes need not reopen it.
 
     Examples

@@ -126,50 +126,59 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-@contextmanager
-def new_directory(path: str) -> Iterator[str]:
-    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
-
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
-    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
-    """
+def check_free(path: str) -> str:
+    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot."""
     parent = os.path.dirname(os.path.abspath(path))
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
     if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
-    prefix = f".{os.path.basename(path)}."
-    remove_abandoned(parent, prefix)
-    with space_errors(path):
-        place = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    try:
-        with _locked_directory(place) as fd:
-            os.chmod(place, 0o777 & ~_umask())
-            yield place
-            os.fsync(fd)
-            os.rename(place, path)
-            place = path
-            sync_directory(parent)
-    except BaseException:
-        _take_back(place, path)
-        raise
-
-
-def _take_back(place: str, path: str) -> None:
-    """Removes what was made. From `path` it goes in one step: a removal may fail half-way."""
-    if place == path:
-        place = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
-        with suppress(OSError):
-            os.rename(path, place)
-    shutil.rmtree(place, ignore_errors=True)
+        raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
+    return parent
 
 
 @contextmanager
-def _locked_directory(path: str) -> Iterator[int]:
+def new_directory(path: str) -> Iterator[str]:
+    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+
+    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
+    """
+    parent = check_free(path)
+    with building_directory(path) as building:
+        yield building
+        sync_directory(building)
+        os.rename(building, path)
+        try:
+            sync_directory(parent)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(path, building)  # to be removed there: from `path` it goes in one step
+            raise
+
+
+@contextmanager
+def building_directory(path: str) -> Iterator[str]:
+    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
+
+    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
+    """
+    parent, prefix = os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
+    remove_abandoned(parent, prefix)
+    with space_errors(path):
+        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    try:
+        with _locked_directory(building):
+            os.chmod(building, 0o777 & ~_umask())
+            yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[None]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
+        yield
     finally:
         os.close(fd)
 

@@ -26,6 +26,7 @@ from hashemb._directory import (
     disk_bytes,
     read_control,
     read_file,
+    read_history,
     read_meta,
     remove_if_there,
     remove_leftovers,
@@ -41,7 +42,7 @@ from hashemb._format import (
 from hashemb._locks import Lock, after_fork_in_child
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb._saving import SAVING_FILE, SaveTarget
-from hashemb.errors import CorruptTableError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, FormatError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -198,14 +199,23 @@ class TableFiles:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
         control = self.control
         self.recovered = _recovery.how_left(control)
-        if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
-            remove_if_there(os.path.join(self.path, "history.json"))
+        if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
             _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
+            if not self._is_being_applied():
+                # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
+                # delta only that delta's blocks can be, and it will be applied again.
+                remove_if_there(os.path.join(self.path, "history.json"))
         remove_leftovers(self.path, SAVING_FILE)
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
         self._unseal()
+
+    def _is_being_applied(self) -> bool:
+        try:
+            return read_history(self.path).applying is not None
+        except FormatError:  # damaged, and about to be removed
+            return False
 
     def _unseal(self) -> None:
         _recovery.unseal(self.control, self._maps["control"])

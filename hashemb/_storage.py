@@ -265,6 +265,8 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
+        if self.tmpfs_fd() >= 0:  # where reading a hole takes a page too
+            self._reserve_array("blocks", blocks, 4)
         new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
         if new.size:
             for name, spec in self.meta.row_files.items():

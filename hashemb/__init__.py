@@ -6,6 +6,7 @@
 
 from hashemb import errors, reference
 from hashemb._core import get_num_threads, set_num_threads
+from hashemb._report import Problem
 from hashemb._version import __version__
 from hashemb._versions import show_versions
 from hashemb.entry import TableInfo, create, info, open
@@ -13,8 +14,10 @@ from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
+from hashemb.repair import restore
 from hashemb.stats import TableStats
 from hashemb.table import EmbeddingTable
+from hashemb.verify import verify
 
 __all__ = [
     "FTRL",
@@ -22,6 +25,7 @@ __all__ = [
     "Adagrad",
     "EmbeddingTable",
     "Normal",
+    "Problem",
     "RowWiseAdagrad",
     "SnapshotInfo",
     "TableInfo",
@@ -37,6 +41,8 @@ __all__ = [
     "info",
     "open",
     "reference",
+    "restore",
     "set_num_threads",
     "show_versions",
+    "verify",
 ]

@@ -40,7 +40,7 @@ from hashemb._format import (
     seal_control,
 )
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
-from hashemb.errors import CorruptTableError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -225,11 +225,24 @@ class TableFiles:
 
     def _join_writers(self) -> None:
         self._fds["lock"] = fd = self._open("lock")
-        if _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+        is_alone = _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False)
+        if not is_alone:
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+        self._check_in_place(fd)
+        if is_alone:
             self._take_over()
-        _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
         self._unseal()
         self._joined = True
+
+    def _check_in_place(self, lock_fd: int) -> None:
+        """Whoever puts another table in this one's place holds the lock meanwhile: it may come to us only then."""
+        try:
+            found: os.stat_result | None = os.stat(os.path.join(self.path, "lock"))
+        except FileNotFoundError:
+            found = None
+        if found is None or not os.path.samestat(found, os.fstat(lock_fd)):
+            raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
 
     def _take_over(self) -> None:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
@@ -242,6 +255,7 @@ class TableFiles:
         self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
+        control["opened"] = 1
 
     def _unseal(self) -> None:
         self.control["checksum"] = 0  # first: a reader must not find it beside other bytes

@@ -30,7 +30,7 @@ def load_checked(data: bytes, filename: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
         stored = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptTableError(
             f"{filename}: expected JSON with a checksum, found {len(data)} bytes that are not"
         ) from None

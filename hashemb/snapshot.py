@@ -35,7 +35,7 @@ from hashemb._directory import (
     write_file,
     write_history,
 )
-from hashemb._format import CONTROL_DTYPE, TableMeta, seal_control
+from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
 from hashemb._storage import SAVING_FILE, Lock, SaveTarget, TableFiles
 from hashemb.lineage import SnapshotInfo, check_extra, new_id
 
@@ -94,7 +94,7 @@ def take_snapshot(
             extra=extra,
         )
         history = history.append(info.point)
-        finish_table(building, meta, _control_of_copy(point))
+        finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())
         for name in (*meta.files, "checksums"):
@@ -103,11 +103,12 @@ def take_snapshot(
     return info
 
 
-def _control_of_copy(point: SavedPoint) -> bytes:
+def _control_of_copy(point: SavedPoint, id: str) -> bytes:
     data = bytearray(point.control)
     page = np.frombuffer(data, CONTROL_DTYPE)
     page["epoch"] = point.epoch + 1  # what is written from now on is not in the snapshot
     page["saving"] = page["save_failed"] = page["save_errno"] = page["gate_closing"] = 0
+    page["snapshot"], page["opened"] = id_bytes(id), 0
     page["boot_id"] = boot_id().encode()
     return seal_control(bytes(data))
 
@@ -192,7 +193,7 @@ def write_checksums(directory: str, meta: TableMeta) -> tuple[int, str]:
             for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
                 written = np.flatnonzero(epochs)
                 sums = np.zeros((epochs.size, len(meta.row_files)), np.uint64)
-                for part in _blocks.groups(written):
+                for part in _blocks.groups(written, meta):
                     for column, (name, spec) in enumerate(meta.row_files.items()):
                         data = _blocks.read_blocks(fds[name], meta, spec, part + first)
                         sums[part, column] = _blocks.checksums(data)

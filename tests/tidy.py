@@ -49,6 +49,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "hashing",
         "snapshot",
     },
+    "_report": set(),
+    "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"},
+    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_storage", "_core", "_scan", "verify"},
     "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
     "__init__": {
         "errors",
@@ -64,10 +68,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "table",
         "entry",
         "reference",
+        "_report",
+        "verify",
+        "repair",
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"}
+STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot", "_scan"} | {"verify", "repair"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

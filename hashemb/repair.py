@@ -115,7 +115,8 @@ def _checked_snapshot(path: str) -> Check:
     info, page = check.info, check.page
     if info is None or page is None:
         raise ValueError(f"{path} is a table but not a snapshot: it holds no file snapshot.json")
-    if (int(page["step"]), int(page["epoch"])) != (info.step, info.epoch + 1):
+    found = int(page["step"]), int(page["epoch"]), float(page["lr"])
+    if page["opened"] and found != (info.step, info.epoch + 1, info.lr):
         raise ValueError(
             f"{path} has been written since it was taken at step {info.step}: it is at step {page['step']}, a table "
             "like any other; take a snapshot of it to copy it"

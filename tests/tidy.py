@@ -74,7 +74,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot", "_scan"} | {"verify", "repair"}
+STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "_scan"}
+STORAGE_MODULES |= {"snapshot", "verify", "repair"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -313,7 +313,7 @@ def read_history(path: str) -> History:
 
 
 def write_history(path: str, history: History) -> None:
-    replace_file(os.path.join(path, "history.json"), history.encode())
+    replace_file(os.path.join(path, "history.json"), history.of(read_meta(path).id).encode())
 
 
 def read_snapshot_info(path: str) -> SnapshotInfo | None:

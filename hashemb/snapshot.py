@@ -93,7 +93,7 @@ def take_snapshot(
             content_hash=content_hash,
             extra=extra,
         )
-        history = history.append(info.point)
+        history = history.append(info.point).of(meta.id)
         finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())

@@ -251,7 +251,8 @@ class Check:
         self._expect(name, len(ids) == len(points), f"{len(points)} different points", f"{len(ids)}")
         self._expect(name, all(_ID.fullmatch(id) for id in ids), "ids of 32 hexadecimal digits", "others")
         if self.meta is not None and history.table:
-            self._expect(name, history.table == self.meta.id, f"that of table {self.meta.id}", f"that of {history.table}")
+            own, found = self.meta.id, history.table
+            self._expect(name, own == found, f"the history of table {own}", f"that of {found}")
         page = self._raw_page() if self.page is not None else None
         if points and page is not None and self._is_up_to_date(page):
             epoch = int(page["epoch"])

@@ -144,7 +144,7 @@ class Scan:
         if sums is not None:
             _blocks.update_content_hash(self._digest, first, epochs, sums)
         written = np.flatnonzero(epochs)
-        for part in _blocks.groups(written, self._meta):
+        for part in _blocks.groups(self._meta, written):
             for name, column in self._columns.items():
                 if name in self._names:
                     self._check_written(name, numbers[part], epochs[part], None if sums is None else sums[part, column])
@@ -223,7 +223,7 @@ class Scan:
         for low, high in data_extents(self._fds[name], begin, min(begin + epochs.size * size, file_bytes)):
             start, done = max(done, (low - begin) // size), -(-(high - begin) // size)
             idle = np.flatnonzero(epochs[start:done] == 0) + start + first
-            for part in _blocks.groups(idle, self._meta):
+            for part in _blocks.groups(self._meta, idle):
                 self._check_zero(name, part)
 
     def _check_zero(self, name: str, blocks: Numbers) -> None:

@@ -22,8 +22,9 @@ from hashemb import _blocks, _core, _directory
 from hashemb._arguments import path_string
 from hashemb._blocks import Bytes, Numbers
 from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, TableMeta, id_bytes, seal_control
+from hashemb._locks import Lock
+from hashemb._saving import SAVING_FILE
 from hashemb._scan import Progress
-from hashemb._storage import SAVING_FILE, Lock
 from hashemb.errors import CorruptTableError, FormatError, HashembError
 from hashemb.verify import Check
 

@@ -33,8 +33,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "lineage": {"errors", "_format"},
     "_directory": {"errors", "optim", "init", "_format", "lineage"},
     "_blocks": {"errors", "_format", "_directory", "_core"},
-    "_storage": {"errors", "lineage", "_format", "_directory", "_mapping", "_huge_pages", "_core"},
-    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_storage", "_core"},
+    "_locks": set(),
+    "_saving": {"_format", "_locks", "_core"},
+    "_storage": {"errors", "_format", "_directory", "_locks", "_mapping", "_huge_pages", "_saving", "_core"},
+    "snapshot": {"lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
     "table": {
         "errors",
         "optim",
@@ -52,7 +54,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_report": set(),
     "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
     "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"},
-    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_storage", "_core", "_scan", "verify"},
+    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
+    | {"_scan", "verify"},
     "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
     "__init__": {
         "errors",
@@ -74,8 +77,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "_scan"}
-STORAGE_MODULES |= {"snapshot", "verify", "repair"}
+STORAGE_MODULES = {"_directory", "_blocks", "_locks", "_saving", "_storage", "_mapping", "_huge_pages"}
+STORAGE_MODULES |= {"snapshot", "_scan", "verify", "repair"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

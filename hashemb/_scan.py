@@ -10,7 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from hashemb._directory import data_extents
 from hashemb._format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._report import Report
 
+T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
@@ -48,6 +49,21 @@ class Limits:
 
     epoch: int = 2**32 - 1
     decay_total: float = -np.inf
+
+
+class UnreadableError(Exception):
+    """An array file, by name without `.npy`, and what reading it ended with."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        super().__init__(name, error)
+        self.name, self.error = name, error
+
+
+def _guarded(name: str, found: Iterator[T]) -> Iterator[T]:
+    try:
+        yield from found
+    except OSError as error:
+        raise UnreadableError(name, error) from error
 
 
 class Scan:
@@ -97,7 +113,7 @@ class Scan:
         return self._digest.hexdigest()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Raises `OSError` where a file cannot be read to its end."""
+        """Raises `UnreadableError` where a file cannot be read; what sink and progress raise goes through."""
         with _blocks.OpenArrays(self._directory, self._names) as self._fds:
             total, done = self._count_written() if progress else 0, 0
             for chunk in self._chunks():
@@ -106,14 +122,14 @@ class Scan:
                     progress(min(done, total), total)
 
     def _count_written(self) -> int:
-        chunks = _blocks.epoch_chunks(self._fds["blocks"], self._meta.num_blocks)
+        chunks = _guarded("blocks", _blocks.epoch_chunks(self._fds["blocks"], self._meta.num_blocks))
         return sum(int(np.count_nonzero(epochs)) for _, epochs in chunks)
 
     def _chunks(self) -> Iterator[int]:
         """The chunks in which any file has data, ascending."""
         per_file = [
-            _blocks.data_chunk_numbers(self._fds[name], self._unit_bytes(name), self._specs[name].file_bytes)
-            for name in self._names
+            _guarded(name, _blocks.data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
+            for name, fd in self._fds.items()
         ]
         last = -1
         for chunk in heapq.merge(*per_file):
@@ -129,7 +145,10 @@ class Scan:
         return np.dtype(spec.dtype).itemsize * (spec.shape[1] if len(spec.shape) > 1 else 1)
 
     def _read(self, name: str, blocks: Numbers) -> Bytes:
-        return _blocks.read_units(self._fds[name], self._unit_bytes(name), self._specs[name].file_bytes, blocks)
+        try:
+            return _blocks.read_units(self._fds[name], self._unit_bytes(name), self._specs[name].file_bytes, blocks)
+        except OSError as error:
+            raise UnreadableError(name, error) from error
 
     # -- one chunk of blocks --
 
@@ -220,7 +239,8 @@ class Scan:
         """Of these only what is not a hole is read: room made in advance, which is zero too, or damage."""
         size, file_bytes, done = self._unit_bytes(name), self._specs[name].file_bytes, 0
         begin = DATA_OFFSET_BYTES + first * size
-        for low, high in data_extents(self._fds[name], begin, min(begin + epochs.size * size, file_bytes)):
+        extents = data_extents(self._fds[name], begin, min(begin + epochs.size * size, file_bytes))
+        for low, high in _guarded(name, extents):
             start, done = max(done, (low - begin) // size), -(-(high - begin) // size)
             idle = np.flatnonzero(epochs[start:done] == 0) + start + first
             for part in _blocks.groups(self._meta, idle):

@@ -31,7 +31,7 @@ from hashemb._format import (
     page_id,
 )
 from hashemb._report import Problem, Report
-from hashemb._scan import Limits, Progress, Scan, Sink, Vouchers
+from hashemb._scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
 from hashemb.errors import CorruptTableError, HashembError
 from hashemb.lineage import MAX_POINTS, History, SnapshotInfo
 
@@ -286,8 +286,8 @@ class Check:
         scan = Scan(directory, meta, names, self.report, self._limits, vouchers=vouchers, sink=sink)
         try:
             scan.run(progress)
-        except OSError as error:
-            self.report.add_error(os.path.basename(error.filename or "weight.npy"), error)
+        except UnreadableError as unreadable:
+            self.report.add_error(f"{unreadable.name}.npy", unreadable.error)
             return
         if self.was_taken and self.info is not None and vouchers:
             self._check_content(self.info, scan)

@@ -127,7 +127,7 @@ def test_rows_never_written_are_guarded_by_being_zero(made: Path, copied) -> Non
 
 @pytest.mark.slow
 def test_every_single_bit_of_a_snapshot(tmp_path: Path) -> None:
-    """Of a table of one row, all of its files: some 130,000 of them."""
+    """Of a table of one row, all of its files: some 140,000 of them."""
     with hashemb.create(tmp_path / "t", num_embeddings=1, embedding_dim=2, optimizer=hashemb.SGD()) as table:
         table.update([1], np.ones((1, 2), np.float32))
         table.snapshot(tmp_path / "s")

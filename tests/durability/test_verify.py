@@ -336,4 +336,4 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "preadv", fail)
     (line,) = lines(tmp_path / "t")
-    assert line == "weight.npy: expected a file that can be read, found [Errno 5] Input/output error"
+    assert line == "blocks.npy: expected a file that can be read, found [Errno 5] Input/output error"

@@ -80,7 +80,7 @@ def test_the_same_table(tmp_path: Path, dtype: str) -> None:
 
 
 def test_holes_stay_holes(tmp_path: Path) -> None:
-    with hashemb.create(tmp_path / "t", num_embeddings=2**33, embedding_dim=16) as table:
+    with hashemb.create(tmp_path / "t", num_embeddings=2**31, embedding_dim=16) as table:
         train(table, 0)
         table.snapshot(tmp_path / "s")
     calls: list[tuple[int, int]] = []

@@ -273,8 +273,9 @@ class TableFiles:
                 self._reserve_array(name, new, self.block_bytes(spec))
             self._reserve_array("blocks", new, 4)
         self._mark(blocks)
-        for extents in self._extents.values():
-            extents.collapse_written(new)
+        if new.size:
+            for extents in self._extents.values():
+                extents.collapse_written(new)
 
     def _mark(self, blocks: Array) -> None:
         epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]

@@ -201,7 +201,10 @@ class Check:
 
     def _limits(self) -> Limits:
         page = self._raw_page() if self.page is not None else None
-        return Limits() if page is None else Limits(int(page["epoch"]), float(page["decay_total"]))
+        if page is None:
+            return Limits()
+        half_applied = self.history is not None and self.history.applying  # a delta: its rows come before its page
+        return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]))
 
     def _check_page(self, page: Any) -> None:
         """What `read_control` has left to be checked: of use where no check sum covers the page."""

@@ -101,6 +101,13 @@ def replace_file(path: str, data: bytes) -> None:
     sync_directory(os.path.dirname(path))
 
 
+def remove_leftovers(path: str, *names: str) -> None:
+    """Removes these files of a table, and what others were killed at while they replaced one. Alone with the table."""
+    for entry in os.scandir(path):
+        if entry.is_file(follow_symlinks=False) and (entry.name in names or entry.name.endswith(".tmp")):
+            remove_if_there(entry.path)
+
+
 def remove_if_there(path: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)
@@ -327,7 +334,11 @@ def read_snapshot_info(path: str) -> SnapshotInfo | None:
 
 def disk_bytes(path: str) -> int:
     """Bytes that the table's files take up on disk (holes take none)."""
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+    total = 0
+    for entry in os.scandir(path):
+        with suppress(FileNotFoundError):  # a snapshot's announcement comes and goes
+            total += entry.stat().st_blocks * 512 if entry.is_file() else 0
+    return total
 
 
 def data_extents(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -126,9 +126,10 @@ def save_point(
     The caller has the table to itself (`one_at_a_time`) by `lock`. blocks.npy there says which blocks are saved, and
     their epochs. Not synced.
     """
-    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since}
-    announcement = os.path.join(files.path, SAVING_FILE)
     control, bits = files.control, os.path.join(directory, BITS_FILE)
+    until = int(control["epoch"][0])  # which a writer tells it by from what a killed one before it wanted
+    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
+    announcement = os.path.join(files.path, SAVING_FILE)
     write_file(bits, b"", bits_bytes(files.meta), sync=False)
     replace_file(announcement, json.dumps(wanted).encode())
     try:

@@ -90,6 +90,9 @@ def answer(tables: dict[str, hashemb.EmbeddingTable], request: str, path: str, *
         return tables.pop(path).close()
     if request == "maps":
         return mapped_bytes(path, *rest)
+    if request == "read":
+        tables[path].lookup(*rest)
+        return None
     mode, method, args, kwargs = rest
     if path in tables:
         return apply(tables[path], method, args, kwargs)

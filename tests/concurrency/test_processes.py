@@ -8,14 +8,13 @@ import signal
 import subprocess
 import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import in_forked_child, wait_for
 from worker import Worker, mapped_bytes
 
 import hashemb
@@ -197,39 +196,7 @@ def test_a_killed_writer_leaves_a_table_that_works(path: Path) -> None:
         assert table.step == steps + 1
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
-
-
 # ---- fork ----
-
-
-def in_forked_child(work: Callable[[], None], timeout_s: float = 60.0) -> None:
-    """Run `work` in a fork of this process; its exceptions fail the test, and so does a child that hangs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads: ours
-        pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    end = time.monotonic() + timeout_s
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            pytest.fail("the forked child hangs")
-        time.sleep(0.002)
-    assert os.waitstatus_to_exitcode(status) == 0, "the forked child failed: see its traceback"
 
 
 @pytest.mark.usefixtures("restore_threads")

@@ -1,0 +1,146 @@
+"""Writers, readers and makers of snapshots and tables are killed at random moments, round after round on the same two
+tables; after each, every row is in a state that some moment of the killing explains, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chaos import (
+    NUM_WRITERS,
+    TABLES,
+    Actors,
+    Ledger,
+    batch_of,
+    check_own_to_the_bit,
+    counters,
+    create_tables,
+    distinct_keys,
+    what_is_left,
+)
+from processes import wait_for
+
+import hashemb
+
+PATIENCE_S = 60.0
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_chaos(tmp_path: Path, rounds: int) -> None:
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hashemb"])
+    rng = np.random.default_rng(rounds)
+    create_tables(tmp_path)
+    with hashemb.open(tmp_path / "own") as table:
+        keys = distinct_keys(table)
+    killed = {"writer": 0, "reader": 0, "maker": 0}
+    for number in range(rounds):
+        ledgers = [
+            Ledger(i, number, counters(tmp_path / name, keys), hashemb.info(tmp_path / name).step)
+            for i, name in enumerate(TABLES)
+        ]
+        shutil.copytree(tmp_path / "own", tmp_path / "own-before")
+        actors = play(context, tmp_path, number, rng)
+        done = np.array(actors.board.done)
+        for name in actors.killed:
+            killed[name.split()[0]] += 1
+        cut_short = {int(name.split()[1]) for name in actors.killed if name.startswith("writer")}
+        judge(tmp_path, ledgers, keys, done, cut_short)
+        check_own_to_the_bit(tmp_path, number, keys, done[:, 0], cut_short)
+        clean_up(tmp_path)
+    print(f"{rounds} rounds, killed: {killed}")
+    assert all(killed.values())
+
+
+def play(context: Any, root: Path, number: int, rng: np.random.Generator) -> Actors:
+    """One round: everybody at work, some are killed, and the others must get on with it."""
+    actors = Actors(context, root, number, rng)
+    try:
+        wait_for(lambda: bool(actors.failures()) or min(actors.progress().values()) >= 1, PATIENCE_S)
+        names = rng.permutation(sorted(actors.processes))[: rng.integers(1, len(actors.processes) + 1)].tolist()
+        if number % 3 == 0:  # the maker is one of six, and the one in the middle of most
+            names = ["maker", *(name for name in names if name != "maker")]
+        actors.kill(names, rng)
+        before = actors.progress()
+        wait_for(
+            lambda: bool(actors.failures()) or all(n > before[name] + 2 for name, n in actors.progress().items()),
+            PATIENCE_S,
+        )
+        actors.finish(PATIENCE_S)
+        failures = actors.failures()
+        assert not failures, "\n".join(failures)
+    finally:
+        actors.destroy()
+    return actors
+
+
+def judge(root: Path, ledgers: list[Ledger], keys: Any, done: Any, cut_short: set[int]) -> None:
+    """The tables, the snapshots that were finished, and one taken now, which has to be the table to the bit."""
+    for i, name in enumerate(TABLES):
+        ledgers[i].check(root / name, keys, done[:, i], cut_short, is_cut=False)
+        with hashemb.open(root / name, "r+") as table:
+            assert table.recovered in (None, "killed")
+            table.snapshot(root / f"after-{name}")
+            with hashemb.open(root / f"after-{name}") as taken:
+                np.testing.assert_array_equal(taken.weight, table.weight)
+                for state, array in table.state.items():
+                    np.testing.assert_array_equal(taken.state[state], array)
+        for snapshot in sorted(root.glob(f"snapshot-{name}-*")):
+            assert hashemb.info(snapshot).snapshot.extra == {"number": int(snapshot.name.split("-")[-1])}
+            ledgers[i].check(snapshot, keys, done[:, i], cut_short, is_cut=True)
+    for path in root.iterdir():
+        if not path.name.startswith("board") and not path.name.startswith("."):
+            verify(path)
+
+
+def verify(path: Path) -> None:
+    """Everything that lies there under a table's name is a whole one."""
+    with hashemb.open(path) as table:
+        assert np.isfinite(table.weight).all()
+
+
+def clean_up(root: Path) -> None:
+    """What killed makers left has no lock, and goes with the next table of that name, once it is old enough."""
+    for path in (*root.glob("snapshot-*"), *root.glob("new-*"), *root.glob("after-*"), root / "own-before"):
+        shutil.rmtree(path)
+    for name in what_is_left(root):
+        os.utime(root / name, (0, 0))
+        wanted = name[1:].split(".")[0]
+        hashemb.create(root / wanted, num_embeddings=10, embedding_dim=1).close()
+        shutil.rmtree(root / wanted)
+    assert what_is_left(root) == []
+    names = {entry.name for table in TABLES for entry in os.scandir(root / table)}
+    strangers = names - {f"{n}.npy" for n in ("weight", "accumulator", "blocks")}
+    assert strangers == {"meta.json", "control", "lock", "history.json"}
+
+
+# ---- the judge can say no ----
+
+
+@pytest.mark.parametrize("table", range(len(TABLES)))
+def test_canary_a_lost_or_doubled_batch_is_noticed(tmp_path: Path, table: int) -> None:
+    create_tables(tmp_path)
+    shutil.copytree(tmp_path / "own", tmp_path / "own-before")
+    path, done = tmp_path / TABLES[table], np.array([2, 1, 0])
+    with hashemb.open(path, "r+") as opened:
+        keys = distinct_keys(opened)
+        ledger = Ledger(table, 0, counters(path, keys), 0)
+        for writer, number in ((0, 0), (0, 1), (1, 0)):
+            chosen, grads = batch_of(0, writer, number, table)
+            opened.update(keys[chosen], grads)
+    for is_cut in (False, True):
+        ledger.check(path, keys, done, set(), is_cut=is_cut)
+        ledger.check(path, keys, done - [1, 0, 0], {0}, is_cut=is_cut)
+    with pytest.raises(AssertionError, match="no legal state"):
+        ledger.check(path, keys, done - [1, 0, 0], set(), is_cut=False)
+    with pytest.raises(AssertionError, match="no legal state"):
+        ledger.check(path, keys, done + np.array([0, 0, 1]), {0}, is_cut=False)
+    with hashemb.open(path, "r+") as opened:
+        opened.update(keys[:1], np.ones((1, 8), np.float32))
+    with pytest.raises(AssertionError, match=r"no legal state|\("):
+        ledger.check(path, keys, done, set(range(NUM_WRITERS)), is_cut=True)

@@ -40,7 +40,7 @@ def checksum_spec(meta: TableMeta) -> FileSpec:
 def runs(blocks: Numbers) -> Iterator[tuple[int, int, int]]:
     """(position in `blocks`, first block, number of blocks) of each run of neighbours; `blocks` ascending."""
     starts = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
-    ends = np.append(starts[1:], blocks.size)
+    ends = np.append(starts, blocks.size)[1:]
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         yield start, int(blocks[start]), end - start
 
@@ -72,8 +72,16 @@ def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterat
 
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
-        yield from range(first, end)
+    return data_chunk_numbers(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * num_blocks)
+
+
+def data_chunk_numbers(fd: int, block_bytes: int, file_bytes: int) -> Iterator[int]:
+    """The chunks of an array file with `block_bytes` for each block that are not all hole, ascending."""
+    chunk_bytes, done = block_bytes * CHUNK_BLOCKS, -1
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
+        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
+        yield from range(max(first, done + 1), last + 1)
+        done = last
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
@@ -160,12 +168,16 @@ class OpenArrays:
 
 def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> Bytes:
     """The bytes of these blocks (ascending) of a row file, (n, bytes of a block); what the last lacks is 0."""
-    size = block_bytes(meta, spec)
-    out = np.zeros((blocks.size, size), np.uint8)
+    return read_units(fd, block_bytes(meta, spec), spec.file_bytes, blocks)
+
+
+def read_units(fd: int, size: int, file_bytes: int, units: Numbers) -> Bytes:
+    """The same of an array file with `size` bytes for each unit."""
+    out = np.zeros((units.size, size), np.uint8)
     flat = out.reshape(-1).data
-    for position, first, count in runs(blocks):
+    for position, first, count in runs(units):
         at = DATA_OFFSET_BYTES + first * size
-        wanted = min(count * size, spec.file_bytes - at)
+        wanted = min(count * size, file_bytes - at)
         _pread_into(fd, flat[position * size : position * size + wanted], at)
     return out
 

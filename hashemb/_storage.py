@@ -42,7 +42,7 @@ from hashemb._format import (
 from hashemb._locks import Lock, after_fork_in_child
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb._saving import SAVING_FILE, SaveTarget
-from hashemb.errors import CorruptTableError, FormatError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -189,11 +189,24 @@ class TableFiles:
 
     def _join_writers(self) -> None:
         self._fds["lock"] = fd = self._open("lock")
-        if _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+        is_alone = _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False)
+        if not is_alone:
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+        self._check_in_place(fd)
+        if is_alone:
             self._take_over()
-        _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
         self._unseal()
         self._joined = True
+
+    def _check_in_place(self, lock_fd: int) -> None:
+        """Whoever puts another table in this one's place holds the lock meanwhile: it may come to us only then."""
+        try:
+            found: os.stat_result | None = os.stat(os.path.join(self.path, "lock"))
+        except FileNotFoundError:
+            found = None
+        if found is None or not os.path.samestat(found, os.fstat(lock_fd)):
+            raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
 
     def _take_over(self) -> None:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
@@ -207,9 +220,7 @@ class TableFiles:
                 # delta only that delta's blocks can be, and it will be applied again.
                 remove_if_there(os.path.join(self.path, "history.json"))
         remove_leftovers(self.path, SAVING_FILE)
-        control["boot_id"] = boot_id().encode()
-        control["saving"] = control["gate_closing"] = 0
-        self._unseal()
+        self._unseal(boot_id=boot_id().encode(), saving=0, gate_closing=0, opened=1)
 
     def _is_being_applied(self) -> bool:
         try:
@@ -217,8 +228,8 @@ class TableFiles:
         except FormatError:  # damaged, and about to be removed
             return False
 
-    def _unseal(self) -> None:
-        _recovery.unseal(self.control, self._maps["control"])
+    def _unseal(self, **fields: Any) -> None:
+        _recovery.unseal(self.control, self._maps["control"], **fields)
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""

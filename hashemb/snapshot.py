@@ -35,7 +35,7 @@ from hashemb._directory import (
     write_file,
     write_history,
 )
-from hashemb._format import CONTROL_DTYPE, TableMeta, seal_control
+from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
 from hashemb._locks import Lock
 from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
 from hashemb._storage import TableFiles
@@ -130,8 +130,8 @@ def take_snapshot(
             content_hash=content_hash,
             extra=extra,
         )
-        history = history.append(info.point)
-        finish_table(building, meta, _control_of_copy(point))
+        history = history.append(info.point).of(meta.id)
+        finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())
         for name in (*meta.files, "checksums"):
@@ -140,11 +140,12 @@ def take_snapshot(
     return info
 
 
-def _control_of_copy(point: SavedPoint) -> bytes:
+def _control_of_copy(point: SavedPoint, id: str) -> bytes:
     data = bytearray(point.control)
     page = np.frombuffer(data, CONTROL_DTYPE)
     page["epoch"] = point.epoch + 1  # what is written from now on is not in the snapshot
     page["saving"] = page["save_failed"] = page["save_errno"] = page["gate_closing"] = 0
+    page["snapshot"], page["opened"] = id_bytes(id), 0
     page["boot_id"] = boot_id().encode()
     return seal_control(bytes(data))
 

@@ -84,6 +84,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
     "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
+    "_report": set(),
+    "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"},
+    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
+    | {"_scan", "verify"},
     "__init__": {
         "errors",
         "optim",
@@ -100,12 +105,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "entry",
         "replica",
         "reference",
+        "_report",
+        "verify",
+        "repair",
     },
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {
     "_directory", "_blocks", "_locks", "_recovery", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot",
-    "_delta_file", "delta", "replica",
+    "_delta_file", "delta", "replica", "_scan", "verify", "repair",
 }  # fmt: skip
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}

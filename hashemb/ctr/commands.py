@@ -14,7 +14,7 @@ from hashemb.ctr._extras import require
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
 from hashemb.ctr.following import follow_deltas
-from hashemb.ctr.inspection import describe
+from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
@@ -207,6 +207,52 @@ def inspect(
     console = _console()
     for name, value in describe(table, exact=exact):
         say(console, f"{name:<16} {value}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Directory of a table, model or snapshot; or a delta file.")],
+) -> None:
+    """Check a table, snapshot or delta: every check sum and every invariant. Status 1 if something is wrong."""
+    problems = _verify(path)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    say(_console(), f"{path}: nothing is wrong")
+
+
+@app.command()
+def repair(
+    table: Annotated[Path, typer.Argument(help="Directory of the table or model.")],
+    snapshot: Annotated[Path, typer.Option("--from", help="A snapshot of it.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Put a snapshot in the place of a damaged table, which is kept beside it. Does nothing to a table in order."""
+    problems = _verify(table)
+    if not problems:
+        say(_console(), f"{table}: nothing is wrong, nothing to repair")
+        return
+    for problem in problems:
+        print(problem)
+    lost = steps_lost(table, snapshot)
+    if not yes:
+        typer.confirm(f"Put {snapshot} in the place of {table}? {lost}", abort=True)
+    with _counting("restoring") as progress:
+        aside = hashemb.restore(snapshot, table, replace=True, progress=progress)
+    say(_console(), f"{table} is restored. {lost}\nThe damaged table: {aside}")
+
+
+def _verify(path: Path) -> list[hashemb.Problem]:
+    with _counting("verifying") as progress:
+        return hashemb.verify(path, progress=progress)
+
+
+@contextmanager
+def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over blocks whose number is known only when it moves."""
+    with progress_bar(_console(stderr=True), label, 1000, unit_name="blocks") as advance:
+        yield lambda done, total: advance(done * 1000 // max(total, 1), done)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.harness import Result, Settings, Skip, file_system, machine
 
-BENCHES = ["lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv"]
+BENCHES = ["lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv", "sharing"]
 #: Sparse tables, and stores that keep files: these ask the disk too. The others ask the kernels and the memory.
 ON_DISK = {"scale", "kv"}
 DIR_HELP = f"where tables are made; default /dev/shm if 8 GiB are free, for scale and kv {tempfile.gettempdir()}"

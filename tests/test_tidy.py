@@ -24,8 +24,8 @@ BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 # fmt: off
 PUBLIC_NAMES = [
     "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "RowWiseAdagrad", "SnapshotInfo", "TableInfo", "TableStats",
-    "Uniform", "Zeros", "__version__", "create", "errors", "get_num_threads", "hash_fields", "hash_keys", "info", "open",
-    "reference", "set_num_threads", "show_versions",
+    "Uniform", "Zeros", "__version__", "create", "errors", "get_num_threads", "hash_fields", "hash_keys", "info",
+    "open", "reference", "set_num_threads", "show_versions",
 ]
 # fmt: on
 

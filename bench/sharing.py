@@ -153,8 +153,8 @@ def check_snapshot(path: str, info: hashemb.SnapshotInfo) -> None:
 def effect_on(logs: list[Times], called: float, opened: float, returned: float) -> dict[str, float]:
     """How long the writers were held up, and their rates; of the two writers the one that fared worse.
 
-    held_s: what the first batch after the point in time waited at the gate. first_s: what the rest of it took beyond the
-    median before; reserve_s: what of it went into saving blocks. rate_kept: from the call until it returned.
+    held_s: what the first batch after the point in time waited at the gate. first_s: what the rest of it took beyond
+    the median before; reserve_s: what of it went into saving blocks. rate_kept: from the call until it returned.
     """
     held, first, reserve, before, during = [], [], [], 0.0, 0.0
     begin, end, gate, saving = (LOG_FIELDS.index(name) for name in ("begin", "end", "gate_s", "reserve_s"))

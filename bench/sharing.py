@@ -126,8 +126,8 @@ def snapshot_under_fire(
         writer.ask("until told")
     time.sleep(warm_s)
     dst = os.path.join(directory, "snapshot")
-    begin, copy = timed(snapshot_module._begin), timed(snapshot_module._save_the_rest)
-    with mock.patch.multiple(snapshot_module, _begin=begin, _save_the_rest=copy):
+    begin, copy = timed(snapshot_module._begin), timed(snapshot_module._copy_blocks)
+    with mock.patch.multiple(snapshot_module, _begin=begin, _copy_blocks=copy):
         called = time.perf_counter()
         info = table.snapshot(dst)
         returned = time.perf_counter()

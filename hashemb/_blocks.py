@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 CHUNK_BLOCKS = 1 << 16  # of epochs looked at together, and of a content hash
-GROUP_BLOCKS = 1 << 11  # of data held in memory together: 8 MiB of a file, usually
+GROUP_BYTES = 1 << 23  # of a file, held in memory together
 
 
 def block_bytes(meta: TableMeta, spec: FileSpec) -> int:
@@ -44,10 +45,11 @@ def runs(blocks: Numbers) -> Iterator[tuple[int, int, int]]:
         yield start, int(blocks[start]), end - start
 
 
-def groups(blocks: Numbers) -> Iterator[Numbers]:
-    """`blocks` in parts that are worked on together."""
-    for i in range(0, blocks.size, GROUP_BLOCKS):
-        yield blocks[i : i + GROUP_BLOCKS]
+def groups(meta: TableMeta, blocks: Numbers) -> Iterator[Numbers]:
+    """`blocks` in parts whose data, of any row file, is held in memory together."""
+    per_group = max(1, GROUP_BYTES // max(block_bytes(meta, spec) for spec in meta.row_files.values()))
+    for i in range(0, blocks.size, per_group):
+        yield blocks[i : i + per_group]
 
 
 # ---- epochs ----
@@ -79,7 +81,39 @@ def update_content_hash(digest: Any, first: int, epochs: npt.NDArray[np.uint32],
         digest.update(part.tobytes())
 
 
+def read_epochs(blocks_fd: int, meta: TableMeta, blocks: Any) -> npt.NDArray[np.uint32]:
+    """The epochs of these blocks, in any order."""
+    distinct, where = np.unique(blocks.astype(np.int64), return_inverse=True)
+    low, high = int(distinct[0]), int(distinct[-1]) + 1
+    if high - low > 64 * distinct.size:  # far apart: by themselves
+        data = b"".join(_pread(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * block) for block in distinct.tolist())
+        found = np.frombuffer(data, np.uint32)
+    else:
+        data = bytes(_pread(blocks_fd, 4 * (high - low), DATA_OFFSET_BYTES + 4 * low))
+        found = np.frombuffer(data, np.uint32)[distinct - low]
+    epochs: npt.NDArray[np.uint32] = found[where]
+    return epochs
+
+
 # ---- data ----
+
+
+def read_records(path: str, record: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    """The records of a log, in parts; an incomplete one at its end was never finished, and is left out."""
+    with open(path, "rb") as file:
+        per_part = max(1, (16 << 20) // record.itemsize)
+        while len(data := file.read(per_part * record.itemsize)) >= record.itemsize:
+            yield np.frombuffer(data, record, len(data) // record.itemsize)
+
+
+@contextmanager
+def mapped_array(path: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
+    """An array file mapped for writing: for pages that have been written before, as a full disk is a signal here."""
+    array = np.memmap(path, spec.dtype, "r+", DATA_OFFSET_BYTES, spec.shape)
+    try:
+        yield array
+    finally:
+        del array
 
 
 class OpenArrays:

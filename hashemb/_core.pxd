@@ -9,6 +9,7 @@ cdef extern from "table.h" nogil:
     enum: HE_SUM
     enum: HE_MAX_FILES
     enum: HE_STRIPE_BLOCKS
+    enum: HE_ROWS_PER_LOG
     int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
 
     ctypedef struct he_table:
@@ -34,15 +35,16 @@ cdef extern from "table.h" nogil:
         int32_t pooling
 
     ctypedef struct he_control:
-        uint64_t step, epoch
+        uint64_t step, epoch, saving
 
     ctypedef struct he_step:
         uint64_t step
         uint32_t epoch
 
     ctypedef struct he_share:
+        uint64_t *rows
         uint64_t *stale
-        int64_t num_stale
+        int64_t num_rows, num_stale
 
     ctypedef struct he_plan:
         he_batch batch
@@ -53,15 +55,16 @@ cdef extern from "table.h" nogil:
         he_share shares[64]
 
     ctypedef struct he_saving:
-        int32_t num_files, lock_fd, target_blocks_fd
+        int32_t num_files, lock_fd, target_blocks_fd, bits_fd, log_fd, block_shift
         int32_t target_fds[4]
         const char *data[4]
-        int64_t block_bytes[4]
-        int64_t total_bytes[4]
+        int64_t row_bytes[4]
         int64_t data_offset
         const uint32_t *blocks
-        int64_t num_blocks
+        int64_t num_blocks, num_rows
         uint32_t since, until
+        uint64_t *bits
+        char *buffer
 
     ctypedef struct he_kernels:
         const char *name
@@ -90,7 +93,8 @@ cdef extern from "table.h" nogil:
     int he_update_lock_rows(const he_plan *p, int lock_fd) noexcept
     uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
     int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
-    int he_save_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
+    int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) noexcept
+    int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
     int he_gate_enter(const he_control *c, int fd) noexcept
     void he_gate_leave(int fd) noexcept

@@ -162,6 +162,21 @@ cdef class Core:
         self.memory_bytes = needed
         return 0
 
+    @property
+    def is_saving(self):
+        """Whether a snapshot is in progress that may want the rows of an update saved."""
+        return self.control.saving != 0
+
+    def save_rows(self, Saving saving not None):
+        """Saves the rows of the planned update for a snapshot; returns 0, or the errno of what could not be saved."""
+        cdef he_plan *p = &self.current
+        cdef int i, error = 0
+        with nogil:
+            for i in range(p.num_threads):
+                if error == 0:
+                    error = he_save_rows(&saving.saving, p.shares[i].rows, p.shares[i].num_rows)
+        return error
+
     cdef stale_blocks(self):
         cdef he_plan *p = &self.current
         cdef cnp.npy_intp total = 0, at = 0

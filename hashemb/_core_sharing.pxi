@@ -61,52 +61,68 @@ def open_gate(cnp.ndarray control not None, int lock_fd):
 # ---- saving blocks ----
 
 cdef class Saving:
-    """What a snapshot in progress wants saved, and where.
+    """What a snapshot in progress wants saved, and where: see csrc/save.c.
 
     Parameters
     ----------
-    files : list of (ndarray, int, int)
-        The table's arrays, the bytes of a block in each, and the files to save them to, open for writing.
+    files : list of (ndarray, int)
+        The table's row arrays, and the files to save their blocks to, open for writing.
     blocks : ndarray of uint32
         The table's.
-    target_blocks_fd, lock_fd : int
-        The target's blocks.npy, open for reading and writing, and the table's lock.
+    bits : ndarray of uint64
+        A bit per row, mapped from a file that all writers share.
+    fds : tuple of int
+        The target's blocks.npy (read and write), the file of `bits`, this process's log of rows, the table's lock.
     since, until : int
         Blocks of epochs above `since`, up to `until`, are wanted.
     data_offset : int
         Where arrays begin in the target's files.
+    block_shift : int
+        Binary logarithm of the rows in a block.
     """
 
     cdef he_saving saving
     cdef object arrays
 
-    def __cinit__(self, list files, cnp.ndarray blocks not None, int target_blocks_fd, int lock_fd, uint32_t since,
-                  uint32_t until, int64_t data_offset):
+    def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray bits not None, tuple fds, uint32_t since,
+                  uint32_t until, int64_t data_offset, int block_shift):
         cdef he_saving *s = &self.saving
         cdef int i
+        cdef int64_t entry_bytes = 8
         cdef cnp.ndarray array
-        if len(files) > HE_MAX_FILES:
-            raise ValueError(f"{len(files)} files, at most {HE_MAX_FILES} expected")
-        self.arrays = (files, blocks)
-        for i, (array, block_bytes, fd) in enumerate(files):
-            s.data[i], s.total_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes
-            s.block_bytes[i], s.target_fds[i] = block_bytes, fd
-        s.num_files, s.lock_fd, s.target_blocks_fd = len(files), lock_fd, target_blocks_fd
+        if not 1 <= len(files) <= HE_MAX_FILES:
+            raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
+        self.arrays = (files, blocks, bits)
+        for i, (array, fd) in enumerate(files):
+            s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
+            s.target_fds[i] = fd
+            entry_bytes += s.row_bytes[i]
+        s.num_files, s.num_rows, s.block_shift = len(files), len(array), block_shift
+        s.target_blocks_fd, s.bits_fd, s.log_fd, s.lock_fd = fds
         s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
+        s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, b"bits")
+        if bits.size * 64 < s.num_rows:
+            raise ValueError(f"{bits.size} words of bits for {s.num_rows} rows")
         s.since, s.until, s.data_offset = since, until, data_offset
+        s.buffer = <char *>malloc(HE_ROWS_PER_LOG * entry_bytes)
+        if s.buffer == NULL:
+            raise MemoryError()
 
-    def save_stripes(self, int64_t begin, int64_t end):
-        """Saves what is still wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""
+    def __dealloc__(self):
+        free(self.saving.buffer)
+
+    def copy_stripes(self, int64_t begin, int64_t end):
+        """Copies what is wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""
         cdef int error
         if not 0 <= begin <= end <= (self.saving.num_blocks + HE_STRIPE_BLOCKS - 1) // HE_STRIPE_BLOCKS:
             raise ValueError(f"stripes {begin} to {end} of {self.saving.num_blocks} blocks")
         with nogil:
-            error = he_save_stripes(&self.saving, begin, end)
+            error = he_copy_stripes(&self.saving, begin, end)
         raise_errno(error)
 
 
 def mark_blocks(cnp.ndarray marks not None, cnp.ndarray blocks not None, uint32_t epoch, Saving saving=None):
-    """Marks blocks (ascending, uint64) as of `epoch`, each saved before that if `saving` wants it.
+    """Marks blocks (ascending, uint64) as of `epoch`, after their old epochs are saved if `saving` wants them.
 
     Returns 0, or the errno of what could not be saved; the blocks are marked all the same.
     """

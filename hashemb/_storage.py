@@ -14,7 +14,6 @@ import json
 import math
 import mmap
 import os
-import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -40,7 +39,9 @@ from hashemb._format import (
     check_npy_header,
     seal_control,
 )
+from hashemb._locks import Lock, after_fork_in_child
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
+from hashemb._saving import SAVING_FILE, SaveTarget
 from hashemb.errors import CorruptTableError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
@@ -49,45 +50,6 @@ _FALLOC_KEEP_SIZE = 1
 _SYS_CACHESTAT = 451
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
-
-SAVING_FILE = "saving.json"  # in the table: what a snapshot in progress wants
-
-
-# ---- locks and forks: a child that kept its parent's locks open would keep them when the parent is killed ----
-
-
-class Lock:
-    """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        _locks.add(self)
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
-_open_tables: weakref.WeakSet[TableFiles] = weakref.WeakSet()
-
-
-def _drop_inherited_locks() -> None:
-    for files in list(_open_tables):
-        files.after_fork()
-    for lock in list(_locks):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_drop_inherited_locks)
-
-
-# ---- an open table ----
 
 
 class TableFiles:
@@ -124,7 +86,7 @@ class TableFiles:
         self.arrays: dict[str, Array] = {}
         self._dirty = self._joined = False
         self._target: SaveTarget | None = None
-        _open_tables.add(self)
+        after_fork_in_child(self)
         try:
             self._map_all()
             if huge_pages is not False:
@@ -293,24 +255,53 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
-        for name, spec in self.meta.row_files.items():
-            self._reserve_array(name, blocks, self.block_bytes(spec))
-        self._reserve_array("blocks", blocks, 4)
+        new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
+        if new.size:
+            for name, spec in self.meta.row_files.items():
+                self._reserve_array(name, new, self.block_bytes(spec))
+            self._reserve_array("blocks", new, 4)
         self._mark(blocks)
-        for extents in self._extents.values():
-            extents.collapse_written(blocks)
+        if new.size:
+            for extents in self._extents.values():
+                extents.collapse_written(new)
 
     def _mark(self, blocks: Array) -> None:
-        saving, until = None, int(self.control["saving"][0])
+        epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]
+        saving = self._saving()
+        code = _core.mark_blocks(marks, blocks, epoch, saving)
+        if code:
+            self._give_up_saving(code)
+
+    def save_rows(self, core: _core.Core) -> None:
+        """Saves the rows that a planned update is about to change, if a snapshot in progress still wants them."""
+        saving = self._saving()
+        code = core.save_rows(saving) if saving is not None else 0
+        if code:
+            self._give_up_saving(code)
+
+    def _saving(self) -> _core.Saving | None:
+        """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does."""
+        until = int(self.control["saving"][0])
+        if not until or self.control["save_failed"][0] == until or not self._is_being_saved():
+            return None
         try:
-            if until and self.control["save_failed"][0] != until and self._is_being_saved():
-                saving = self._saving(until)
-            code = _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]), saving)
+            if self._target is None or self._target.until != until:
+                wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
+                if wanted["until"] != until:  # its owner died, and the lock is the next one's, which has not begun
+                    return None
+                self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
+            return self._target.saving
         except OSError as error:
-            code = error.errno or errno.EIO
-            _core.mark_blocks(self.arrays["blocks"], blocks, int(self.control["epoch"][0]))
-        if code:  # the snapshot has failed, which its owner reports; the table goes on
-            self.control["save_errno"], self.control["save_failed"] = code, until
+            self._give_up_saving(error.errno or errno.EIO)
+            return None
+
+    def save_target(self, directory: str, names: list[str], since: int, until: int) -> SaveTarget:
+        """The half-made files of a snapshot of this table, open for saving."""
+        return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until)
+
+    def _give_up_saving(self, code: int) -> None:
+        """The snapshot has failed, which its owner reports; the table goes on."""
+        self.control["save_errno"], self.control["save_failed"] = code, self.control["saving"]
 
     def _is_being_saved(self) -> bool:
         """Whether the owner of the snapshot in progress is alive: it holds its lock."""
@@ -319,16 +310,6 @@ class TableFiles:
             return True
         _core.lock(fd, fcntl.F_UNLCK, _core.LOCK_SNAPSHOT, False)
         return False
-
-    def _saving(self, until: int) -> _core.Saving | None:
-        """Where a snapshot in progress wants blocks saved, as its owner wrote down before it began; None where that
-        owner died and the lock is the next one's, which is about to begin."""
-        if self._target is None or self._target.until != until:
-            wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
-            if wanted["until"] != until:
-                return None
-            self._target = SaveTarget(self, wanted["directory"], wanted["names"], wanted["since"], until)
-        return self._target.saving
 
     def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
         """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
@@ -410,32 +391,3 @@ class TableFiles:
         self._maps = {}
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-# ---- where a snapshot in progress wants blocks ----
-
-
-class SaveTarget:
-    """The half-made files of a snapshot, open for the saving of blocks of the epochs `since` < epoch <= `until`."""
-
-    def __init__(self, files: TableFiles, directory: str, names: list[str], since: int, until: int) -> None:
-        self.until = until
-        self._fds: list[int] = []
-        weakref.finalize(self, _close_all, self._fds)
-        self._lock, specs = files.new_lock(), files.meta.files
-        targets = [
-            (files.arrays[name], files.block_bytes(specs[name]), self._open(directory, name)) for name in names
-        ]
-        blocks_fd = self._open(directory, "blocks")
-        self.saving = _core.Saving(
-            targets, files.arrays["blocks"], blocks_fd, self._lock.fd, since, until, DATA_OFFSET_BYTES
-        )
-
-    def _open(self, directory: str, name: str) -> int:
-        self._fds.append(os.open(os.path.join(directory, f"{name}.npy"), os.O_RDWR | os.O_CLOEXEC))
-        return self._fds[-1]
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

@@ -1,10 +1,10 @@
 """Points in time of a table that writers go on writing: snapshots, and what deltas are made of.
 
 Copy before first write. `save_point` closes the gate that every batch holds open, so that no batch is half done; it
-notes the epoch E, tells writers where blocks of epochs up to E are wanted, raises the epoch and opens the gate:
-microseconds. From then on a block is changed only after it has been saved: by the writer who is about to change it, or
-before that by `save_point`, which goes over all of them (csrc/save.c). A writer that cannot save a block says so and
-goes on: then the snapshot fails, not the training.
+notes the epoch E, tells writers that rows written up to E are wanted, raises the epoch and opens the gate:
+microseconds. From then on writers append each row that they are about to change to a log of theirs, once, unless
+`save_point`, which goes over all blocks, has copied it before (csrc/save.c); at the end it puts the rows of the logs
+back. A writer that cannot save a row says so and goes on: then the snapshot fails, not the training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from hashemb._directory import (
     write_history,
 )
 from hashemb._format import CONTROL_DTYPE, TableMeta, seal_control
-from hashemb._storage import SAVING_FILE, Lock, SaveTarget, TableFiles
+from hashemb._locks import Lock
+from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
+from hashemb._storage import TableFiles
 from hashemb.lineage import SnapshotInfo, check_extra, new_id
 
 __all__ = ["Progress", "SavedPoint", "one_at_a_time", "save_point", "take_snapshot"]
@@ -123,22 +125,25 @@ def save_point(
     The caller has the table to itself (`one_at_a_time`) by `lock`. blocks.npy there says which blocks are saved, and
     their epochs. Not synced.
     """
-    control = files.control
+    control, bits = files.control, os.path.join(directory, BITS_FILE)
     until = int(control["epoch"][0])  # which a writer tells it by from what a killed one before it wanted
     wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
     announcement = os.path.join(files.path, SAVING_FILE)
+    write_file(bits, b"", bits_bytes(files.meta), sync=False)
     replace_file(announcement, json.dumps(wanted).encode())
     try:
         point = _begin(files, lock)
         try:
             with space_errors(directory):
-                target = SaveTarget(files, directory, names, since, point.epoch)
-                _save_the_rest(files, target.saving, progress)
+                target = files.save_target(directory, names, since, point.epoch)
+                _copy_blocks(files, target.saving, progress)
             _check_writers(files, point.epoch, directory)
         finally:
             control["saving"] = 0
     finally:
         remove_if_there(announcement)
+    _put_back_rows(directory, files.meta, names)
+    remove_if_there(bits)
     return point
 
 
@@ -159,18 +164,38 @@ def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
     return point
 
 
-def _save_the_rest(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
-    """Goes over all written blocks and saves those that no writer has saved first."""
+def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
     blocks_fd, num_blocks = files.fd("blocks"), files.meta.num_blocks
     per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
     chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
     num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
-    for done, chunk in enumerate(chunks):
+    for done, chunk in enumerate(reversed(chunks)):  # downwards: see csrc/save.c
         first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
-        for stripe in range(first, last, _STRIPES_PER_CALL):
-            saving.save_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
+        for stripe in reversed(range(first, last, _STRIPES_PER_CALL)):
+            saving.copy_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
         if progress:
             progress(done + 1, len(chunks))
+
+
+def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:
+    """What writers had logged of rows, over copies of blocks in which the rows had been changed already."""
+    logs = [entry.path for entry in os.scandir(directory) if entry.name.startswith(LOG_PREFIX)]
+    rows = {name: np.dtype((spec.dtype, spec.shape[1:])) for name, spec in meta.row_files.items() if name in names}
+    entry = np.dtype([("row", "<u8"), *((name, rows[name]) for name in names)])
+    with _blocks.OpenArrays(directory, ["blocks"]) as fds:
+        for log in logs:
+            for saved in _blocks.read_records(log, entry):
+                epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
+                _write_rows(directory, meta, names, saved[epochs != 0])
+            os.unlink(log)
+
+
+def _write_rows(directory: str, meta: TableMeta, names: list[str], saved: Any) -> None:
+    """By mappings: the blocks have been copied, so that the pages are there."""
+    for name in names:
+        spec = meta.row_files[name]
+        with _blocks.mapped_array(os.path.join(directory, f"{name}.npy"), spec) as array:
+            array[saved["row"]] = saved[name]
 
 
 def _check_writers(files: TableFiles, epoch: int, directory: str) -> None:
@@ -178,7 +203,7 @@ def _check_writers(files: TableFiles, epoch: int, directory: str) -> None:
         return
     code = int(files.control["save_errno"][0])
     with space_errors(directory):
-        raise OSError(code, f"a writer of the table could not save a block to it: {os.strerror(code)}", directory)
+        raise OSError(code, f"a writer of the table could not save a row to it: {os.strerror(code)}", directory)
 
 
 # ---- check sums ----
@@ -193,7 +218,7 @@ def write_checksums(directory: str, meta: TableMeta) -> tuple[int, str]:
             for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
                 written = np.flatnonzero(epochs)
                 sums = np.zeros((epochs.size, len(meta.row_files)), np.uint64)
-                for part in _blocks.groups(written):
+                for part in _blocks.groups(meta, written):
                     for column, (name, spec) in enumerate(meta.row_files.items()):
                         data = _blocks.read_blocks(fds[name], meta, spec, part + first)
                         sums[part, column] = _blocks.checksums(data)

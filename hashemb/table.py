@@ -182,6 +182,8 @@ class EmbeddingTable:
                 stale = core.plan(keys, grads, offsets, weights, code)
                 if stale.size:
                     files.reserve(stale)
+                if core.is_saving:
+                    files.save_rows(core)
                 files.mark_dirty()
                 if self.isolation == "exact":
                     core.apply_exact(lock_fd)
@@ -287,9 +289,9 @@ class EmbeddingTable:
         Notes
         -----
         The point in time is between batches: it waits for those in flight, and holds up the next ones for some
-        microseconds. From then on whoever first changes a block copies the old one into the snapshot, and this
-        call copies the rest; it reads and writes each written block and its state once, and syncs them. One
-        snapshot or delta is taken of a table at a time; a second call waits.
+        microseconds. From then on whoever is about to change a row first saves what it was, and this call copies all
+        written blocks, puts those rows right, and syncs. One snapshot or delta is taken of a table at a time; a
+        second call waits.
         """
         _, files = self._writable()
         return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)

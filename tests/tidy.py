@@ -33,8 +33,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "lineage": {"errors", "_format"},
     "_directory": {"errors", "optim", "init", "_format", "lineage"},
     "_blocks": {"errors", "_format", "_directory", "_core"},
-    "_storage": {"errors", "lineage", "_format", "_directory", "_mapping", "_huge_pages", "_core"},
-    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_storage", "_core"},
+    "_locks": set(),
+    "_saving": {"_format", "_locks", "_core"},
+    "_storage": {"errors", "_format", "_directory", "_locks", "_mapping", "_huge_pages", "_saving", "_core"},
+    "snapshot": {"lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
     "table": {
         "errors",
         "optim",
@@ -67,7 +69,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_storage", "_mapping", "_huge_pages", "snapshot"}
+STORAGE_MODULES = {"_directory", "_blocks", "_locks", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -1,10 +1,16 @@
-/* Copy before first write: blocks of a point in time are brought to the files of a snapshot, by its owner in passing
- * and by every writer just before it first changes one.
+/* Copy before first write: what a table held at a point in time is brought to the files of a snapshot, although writers go
+ * on.
  *
- * A stripe of blocks is worked on under its byte-range lock. Within it a block is saved if it was written after the
- * epoch `since` and not after `until`, and has no epoch in the target yet; only then, still under the lock, does a writer
- * mark the block as its own. So nobody saves a block that somebody is changing, and whoever dies in between leaves blocks
- * unmarked and unchanged: they are saved again. The target is written by pwrite: a full disk is an errno, not a signal. */
+ * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer who comes first
+ * does not copy the block: of each row that it is about to change it appends the old content to a log, once, as a bit per
+ * row says (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are being changed is
+ * copied with them; the log has what they were, and the owner puts it back when all is copied.
+ *
+ * It holds that a row is changed only after a writer has seen its bit set, and that bits are set under the lock, after the
+ * old content is in the log or in the copy. Whoever dies in between leaves rows without a bit and unchanged: they are
+ * saved again. Nobody locks more than a stripe of blocks or so at a time, and the owner goes downwards where writers go
+ * upwards: they meet once, and nobody waits for a range that others keep stepping into. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when it
+ * is marked. The files are written by system calls: a full disk is an errno, not a signal. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -39,42 +45,79 @@ static int read_all(int fd, char *data, int64_t n, int64_t at) {
 }
 
 /* Blocks [begin, end) of every file. */
-static int save_run(const he_saving *s, int64_t begin, int64_t end) {
+static int copy_run(const he_saving *s, int64_t begin, int64_t end) {
     for (int i = 0; i < s->num_files; i++) {
-        const int64_t first = begin * s->block_bytes[i], last = HE_MIN(end * s->block_bytes[i], s->total_bytes[i]);
+        const int64_t block = s->row_bytes[i] << s->block_shift;
+        const int64_t first = begin * block, last = HE_MIN(end * block, s->num_rows * s->row_bytes[i]);
         int error = write_all(s->target_fds[i], s->data[i] + first, last - first, s->data_offset + first);
         if (error) return error;
     }
     return 0;
 }
 
-static int due(const he_saving *s, uint32_t epoch, uint32_t saved) {
-    return epoch > s->since && epoch <= s->until && !saved;
+/* ---- the bits of rows ---- */
+
+static int is_saved(const he_saving *s, uint64_t row) {
+    return __atomic_load_n(&s->bits[row / 64], __ATOMIC_ACQUIRE) >> (row % 64) & 1;
 }
 
-/* Saves what is due of the blocks listed, all of one stripe and ascending; neighbours are written together. */
-static int save_listed(const he_saving *s, const uint64_t *blocks, int64_t n) {
-    uint32_t saved[HE_STRIPE_BLOCKS];
-    const int64_t first = (int64_t)(blocks[0] / HE_STRIPE_BLOCKS * HE_STRIPE_BLOCKS);
-    const int64_t count = HE_MIN(HE_STRIPE_BLOCKS, s->num_blocks - first), at = s->data_offset + first * 4;
-    int64_t changed = 0;
-    int error = read_all(s->target_blocks_fd, (char *)saved, count * 4, at);
-    for (int64_t i = 0; i < n && !error;) {
-        if (!due(s, s->blocks[blocks[i]], saved[blocks[i] - first])) {
-            i++;
-            continue;
-        }
-        int64_t end = i;
-        for (; end < n && blocks[end] - blocks[i] == (uint64_t)(end - i); end++) {
-            const uint32_t epoch = s->blocks[blocks[end]];
-            if (!due(s, epoch, saved[blocks[end] - first])) break;
-            saved[blocks[end] - first] = epoch;
-        }
-        error = save_run(s, (int64_t)blocks[i], (int64_t)blocks[i] + end - i);
-        changed += end - i;
-        i = end;
+static void set_bits(const he_saving *s, uint64_t begin, uint64_t end) {
+    while (begin < end) {
+        const uint64_t in_word = HE_MIN(64 - begin % 64, end - begin);
+        const uint64_t mask = (in_word == 64 ? ~UINT64_C(0) : (UINT64_C(1) << in_word) - 1) << (begin % 64);
+        __atomic_fetch_or(&s->bits[begin / 64], mask, __ATOMIC_RELEASE);
+        begin += in_word;
     }
-    return error || !changed ? error : write_all(s->target_blocks_fd, (const char *)saved, count * 4, at);
+}
+
+static void set_block(const he_saving *s, int64_t block) {
+    const uint64_t begin = (uint64_t)block << s->block_shift;
+    set_bits(s, begin, HE_MIN(begin + (UINT64_C(1) << s->block_shift), (uint64_t)s->num_rows));
+}
+
+/* Room for the bits of a stripe, so that setting them cannot fail. */
+static int reserve_bits(const he_saving *s, int64_t stripe) {
+    const int64_t bytes = ((int64_t)HE_STRIPE_BLOCKS << s->block_shift) / 8;
+    while (fallocate(s->bits_fd, FALLOC_FL_KEEP_SIZE, stripe * bytes, bytes))
+        if (errno != EINTR) return errno == EOPNOTSUPP ? 0 : errno;
+    return 0;
+}
+
+/* ---- blocks ---- */
+
+static int wanted(const he_saving *s, uint32_t epoch) { return epoch > s->since && epoch <= s->until; }
+
+/* The epochs that the target has for blocks [begin, end). */
+static int read_epochs(const he_saving *s, int64_t begin, int64_t end, uint32_t *epochs) {
+    return read_all(s->target_blocks_fd, (char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
+}
+
+static int write_epochs(const he_saving *s, int64_t begin, int64_t end, const uint32_t *epochs) {
+    return write_all(s->target_blocks_fd, (const char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
+}
+
+static void lock_blocks(const he_saving *s, int kind, int64_t begin, int64_t end) {
+    he_lock_surely(s->lock_fd, kind, HE_LOCK_BLOCKS + begin, end - begin);
+}
+
+/* The epochs of wanted blocks of one stripe, before a writer marks them as its own; others need nothing saved. */
+static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
+    uint32_t epochs[HE_STRIPE_BLOCKS];
+    const int64_t begin = (int64_t)blocks[0], end = (int64_t)blocks[n - 1] + 1;
+    int64_t changed = 0;
+    int error = reserve_bits(s, begin / HE_STRIPE_BLOCKS);
+    if (!error) error = read_epochs(s, begin, end, epochs);
+    for (int64_t i = 0; i < n && !error; i++) {
+        uint32_t *saved = &epochs[blocks[i] - blocks[0]], epoch = s->blocks[blocks[i]];
+        if (epoch > s->until || *saved) continue;
+        if (wanted(s, epoch)) {
+            *saved = epoch;
+            changed++;
+        } else {
+            set_block(s, (int64_t)blocks[i]);
+        }
+    }
+    return error || !changed ? error : write_epochs(s, begin, end, epochs);
 }
 
 static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
@@ -83,35 +126,117 @@ static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
     return i;
 }
 
-/* For a writer about to change these blocks (ascending): saves them where a snapshot needs them (s may be NULL: none
- * does), then marks them as of `epoch`. Returns 0, or why one could not be saved: they are marked all the same. */
+/* Marks blocks (ascending) as of `epoch`, for a writer about to change rows of them; their old epochs are saved first if
+ * a snapshot is in progress (s is not NULL). Returns 0, or why that failed: they are marked all the same. */
 int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     int error = 0;
     for (int64_t i = 0, end; i < n; i = end) {
         end = s ? end_of_stripe(blocks, n, i) : n;
-        const int64_t stripe = HE_LOCK_STRIPES + (int64_t)(blocks[i] / HE_STRIPE_BLOCKS);
-        if (s) he_lock_surely(s->lock_fd, F_WRLCK, stripe, 1);
-        if (s && !error) error = save_listed(s, blocks + i, end - i);
+        const int64_t first = (int64_t)blocks[i], last = (int64_t)blocks[end - 1];
+        if (s) lock_blocks(s, F_WRLCK, first, last + 1);
+        if (s && !error) error = save_epochs(s, blocks + i, end - i);
         for (int64_t j = i; j < end; j++) __atomic_store_n(&marks[blocks[j]], epoch, __ATOMIC_RELEASE);
-        if (s) he_lock_surely(s->lock_fd, F_UNLCK, stripe, 1);
+        if (s) lock_blocks(s, F_UNLCK, first, last + 1);
     }
     return error;
 }
 
-/* For the owner of the snapshot: saves what is still due of the stripes [begin, end). */
-int he_save_stripes(const he_saving *s, int64_t begin, int64_t end) {
-    uint64_t blocks[HE_STRIPE_BLOCKS];
-    int error = 0;
-    for (int64_t stripe = begin; stripe < end && !error; stripe++) {
-        const int64_t first = stripe * HE_STRIPE_BLOCKS, last = HE_MIN(first + HE_STRIPE_BLOCKS, s->num_blocks);
-        int64_t n = 0;
-        he_lock_surely(s->lock_fd, F_WRLCK, HE_LOCK_STRIPES + stripe, 1);
-        for (int64_t b = first; b < last; b++) {
-            const uint32_t epoch = __atomic_load_n(&s->blocks[b], __ATOMIC_ACQUIRE);
-            if (epoch > s->since && epoch <= s->until) blocks[n++] = (uint64_t)b;
+/* ---- rows ---- */
+
+/* Appends rows whose bit is not set to the log, then sets their bits; the caller holds the lock of their blocks. */
+static int log_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
+    char *at = s->buffer;
+    for (int64_t i = 0; i < n; i++) {
+        if (is_saved(s, rows[i])) continue;
+        memcpy(at, &rows[i], 8);
+        at += 8;
+        for (int f = 0; f < s->num_files; f++) {
+            memcpy(at, s->data[f] + rows[i] * (uint64_t)s->row_bytes[f], (size_t)s->row_bytes[f]);
+            at += s->row_bytes[f];
         }
-        if (n) error = save_listed(s, blocks, n);
-        he_lock_surely(s->lock_fd, F_UNLCK, HE_LOCK_STRIPES + stripe, 1);
+    }
+    for (const char *from = s->buffer; from < at;) {
+        ssize_t done = write(s->log_fd, from, (size_t)(at - from));
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return done ? errno : EIO;
+        from += done;
+    }
+    for (int64_t i = 0; i < n; i++) set_bits(s, rows[i], rows[i] + 1);
+    return 0;
+}
+
+static void prefetch_row(const he_saving *s, uint64_t row) {
+    for (int f = 0; f < s->num_files; f++)
+        he_prefetch_range(s->data[f] + row * (uint64_t)s->row_bytes[f], s->row_bytes[f], HE_NEAR);
+}
+
+/* Takes from `rows`, at *i on, those that are not saved: a group, whose blocks are no further apart than a stripe. */
+static int64_t take_group(const he_saving *s, const uint64_t *rows, int64_t n, int64_t *i, uint64_t *group, int64_t *low,
+                          int64_t *high) {
+    int64_t count = 0;
+    *low = *high = 0;
+    for (; *i < n && count < HE_ROWS_PER_LOG; ++*i) {
+        const uint64_t row = rows[*i];
+        if (*i + 16 < n) he_prefetch(&s->bits[rows[*i + 16] / 64], HE_NEAR);
+        if (is_saved(s, row)) continue;
+        const int64_t block = (int64_t)(row >> s->block_shift);
+        const int64_t lower = count ? HE_MIN(*low, block) : block, upper = count ? HE_MAX(*high, block) : block;
+        if (upper - lower >= HE_STRIPE_BLOCKS) break;
+        prefetch_row(s, row);
+        group[count++] = row;
+        *low = lower;
+        *high = upper;
+    }
+    return count;
+}
+
+/* Saves those of the rows, which a writer is about to change, that are not saved yet. Returns 0 or an errno. */
+int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
+    uint64_t group[HE_ROWS_PER_LOG];
+    int64_t low, high;
+    int error = 0;
+    for (int64_t i = 0; i < n && !error;) {
+        const int64_t count = take_group(s, rows, n, &i, group, &low, &high);
+        if (!count) break;
+        lock_blocks(s, F_WRLCK, low, high + 1);
+        error = log_rows(s, group, count);
+        lock_blocks(s, F_UNLCK, low, high + 1);
+    }
+    return error;
+}
+
+/* ---- the owner of the snapshot ---- */
+
+/* Copies the wanted of the blocks [begin, end); neighbours are written together. */
+static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
+    uint32_t epochs[HE_BLOCKS_PER_COPY];
+    int64_t copied = 0, count = end - begin;
+    int error = read_epochs(s, begin, end, epochs);
+    for (int64_t i = 0, stop; i < count && !error; i = stop + 1) {
+        for (stop = i; stop < count; stop++) {
+            const uint32_t epoch = __atomic_load_n(&s->blocks[begin + stop], __ATOMIC_ACQUIRE);
+            if (!epochs[stop] && !wanted(s, epoch)) break;
+            if (!epochs[stop]) epochs[stop] = epoch; /* else a writer has marked the block, and saved its epoch */
+        }
+        if (i < stop) error = copy_run(s, begin + i, begin + stop);
+        copied += stop - i;
+    }
+    if (!error && copied) error = reserve_bits(s, begin / HE_STRIPE_BLOCKS);
+    if (!error && copied) error = write_epochs(s, begin, end, epochs);
+    for (int64_t i = 0; i < count && !error && copied; i++)
+        if (epochs[i]) set_block(s, begin + i);
+    return error;
+}
+
+/* Copies the wanted blocks of stripes [begin, end), from the last down. */
+int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) {
+    const int64_t first = begin * HE_STRIPE_BLOCKS, last = HE_MIN(end * HE_STRIPE_BLOCKS, s->num_blocks);
+    int error = 0;
+    for (int64_t at = (last - 1) / HE_BLOCKS_PER_COPY * HE_BLOCKS_PER_COPY; at >= first && !error; at -= HE_BLOCKS_PER_COPY) {
+        const int64_t stop = HE_MIN(at + HE_BLOCKS_PER_COPY, last);
+        lock_blocks(s, F_WRLCK, at, stop);
+        error = copy_blocks(s, at, stop);
+        lock_blocks(s, F_UNLCK, at, stop);
     }
     return error;
 }

@@ -140,29 +140,33 @@ uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, 
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
 
-/* What a snapshot in progress wants: blocks written after `since` and until `until`, of these files. */
-enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024 };
+/* What a snapshot in progress wants: blocks written after epoch `since` and until `until`, of these files. See save.c. */
+enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256,
+       HE_BLOCKS_PER_COPY = 64 };
 typedef struct {
-    int32_t num_files, lock_fd, target_blocks_fd, target_fds[HE_MAX_FILES];
-    const char *data[HE_MAX_FILES]; /* the table's arrays, and their blocks and sizes in bytes */
-    int64_t block_bytes[HE_MAX_FILES], total_bytes[HE_MAX_FILES];
+    int32_t num_files, lock_fd, target_blocks_fd, target_fds[HE_MAX_FILES], bits_fd, log_fd, block_shift;
+    const char *data[HE_MAX_FILES]; /* the table's arrays, and the bytes of a row in each */
+    int64_t row_bytes[HE_MAX_FILES];
     int64_t data_offset;            /* of the arrays in the target's files */
     const uint32_t *blocks;
-    int64_t num_blocks;
+    int64_t num_blocks, num_rows;
     uint32_t since, until;
+    uint64_t *bits;                 /* per row: it is saved, or need not be */
+    char *buffer;                   /* HE_ROWS_PER_LOG entries of the log: a row's number, and the row of each file */
 } he_saving;
 
 /* save.c; 0 or an errno. */
 int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
-int he_save_stripes(const he_saving *s, int64_t begin, int64_t end);
+int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n);
+int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 
-/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, stripes (one at a time), entry,
- * rows (ascending). Nobody who holds a later one waits for an earlier one. */
+/* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time),
+ * entry, rows (ascending). Nobody who holds a later one waits for an earlier one. */
 #define HE_LOCK_WRITERS INT64_C(0)  /* shared: has the table open for writing */
 #define HE_LOCK_GATE INT64_C(1)     /* shared: has a batch in flight */
 #define HE_LOCK_TURNSTILE INT64_C(2)
 #define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: takes a snapshot or delta, or applies one */
-#define HE_LOCK_STRIPES (INT64_C(1) << 32)
+#define HE_LOCK_BLOCKS (INT64_C(1) << 32)
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
 #define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the next exact batch to lock rows */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);

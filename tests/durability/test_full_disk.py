@@ -189,8 +189,8 @@ def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocate
         assert np.flatnonzero(table._files.arrays["blocks"]).tolist() == [0, 1, 65535]
         allocated.clear()
         monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT, 0, errno.EFAULT))
-        table._files.reserve(np.array([1, 600], np.uint64))
-        assert allocated == [(8192, 4096), (601 * 4096, 4096), (2 << 20, 2 << 20)]
+        table._files.reserve(np.array([2, 600], np.uint64))
+        assert allocated == [(12288, 4096), (601 * 4096, 4096), (2 << 20, 2 << 20)]
 
 
 @pytest.mark.parametrize(("code", "raised"), [(errno.EFAULT, errno.EIO), (errno.ENOMEM, errno.ENOMEM)])

@@ -102,6 +102,11 @@ def verify(path: Path) -> None:
     """Everything that lies there under a table's name is a whole one."""
     with hashemb.open(path) as table:
         assert np.isfinite(table.weight).all()
+    names = {entry.name for entry in os.scandir(path)}
+    if "snapshot.json" in names:
+        assert not [name for name in names if name.startswith("rows.")], "what writers saved was not put away"
+    if hasattr(hashemb, "verify"):
+        assert hashemb.verify(path) == []
 
 
 def clean_up(root: Path) -> None:

@@ -12,8 +12,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
-C_SOURCES = ["control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c", "save.c",
-             "update.c"]
+C_SOURCES = ["ahead.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
+             "save.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
            "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra"]
 

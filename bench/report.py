@@ -24,6 +24,7 @@ TITLES = {
     "overhead": "Cost of a call",
     "scale": "Size of the table",
     "kv": "Against key-value stores",
+    "out_of_core": "Larger than memory",
     "sharing": "Several processes",
 }
 

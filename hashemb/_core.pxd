@@ -12,6 +12,9 @@ cdef extern from "table.h" nogil:
     enum: HE_ROWS_PER_LOG
     int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
 
+    ctypedef struct he_ahead:
+        int32_t off, asking, wait, backoff
+
     ctypedef struct he_table:
         char *weight
         float *state[2]
@@ -26,6 +29,7 @@ cdef extern from "table.h" nogil:
         uint64_t salts[16]
         float eps, initial_accumulator, beta, l1, l2
         double weight_decay
+        he_ahead *ahead
 
     ctypedef struct he_batch:
         const uint64_t *keys
@@ -87,6 +91,7 @@ cdef extern from "table.h" nogil:
     uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
+    int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state) noexcept
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept

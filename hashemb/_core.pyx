@@ -45,6 +45,7 @@ cdef class Core:
 
     cdef he_table table
     cdef he_plan current
+    cdef he_ahead ahead
     cdef he_control *control
     cdef object arrays
     cdef char *memory
@@ -55,6 +56,8 @@ cdef class Core:
         cdef int i
         self.arrays = arrays
         memset(t, 0, sizeof(he_table))
+        memset(&self.ahead, 0, sizeof(he_ahead))
+        t.ahead = &self.ahead
         t.weight = <char *>cnp.PyArray_DATA(arrays["weight"])
         t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, b"blocks")
         self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, b"control")
@@ -191,6 +194,30 @@ cdef class Core:
             memcpy(target + at, p.shares[i].stale, p.shares[i].num_stale * sizeof(uint64_t))
             at += p.shares[i].num_stale
         return np.unique(out)
+
+    def prefetch(self, cnp.ndarray keys not None, bint with_state):
+        """Has the pages of the keys' rows read from disk, with those of their state if wanted. Does not wait for them."""
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        cdef int64_t n = cnp.PyArray_SIZE(keys)
+        cdef int error = 0
+        if n:
+            with nogil:
+                error = he_prefetch_keys(&self.table, source, n, with_state)
+        raise_errno(error)
+
+    @property
+    def fault_ahead(self):
+        """Whether look-ups and updates ask for pages that are not in memory before they touch them."""
+        return not self.ahead.off
+
+    @fault_ahead.setter
+    def fault_ahead(self, bint wanted):
+        self.ahead.off = not wanted
+
+    @property
+    def is_asking(self):
+        """Whether they do at present, because rows were read from disk of late."""
+        return self.ahead.asking != 0
 
     def apply(self):
         """Writes the planned update and counts it as one step of the table, whose number it returns."""

@@ -84,7 +84,7 @@ class TableFiles:
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
-        self._dirty = self._joined = False
+        self._dirty = self._joined = self.asks_for_huge_pages = False
         self._target: SaveTarget | None = None
         after_fork_in_child(self)
         try:
@@ -149,6 +149,7 @@ class TableFiles:
         specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
         on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self._fds["weight"])
         if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
+            self.asks_for_huge_pages = bool(specs)
             for name, spec in specs.items():
                 _huge_pages.advise(self._address(name), spec.file_bytes)
         if on_tmpfs:
@@ -287,7 +288,7 @@ class TableFiles:
         try:
             if self._target is None or self._target.until != until:
                 wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
-                if wanted["until"] != until:  # its owner died, and the lock is the next one's, which has not begun
+                if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
                     return None
                 self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
             return self._target.saving

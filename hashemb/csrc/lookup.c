@@ -2,25 +2,18 @@
 #include "numerics.h"
 #include "table.h"
 
-enum { KEYS_PER_THREAD = 4096 };
+enum { KEYS_PER_THREAD = 4096, FIRST_LOOK_KEYS = 256 };
 
 typedef struct {
     const he_table *t;
     const he_batch *b;
     double decay_total;
     float *scratch, *out;
-    int num_threads;
+    int num_threads, watch;
 } job;
 
 static int64_t share_begin(int64_t n, int i, int num_threads) {
     return (int64_t)((__int128)n * i / num_threads);
-}
-
-static void lookup_share(void *arg, int i) {
-    const job *j = arg;
-    int64_t n = j->b->num_keys;
-    he_kernels_active()->lookup(j->t, j->b->keys, share_begin(n, i, j->num_threads), share_begin(n, i + 1, j->num_threads),
-                                j->decay_total, j->scratch + i * he_lookup_scratch(j->t), j->out);
 }
 
 /* The first bag that starts at or after `key`. */
@@ -34,13 +27,48 @@ static int64_t bag_at(const he_batch *b, int64_t key) {
     return low;
 }
 
-static void pool_share(void *arg, int i) {
+/* Bags [begin, end); without bags, each key is one. */
+static void lookup_bags(const job *j, int64_t begin, int64_t end, float *scratch) {
+    if (j->b->offsets) he_kernels_active()->lookup_pooled(j->t, j->b, begin, end, j->decay_total, scratch, j->out);
+    else he_kernels_active()->lookup(j->t, j->b->keys, begin, end, j->decay_total, scratch, j->out);
+}
+
+static int64_t first_key(const he_batch *b, int64_t bag) { return b->offsets ? b->offsets[bag] : bag; }
+
+/* The end of the chunk of bags that begins at `bag` and has some num_keys keys, at least one bag. */
+static int64_t chunk_end(const he_batch *b, int64_t bag, int64_t num_keys, int64_t end) {
+    const int64_t next = b->offsets ? bag_at(b, b->offsets[bag] + num_keys) : bag + num_keys;
+    return HE_MIN(HE_MAX(next, bag + 1), end);
+}
+
+static void ask_for_bags(const job *j, int64_t begin, int64_t end) {
+    const int64_t key = first_key(j->b, begin);
+    he_ahead_keys(j->t, j->b->keys + key, first_key(j->b, end) - key);
+}
+
+/* The same in chunks: rows that are not in memory are asked for one chunk ahead. */
+static void lookup_watchfully(const job *j, int64_t begin, int64_t end, float *scratch) {
+    const int64_t chunk = he_ahead_rows(j->t);
+    int64_t from = begin, asked = begin, mark;
+    while (from < end) {
+        const int asking = he_ahead_begin(j->t, &mark);
+        const int64_t to = chunk_end(j->b, from, asking || from > begin ? chunk : FIRST_LOOK_KEYS, end);
+        const int64_t ahead = to < end ? chunk_end(j->b, to, chunk, end) : end;
+        if (asking && ahead > asked) ask_for_bags(j, HE_MAX(asked, from), ahead);
+        lookup_bags(j, from, to, scratch);
+        if (asking) asked = ahead;
+        else he_ahead_end(j->t, mark, (first_key(j->b, to) - first_key(j->b, from)) * j->t->num_hashes);
+        from = to;
+    }
+}
+
+static void lookup_share(void *arg, int i) {
     const job *j = arg;
-    int64_t n = j->b->num_keys;
-    int last = i + 1 == j->num_threads;
-    int64_t begin = i == 0 ? 0 : bag_at(j->b, share_begin(n, i, j->num_threads));
-    int64_t end = last ? j->b->num_bags : bag_at(j->b, share_begin(n, i + 1, j->num_threads));
-    he_kernels_active()->lookup_pooled(j->t, j->b, begin, end, j->decay_total, j->scratch + i * he_lookup_scratch(j->t), j->out);
+    const int64_t n = j->b->num_keys;
+    const int last = i + 1 == j->num_threads;
+    const int64_t begin = i == 0 ? 0 : chunk_end(j->b, 0, share_begin(n, i, j->num_threads), j->b->num_bags);
+    const int64_t end = last ? j->b->num_bags : chunk_end(j->b, 0, share_begin(n, i + 1, j->num_threads), j->b->num_bags);
+    (j->watch ? lookup_watchfully : lookup_bags)(j, begin, end, j->scratch + i * he_lookup_scratch(j->t));
 }
 
 int he_lookup_threads(const he_table *t, const he_batch *b) {
@@ -51,8 +79,9 @@ int he_lookup_threads(const he_table *t, const he_batch *b) {
 int64_t he_lookup_scratch(const he_table *t) { return (2 * t->dim + 15) / 16 * 16 + 16; }
 
 void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out) {
-    job j = {t, b, decay_total, scratch, out, num_threads};
-    he_parallel(b->offsets ? pool_share : lookup_share, &j, num_threads);
+    job j = {t, b, decay_total, scratch, out, num_threads, he_ahead_watch(t->ahead)};
+    he_parallel(lookup_share, &j, num_threads);
+    he_ahead_done(t->ahead, j.watch);
 }
 
 void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out) {

@@ -15,6 +15,14 @@ enum { HE_ZEROS = 0, HE_UNIFORM = 1, HE_NORMAL = 2 };
 enum { HE_SLOTS_PER_ENTRY = 8 }; /* of the hash sets that find a batch's distinct rows */
 enum { HE_SUM = 0, HE_MEAN = 1, HE_SQRTN = 2 };
 
+/* What an open table knows of the disk: hints that threads update without a lock (ahead.c). */
+typedef struct {
+    int32_t off;     /* never asks by itself */
+    int32_t asking;  /* rows were read from disk of late */
+    int32_t quiet;   /* chunks asked for since that were all in memory */
+    int32_t wait, backoff; /* calls until the next look, and how many they were the last time */
+} he_ahead;
+
 typedef struct {
     char *weight;        /* num_rows rows of row_bytes bytes */
     float *state[2];     /* accumulator | z, n; NULL where the optimiser has none */
@@ -29,6 +37,7 @@ typedef struct {
     uint64_t salts[HE_MAX_HASHES];
     float eps, initial_accumulator, beta, l1, l2;
     double weight_decay;
+    he_ahead *ahead;
 } he_table;
 
 /* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
@@ -135,6 +144,20 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
 int he_update_lock_rows(const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
 uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd);
+
+/* ahead.c: pages are asked for before they are touched. A call asks he_ahead_watch whether to look at the disk at all; if so
+ * it works chunk by chunk: he_ahead_begin says whether to ask (he_ahead_keys or he_ahead_planned, for the chunk after);
+ * if not, he_ahead_end reports how many rows it went through since. he_ahead_done ends the call. */
+int he_ahead_watch(he_ahead *a);
+void he_ahead_done(he_ahead *a, int watched);
+int64_t he_ahead_rows(const he_table *t); /* of a chunk */
+int he_ahead_begin(const he_table *t, int64_t *mark);
+void he_ahead_end(const he_table *t, int64_t mark, int64_t rows);
+void he_ahead_keys(const he_table *t, const uint64_t *keys, int64_t n);
+void he_ahead_planned(const he_table *t, const uint64_t *rows, int64_t n); /* with their state */
+int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state); /* 0 or ENOMEM; returns at once */
+int64_t he_blocks_read(void);
+void he_ask_range(const void *begin, int64_t bytes);
 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
  * EINVAL: the kernel is older than 5.14). */

@@ -17,7 +17,7 @@
 #include "table.h"
 
 enum { KEYS_PER_THREAD = 2048, KEYS_PER_BUCKET_BITS = 8, MAX_BUCKET_BITS = 16, USUAL_BUCKET_BITS = 11 };
-enum { ROWS_PER_LOCK = 2048 };
+enum { ROWS_PER_LOCK = 2048, FIRST_LOOK_ROWS = 256 };
 
 /* Bits that hold every number below n. */
 static int bits_for(uint64_t n) { return n <= 1 ? 0 : 64 - __builtin_clzll(n - 1); }
@@ -86,7 +86,7 @@ typedef struct {
     he_plan *p;
     uint32_t epoch;
     const he_step *step;
-    int lock_fd;
+    int lock_fd, watch;
 } job;
 
 static void count_share(void *arg, int i) {
@@ -142,7 +142,7 @@ static void merge_share(void *arg, int i) {
 }
 
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
-    job j = {t, p, epoch, NULL, -1};
+    job j = {t, p, epoch, NULL, -1, 0};
     he_parallel(count_share, &j, p->num_threads);
     for (int i = 0; i < p->num_threads; i++)
         if (p->shares[i].bad_value >= 0) return p->shares[i].bad_value;
@@ -154,9 +154,42 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
 
 /* ---- applying ---- */
 
+/* Applies rows [from, end) of a share; returns how many were new. */
+static uint64_t apply_rows(const job *j, const he_share *whole, int64_t from, int64_t end) {
+    he_share part = *whole;
+    part.rows = whole->rows + from;
+    part.sources = whole->sources + from;
+    part.num_rows = end - from;
+    he_kernels_active()->apply(j->t, j->p, &part, j->step);
+    return part.rows_touched;
+}
+
+/* The same, having asked for the pages of rows [*asked, ahead) if rows have to be read from disk. */
+static uint64_t apply_watchfully(const job *j, const he_share *whole, int64_t from, int64_t end, int64_t ahead, int64_t *asked) {
+    int64_t mark;
+    const int asking = he_ahead_begin(j->t, &mark);
+    if (asking) {
+        he_ahead_planned(j->t, whole->rows + HE_MAX(*asked, from), ahead - HE_MAX(*asked, from));
+        *asked = ahead;
+    }
+    const uint64_t touched = apply_rows(j, whole, from, end);
+    if (!asking) he_ahead_end(j->t, mark, end - from);
+    return touched;
+}
+
 static void apply_share(void *arg, int i) {
-    job *j = arg;
-    he_kernels_active()->apply(j->t, j->p, &j->p->shares[i], j->step);
+    const job *j = arg;
+    he_share *share = &j->p->shares[i];
+    const int64_t n = share->num_rows, chunk = j->watch ? he_ahead_rows(j->t) : n;
+    int64_t asked = 0, end;
+    uint64_t touched = 0;
+    if (!j->watch) touched = apply_rows(j, share, 0, n);
+    else
+        for (int64_t from = 0; from < n; from = end) {
+            end = HE_MIN(from + (from ? chunk : FIRST_LOOK_ROWS), n);
+            touched += apply_watchfully(j, share, from, end, HE_MIN(end + chunk, n), &asked);
+        }
+    share->rows_touched = touched;
 }
 
 static uint64_t rows_touched(const he_plan *p) {
@@ -166,8 +199,9 @@ static uint64_t rows_touched(const he_plan *p) {
 }
 
 uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) {
-    job j = {t, p, s->epoch, s, -1};
+    job j = {t, p, s->epoch, s, -1, he_ahead_watch(t->ahead)};
     he_parallel(apply_share, &j, p->num_threads);
+    he_ahead_done(t->ahead, j.watch);
     return rows_touched(p);
 }
 
@@ -216,17 +250,14 @@ int he_update_lock_rows(const he_plan *p, int lock_fd) {
 
 static void apply_exact_share(void *arg, int i) {
     const job *j = arg;
-    he_share *whole = &j->p->shares[i], part = *whole;
+    he_share *whole = &j->p->shares[i];
     const int is_last = i + 1 == j->p->num_threads;
-    int64_t from = 0, at = share_begin(j->p, i);
+    int64_t from = 0, asked = 0, at = share_begin(j->p, i);
     uint64_t touched = 0;
     for (;;) {
         const int64_t end = group_end(j->p, whole, from), above = span_end(j->p, i, end);
-        part.rows = whole->rows + from;
-        part.sources = whole->sources + from;
-        part.num_rows = end - from;
-        he_kernels_active()->apply(j->t, j->p, &part, j->step);
-        touched += part.rows_touched;
+        touched += j->watch ? apply_watchfully(j, whole, from, end, group_end(j->p, whole, end), &asked)
+                            : apply_rows(j, whole, from, end);
         if (is_last && end < whole->num_rows) {
             const int64_t next = span_end(j->p, i, group_end(j->p, whole, end));
             he_lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
@@ -240,7 +271,8 @@ static void apply_exact_share(void *arg, int i) {
 }
 
 uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) {
-    job j = {t, p, s->epoch, s, lock_fd};
+    job j = {t, p, s->epoch, s, lock_fd, he_ahead_watch(t->ahead)};
     he_parallel(apply_exact_share, &j, p->num_threads);
+    he_ahead_done(t->ahead, j.watch);
     return rows_touched(p);
 }

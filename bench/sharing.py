@@ -154,10 +154,10 @@ def effect_on(logs: list[Times], called: float, opened: float, returned: float) 
     """How long the writers were held up, and their rates; of the two writers the one that fared worse.
 
     held_s: what the first batch after the point in time waited at the gate. first_s: what the rest of it took beyond
-    the median before; reserve_s: what of it went into saving blocks. rate_kept: from the call until it returned.
+    the median before; saving_s: what of it went into saving rows. rate_kept: from the call until it returned.
     """
-    held, first, reserve, before, during = [], [], [], 0.0, 0.0
-    begin, end, gate, saving = (LOG_FIELDS.index(name) for name in ("begin", "end", "gate_s", "reserve_s"))
+    held, first, saved, before, during = [], [], [], 0.0, 0.0
+    begin, end, gate, saving = map(LOG_FIELDS.index, LOG_FIELDS)
     for log in logs:
         old, now = log[log[:, end] < called], log[(log[:, end] >= called) & (log[:, begin] < returned)]
         if not old.size or not now.size:
@@ -166,11 +166,11 @@ def effect_on(logs: list[Times], called: float, opened: float, returned: float) 
         next_one = log[log[:, end] > opened][0]
         held.append(float(next_one[gate]))
         first.append(float(max(0.0, next_one[end] - next_one[begin] - next_one[gate] - usual)))
-        reserve.append(float(next_one[saving]))
+        saved.append(float(next_one[saving]))
         before += len(old) / (called - log[0, begin])
         during += share_within(now, begin, end, called, returned) / (returned - called)
     return {
-        "held_s": max(held), "first_s": max(first), "reserve_s": max(reserve),
+        "held_s": max(held), "first_s": max(first), "saving_s": max(saved),
         "rate_before": before, "rate_during": during, "rate_kept": during / before,
     }  # fmt: skip
 

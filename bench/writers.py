@@ -23,8 +23,9 @@ from bench.workload import Case
 
 DIFFERENT_BATCHES = 24
 Times = npt.NDArray[np.float64]
-#: A batch of a log: when it began, when it ended, and the parts that it waited at the gate and made room for blocks.
-LOG_FIELDS = ("begin", "end", "gate_s", "reserve_s")
+#: A batch of a log: when it began, when it ended, and of that what it waited at the gate, and what it spent on new
+#: blocks and on rows that a snapshot wants saved.
+LOG_FIELDS = ("begin", "end", "gate_s", "saving_s")
 
 
 class Writer:
@@ -112,17 +113,18 @@ class TimedCore:
 def write_until_told(table: Any, batches: list[Any], grads: Any, pipe: Any) -> Times:
     """The log, (batches, LOG_FIELDS), of writing until a message comes."""
     core, files, log = TimedCore(table._core), table._files, []
-    reserve = timed(files.reserve)
-    table._core, files.reserve = core, reserve
+    saving: list[Any] = [timed(files.reserve), timed(files.save_rows)]
+    table._core, files.reserve, files.save_rows = core, *saving
     try:
         while not pipe.poll():
-            began, reserve.seconds = time.perf_counter(), 0.0  # type: ignore[attr-defined]
+            began, before = time.perf_counter(), sum(part.seconds for part in saving)
             table.update(batches[len(log) % len(batches)], grads)
-            log.append((began, time.perf_counter(), core.gate_s, reserve.seconds))  # type: ignore[attr-defined]
+            spent = sum(part.seconds for part in saving) - before
+            log.append((began, time.perf_counter(), core.gate_s, spent))
         pipe.recv()
     finally:
         table._core = core.core
-        del files.reserve
+        del files.reserve, files.save_rows
     return np.array(log)
 
 

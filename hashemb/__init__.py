@@ -8,11 +8,13 @@ from hashemb import errors, reference
 from hashemb._core import get_num_threads, set_num_threads
 from hashemb._version import __version__
 from hashemb._versions import show_versions
+from hashemb.delta import DeltaInfo, check_delta, delta_info
 from hashemb.entry import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
+from hashemb.replica import FollowStatus, apply_delta, follow
 from hashemb.stats import TableStats
 from hashemb.table import EmbeddingTable
 
@@ -20,7 +22,9 @@ __all__ = [
     "FTRL",
     "SGD",
     "Adagrad",
+    "DeltaInfo",
     "EmbeddingTable",
+    "FollowStatus",
     "Normal",
     "RowWiseAdagrad",
     "SnapshotInfo",
@@ -29,8 +33,12 @@ __all__ = [
     "Uniform",
     "Zeros",
     "__version__",
+    "apply_delta",
+    "check_delta",
     "create",
+    "delta_info",
     "errors",
+    "follow",
     "get_num_threads",
     "hash_fields",
     "hash_keys",

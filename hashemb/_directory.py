@@ -87,6 +87,7 @@ def _resize(fd: int, path: str, size_bytes: int) -> None:
 def replace_file(path: str, data: bytes) -> None:
     """Puts a small file in the place of another in one step, durably."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    remove_if_there(temporary)  # of a process of the same number that was killed, or could not remove it
     try:
         write_file(temporary, data)
         os.rename(temporary, path)
@@ -125,33 +126,59 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-@contextmanager
-def new_directory(path: str) -> Iterator[str]:
-    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
-
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
-    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
-    """
+def check_free(path: str) -> str:
+    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot."""
     parent = os.path.dirname(os.path.abspath(path))
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
     if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
-    prefix = f".{os.path.basename(path)}."
+        raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
+    return parent
+
+
+@contextmanager
+def new_directory(path: str) -> Iterator[str]:
+    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+
+    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
+    """
+    parent = check_free(path)
+    with building_directory(path) as building:
+        yield building
+        sync_directory(building)
+        os.rename(building, path)
+        try:
+            sync_directory(parent)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(path, building)  # to be removed there: from `path` it goes in one step
+            raise
+
+
+@contextmanager
+def building_directory(path: str) -> Iterator[str]:
+    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
+
+    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
+    """
+    parent, prefix = os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
     remove_abandoned(parent, prefix)
     with space_errors(path):
         building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    fd = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with _locked_directory(building):
+            os.chmod(building, 0o777 & ~_umask())
+            yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[None]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        os.chmod(building, 0o777 & ~_umask())
-        yield building
-        os.fsync(fd)
-        os.rename(building, path)
-        sync_directory(parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        yield
     finally:
         os.close(fd)
 

@@ -40,14 +40,19 @@ def checksum_spec(meta: TableMeta) -> FileSpec:
 def runs(blocks: Numbers) -> Iterator[tuple[int, int, int]]:
     """(position in `blocks`, first block, number of blocks) of each run of neighbours; `blocks` ascending."""
     starts = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
-    ends = np.append(starts[1:], blocks.size)
+    ends = np.append(starts, blocks.size)[1:]
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         yield start, int(blocks[start]), end - start
 
 
+def blocks_per_group(meta: TableMeta) -> int:
+    """Blocks whose data, of any row file, is held in memory together."""
+    return max(1, GROUP_BYTES // max(block_bytes(meta, spec) for spec in meta.row_files.values()))
+
+
 def groups(meta: TableMeta, blocks: Numbers) -> Iterator[Numbers]:
-    """`blocks` in parts whose data, of any row file, is held in memory together."""
-    per_group = max(1, GROUP_BYTES // max(block_bytes(meta, spec) for spec in meta.row_files.values()))
+    """`blocks` in parts whose data is held in memory together."""
+    per_group = blocks_per_group(meta)
     for i in range(0, blocks.size, per_group):
         yield blocks[i : i + per_group]
 
@@ -67,8 +72,16 @@ def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterat
 
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
-        yield from range(first, end)
+    return data_chunk_numbers(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * num_blocks)
+
+
+def data_chunk_numbers(fd: int, block_bytes: int, file_bytes: int) -> Iterator[int]:
+    """The chunks of an array file with `block_bytes` for each block that are not all hole, ascending."""
+    chunk_bytes, done = block_bytes * CHUNK_BLOCKS, -1
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
+        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
+        yield from range(max(first, done + 1), last + 1)
+        done = last
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
@@ -76,7 +89,7 @@ def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDA
     end, chunk_bytes = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS
     for chunk in epoch_chunk_numbers(blocks_fd, num_blocks):
         at = DATA_OFFSET_BYTES + chunk * chunk_bytes
-        epochs = np.frombuffer(_pread(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
+        epochs = np.frombuffer(read_at(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
         if epochs.any():
             yield chunk * CHUNK_BLOCKS, epochs
 
@@ -93,10 +106,10 @@ def read_epochs(blocks_fd: int, meta: TableMeta, blocks: Any) -> npt.NDArray[np.
     distinct, where = np.unique(blocks.astype(np.int64), return_inverse=True)
     low, high = int(distinct[0]), int(distinct[-1]) + 1
     if high - low > 64 * distinct.size:  # far apart: by themselves
-        data = b"".join(_pread(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * block) for block in distinct.tolist())
+        data = b"".join(read_at(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * block) for block in distinct.tolist())
         found = np.frombuffer(data, np.uint32)
     else:
-        data = bytes(_pread(blocks_fd, 4 * (high - low), DATA_OFFSET_BYTES + 4 * low))
+        data = bytes(read_at(blocks_fd, 4 * (high - low), DATA_OFFSET_BYTES + 4 * low))
         found = np.frombuffer(data, np.uint32)[distinct - low]
     epochs: npt.NDArray[np.uint32] = found[where]
     return epochs
@@ -155,12 +168,16 @@ class OpenArrays:
 
 def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> Bytes:
     """The bytes of these blocks (ascending) of a row file, (n, bytes of a block); what the last lacks is 0."""
-    size = block_bytes(meta, spec)
-    out = np.zeros((blocks.size, size), np.uint8)
+    return read_units(fd, block_bytes(meta, spec), spec.file_bytes, blocks)
+
+
+def read_units(fd: int, size: int, file_bytes: int, units: Numbers) -> Bytes:
+    """The same of an array file with `size` bytes for each unit."""
+    out = np.zeros((units.size, size), np.uint8)
     flat = out.reshape(-1).data
-    for position, first, count in runs(blocks):
+    for position, first, count in runs(units):
         at = DATA_OFFSET_BYTES + first * size
-        wanted = min(count * size, spec.file_bytes - at)
+        wanted = min(count * size, file_bytes - at)
         _pread_into(fd, flat[position * size : position * size + wanted], at)
     return out
 
@@ -173,7 +190,7 @@ def write_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers, data
         for position, first, count in runs(blocks):
             at = DATA_OFFSET_BYTES + first * size
             wanted = min(count * size, spec.file_bytes - at)
-            _pwrite(fd, flat[position * size : position * size + wanted], at)
+            write_at(fd, flat[position * size : position * size + wanted], at)
 
 
 def checksums(data: Bytes) -> npt.NDArray[np.uint64]:
@@ -193,10 +210,11 @@ def write_rows(fd: int, first: int, rows: npt.NDArray[Any], filename: str) -> No
     with space_errors(filename):
         for low, high in itertools.pairwise(cuts):
             if flat[low:high].any():
-                _pwrite(fd, view[low:high], begin + low)
+                write_at(fd, view[low:high], begin + low)
 
 
-def _pread(fd: int, size: int, at: int) -> bytearray:
+def read_at(fd: int, size: int, at: int) -> bytearray:
+    """`size` bytes of a file from byte `at`; `OSError` if it ends before."""
     out = bytearray(size)
     _pread_into(fd, memoryview(out), at)
     return out
@@ -210,7 +228,9 @@ def _pread_into(fd: int, view: memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def _pwrite(fd: int, view: memoryview, at: int) -> None:
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """All of `data` to a file from byte `at`."""
+    view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, at)
         view, at = view[done:], at + done

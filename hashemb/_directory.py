@@ -6,13 +6,14 @@ was expected and what was found.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,6 +35,10 @@ from hashemb.lineage import History, SnapshotInfo
 
 ABANDONED_S = 10.0  # older than any directory that its maker has not locked yet
 SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FICLONE = 0x40049409  # the same on x86-64 and aarch64
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def boot_id() -> str:
@@ -126,52 +131,99 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-@contextmanager
-def new_directory(path: str) -> Iterator[str]:
-    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+def check_free(path: str, aside: str | None = None) -> str:
+    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot.
 
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
-    `FileExistsError` if there is something at `path`, `FileNotFoundError` if its parent does not exist.
+    What is at `path` is in nobody's way if it may be moved to `aside`.
     """
     parent = os.path.dirname(os.path.abspath(path))
-    if os.path.lexists(path):
+    if aside is None and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
     if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
-    prefix = f".{os.path.basename(path)}."
-    remove_abandoned(parent, prefix)
-    with space_errors(path):
-        place = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    try:
-        with _locked_directory(place) as fd:
-            os.chmod(place, 0o777 & ~_umask())
-            yield place
-            os.fsync(fd)
-            os.rename(place, path)
-            place = path
-            sync_directory(parent)
-    except BaseException:
-        _take_back(place, path)
-        raise
-
-
-def _take_back(place: str, path: str) -> None:
-    """Removes what was made. From `path` it goes in one step: a removal may fail half-way."""
-    if place == path:
-        place = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
-        with suppress(OSError):
-            os.rename(path, place)
-    shutil.rmtree(place, ignore_errors=True)
+        raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
+    return parent
 
 
 @contextmanager
-def _locked_directory(path: str) -> Iterator[int]:
+def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
+    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+
+    `FileExistsError` if there is something at `path`, unless it may be moved to `aside`; `FileNotFoundError` if its
+    parent does not exist.
+    """
+    parent = check_free(path, aside)
+    with building_directory(path) as building:
+        yield building
+        sync_directory(building)
+        if aside is not None:
+            take_place(building, path, aside)
+            sync_directory(parent)
+            return
+        os.rename(building, path)
+        try:
+            sync_directory(parent)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(path, building)  # to be removed there: from `path` it goes in one step
+            raise
+
+
+@contextmanager
+def building_directory(path: str) -> Iterator[str]:
+    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
+
+    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
+    """
+    parent, prefix = os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
+    remove_abandoned(parent, prefix)
+    with space_errors(path):
+        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    try:
+        with _locked_directory(building):
+            os.chmod(building, 0o777 & ~_umask())
+            yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[None]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
+        yield
     finally:
         os.close(fd)
+
+
+def take_place(new: str, path: str, aside: str) -> None:
+    """Puts `new` at `path`, and what was there at `aside`: all beside each other.
+
+    In one step where the file system can exchange two names: then `new` waits at `aside` for it, so that a kill never
+    leaves what was at `path` under a name that looks temporary. Elsewhere nothing is at `path` for a moment.
+    """
+    os.rename(new, aside)
+    try:
+        exchange(aside, path)
+    except OSError as error:
+        os.rename(aside, new)
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        os.rename(path, aside)
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
+
+
+def exchange(one: str, other: str) -> None:
+    """Swaps two names of a file system in one step; `OSError` with EINVAL or ENOSYS where it cannot."""
+    if not hasattr(_libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), one)
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), one)
 
 
 def remove_abandoned(parent: str, prefix: str) -> None:
@@ -206,11 +258,40 @@ def create_arrays(directory: str, files: dict[str, FileSpec]) -> None:
         write_file(os.path.join(directory, f"{name}.npy"), encode_npy_header(spec), spec.file_bytes)
 
 
+def clone_files(source: str, target: str, filenames: Iterable[str]) -> bool:
+    """Copies files that share their space until one of two is written; False, and none, where that is not possible."""
+    made: list[str] = []
+    try:
+        for filename in filenames:
+            _clone_file(os.path.join(source, filename), os.path.join(target, filename), made)
+    except OSError as error:
+        for path in made:
+            remove_if_there(path)
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+    return True
+
+
+def _clone_file(source: str, target: str, made: list[str]) -> None:
+    old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        new = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        made.append(target)
+        try:
+            with space_errors(target):
+                fcntl.ioctl(new, _FICLONE, old)
+        finally:
+            os.close(new)
+    finally:
+        os.close(old)
+
+
 def create_table(path: str, meta: TableMeta) -> None:
     """Makes the directory `path` in one step. O(1) in the size of the table."""
     with new_directory(path) as building:
         create_arrays(building, meta.files)
-        finish_table(building, meta, encode_control(meta.optimizer.lr, boot_id()))
+        finish_table(building, meta, encode_control(meta, boot_id()))
 
 
 def finish_table(building: str, meta: TableMeta, control: bytes) -> None:
@@ -270,7 +351,7 @@ def read_history(path: str) -> History:
 
 
 def write_history(path: str, history: History) -> None:
-    replace_file(os.path.join(path, "history.json"), history.encode())
+    replace_file(os.path.join(path, "history.json"), history.of(read_meta(path).id).encode())
 
 
 def read_snapshot_info(path: str) -> SnapshotInfo | None:

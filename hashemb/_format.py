@@ -40,10 +40,14 @@ CONTROL_DTYPE = np.dtype(
     {
         "names": [
             "magic", "format", "step", "epoch", "lr", "decay_total", "clean", "rows_touched",
-            "saving", "save_failed", "save_errno", "gate_closing", "boot_id", "checksum",
+            "saving", "save_failed", "save_errno", "gate_closing", "table", "snapshot", "boot_id", "opened",
+            "checksum",
         ],
-        "formats": ["S8", "<u4", "<u8", "<u8", "<f8", "<f8", "<u8", "<u8", "<u8", "<u8", "<u8", "<u8", "S36", "<u8"],
-        "offsets": [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 128, 4088],
+        "formats": [
+            "S8", "<u4", "<u8", "<u8", "<f8", "<f8", "<u8", "<u8",
+            "<u8", "<u8", "<u8", "<u8", "V16", "V16", "S36", "<u8", "<u8",
+        ],
+        "offsets": [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 168, 4088],
         "itemsize": CONTROL_BYTES,
     }
 )  # fmt: skip
@@ -162,6 +166,8 @@ def check_npy_header(data: bytes, spec: FileSpec, filename: str) -> None:
         try:
             header = ast.literal_eval(data[10:].decode("latin1").strip())
             found = f"shape {header['shape']}, dtype {header['descr']}"
+            if (header["shape"], header["descr"]) == (spec.shape, spec.dtype):
+                found = f"that, but in other bytes than the {DATA_OFFSET_BYTES} it takes"
         except (ValueError, SyntaxError, KeyError, TypeError):
             found = "an unreadable .npy header"
     raise CorruptTableError(f"{filename}: expected shape {spec.shape}, dtype {spec.dtype}; found {found}")
@@ -186,6 +192,11 @@ def dump_checked(content: dict[str, Any]) -> bytes:
 
 def encode_meta(meta: TableMeta) -> bytes:
     """`meta.json` as bytes, with its own checksum as the last entry."""
+    return dump_checked(meta_content(meta))
+
+
+def meta_content(meta: TableMeta) -> dict[str, Any]:
+    """What `meta.json` says, without the checksum."""
     content: dict[str, Any] = {"format": FORMAT}
     for field in fields(meta):
         value = getattr(meta, field.name)
@@ -195,7 +206,7 @@ def encode_meta(meta: TableMeta) -> bytes:
         f"{name}.npy": {"shape": list(s.shape), "dtype": s.dtype, "bytes": s.file_bytes}
         for name, s in meta.files.items()
     }
-    return dump_checked(content)
+    return content
 
 
 def _untag(value: dict[str, Any], classes: dict[str, type]) -> Any:
@@ -206,7 +217,7 @@ def _untag(value: dict[str, Any], classes: dict[str, type]) -> Any:
 def _parse(data: bytes, filename: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptTableError(
             f"{filename}: expected JSON, found {len(data)} bytes that are not: {error}"
         ) from None
@@ -230,6 +241,11 @@ def decode_meta(data: bytes, filename: str) -> TableMeta:
         raise CorruptTableError(
             f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}"
         )
+    return meta_of_content(content, filename)
+
+
+def meta_of_content(content: dict[str, Any], filename: str) -> TableMeta:
+    """The inverse of `meta_content`; `FormatError` where this version lacks what it names."""
     try:
         values = {field.name: content[field.name] for field in fields(TableMeta)}
         values["optimizer"] = _untag(values["optimizer"], OPTIMIZERS)
@@ -242,13 +258,24 @@ def decode_meta(data: bytes, filename: str) -> TableMeta:
 # ---- the control page ----
 
 
-def encode_control(lr: float, boot_id: str) -> bytes:
+def encode_control(meta: TableMeta, boot_id: str) -> bytes:
     """The page of a table to which no update has been applied."""
     data = bytearray(CONTROL_BYTES)
     page = np.frombuffer(data, CONTROL_DTYPE)
-    page["magic"], page["format"], page["epoch"], page["lr"] = CONTROL_MAGIC, FORMAT, 1, lr
-    page["boot_id"] = boot_id
+    page["magic"], page["format"], page["epoch"], page["lr"] = CONTROL_MAGIC, FORMAT, 1, meta.optimizer.lr
+    page["table"], page["boot_id"] = id_bytes(meta.id), boot_id
     return seal_control(bytes(data))
+
+
+def id_bytes(id: str) -> np.void:
+    """The id of a table or snapshot as the control page holds it; "" is none."""
+    return np.void(bytes.fromhex(id).ljust(16, b"\0"))
+
+
+def page_id(value: np.void) -> str:
+    """The inverse of `id_bytes`."""
+    data = value.tobytes()
+    return data.hex() if any(data) else ""
 
 
 def check_control(data: bytes, filename: str) -> None:

@@ -29,6 +29,7 @@ class Lock:
     """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none."""
 
     def __init__(self, path: str) -> None:
+        self.fd = -1  # if there is nothing to open
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         after_fork_in_child(self)
 

@@ -26,6 +26,7 @@ from hashemb._directory import (
     disk_bytes,
     read_control,
     read_file,
+    read_history,
     read_meta,
     remove_if_there,
     remove_leftovers,
@@ -41,7 +42,7 @@ from hashemb._format import (
 from hashemb._locks import Lock, after_fork_in_child
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb._saving import SAVING_FILE, SaveTarget
-from hashemb.errors import CorruptTableError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -188,27 +189,47 @@ class TableFiles:
 
     def _join_writers(self) -> None:
         self._fds["lock"] = fd = self._open("lock")
-        if _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+        is_alone = _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False)
+        if not is_alone:
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+        self._check_in_place(fd)
+        if is_alone:
             self._take_over()
-        _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
         self._unseal()
         self._joined = True
+
+    def _check_in_place(self, lock_fd: int) -> None:
+        """Whoever puts another table in this one's place holds the lock meanwhile: it may come to us only then."""
+        try:
+            found: os.stat_result | None = os.stat(os.path.join(self.path, "lock"))
+        except FileNotFoundError:
+            found = None
+        if found is None or not os.path.samestat(found, os.fstat(lock_fd)):
+            raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
 
     def _take_over(self) -> None:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
         control = self.control
         self.recovered = _recovery.how_left(control)
-        if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
-            remove_if_there(os.path.join(self.path, "history.json"))
+        if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
             _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
+            if not self._is_being_applied():
+                # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
+                # delta only that delta's blocks can be, and it will be applied again.
+                remove_if_there(os.path.join(self.path, "history.json"))
         remove_leftovers(self.path, SAVING_FILE)
-        control["boot_id"] = boot_id().encode()
-        control["saving"] = control["gate_closing"] = 0
-        self._unseal()
+        self._unseal(boot_id=boot_id().encode(), saving=0, gate_closing=0, opened=1)
 
-    def _unseal(self) -> None:
-        _recovery.unseal(self.control, self._maps["control"])
+    def _is_being_applied(self) -> bool:
+        try:
+            return read_history(self.path).applying is not None
+        except FormatError:  # damaged, and about to be removed
+            return False
+
+    def _unseal(self, **fields: Any) -> None:
+        _recovery.unseal(self.control, self._maps["control"], **fields)
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
@@ -255,6 +276,8 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
+        if self.tmpfs_fd() >= 0:  # where reading a hole takes a page too
+            self._reserve_array("blocks", blocks, 4)
         new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
         if new.size:
             for name, spec in self.meta.row_files.items():

@@ -30,7 +30,7 @@ def load_checked(data: bytes, filename: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
         stored = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptTableError(
             f"{filename}: expected JSON with a checksum, found {len(data)} bytes that are not"
         ) from None
@@ -74,10 +74,16 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class History:
-    """The points in a table's past, oldest first; `applying` is the id of a delta that is being applied to it."""
+    """The points in a table's past, oldest first.
+
+    `applying` is the id of a delta that is being applied to the table; `table` the id of the table ("": written before it
+    was noted); `source` that of the table whose points these are, where it is another (a replica made by hand).
+    """
 
     points: tuple[Point, ...] = ()
     applying: str | None = None
+    table: str = ""
+    source: str | None = None
 
     @property
     def last(self) -> Point | None:
@@ -90,20 +96,32 @@ class History:
         return self.points[-1].sequence + 1 if self.points else 0
 
     def append(self, point: Point) -> History:
-        return History((*self.points, point)[-MAX_POINTS:])
+        return replace(self, points=(*self.points, point)[-MAX_POINTS:], applying=None)
+
+    def of(self, table: str) -> History:
+        return replace(self, table=table)
 
     def while_applying(self, id: str) -> History:
         return replace(self, applying=id)
 
     def encode(self) -> bytes:
-        content = {"format": LINEAGE_FORMAT, "applying": self.applying, "points": [asdict(p) for p in self.points]}
-        return dump_checked(content)
+        points = [asdict(point) for point in self.points]
+        return dump_checked(
+            {
+                "format": LINEAGE_FORMAT,
+                "table": self.table,
+                "applying": self.applying,
+                "source": self.source,
+                "points": points,
+            }
+        )
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> History:
         content = load_checked(data, filename)
         try:
-            return cls(tuple(Point(**point) for point in content["points"]), content["applying"])
+            points = tuple(Point(**point) for point in content["points"])
+            return cls(points, content["applying"], content["table"], content["source"])
         except (KeyError, TypeError) as error:
             raise FormatError(f"{filename}: this version cannot read the history: {error!r}") from None
 

@@ -35,13 +35,22 @@ from hashemb._directory import (
     write_file,
     write_history,
 )
-from hashemb._format import CONTROL_DTYPE, TableMeta, seal_control
+from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
 from hashemb._locks import Lock
 from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
 from hashemb._storage import TableFiles
-from hashemb.lineage import SnapshotInfo, check_extra, new_id
+from hashemb.errors import DeltaError
+from hashemb.lineage import History, SnapshotInfo, check_extra, new_id
 
-__all__ = ["Progress", "SavedPoint", "one_at_a_time", "save_point", "take_snapshot"]
+__all__ = [
+    "Progress",
+    "SavedPoint",
+    "interrupted_delta",
+    "one_at_a_time",
+    "save_point",
+    "take_snapshot",
+    "whole_history",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -67,9 +76,34 @@ def one_at_a_time(files: TableFiles) -> Iterator[Lock]:
     lock = files.new_lock()
     try:
         _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_SNAPSHOT, True)
+        files.control["saving"] = 0  # what somebody was killed at, writers need no longer save
         yield lock
     finally:
         lock.close()
+
+
+def whole_history(files: TableFiles) -> History:
+    """The table's history, for a caller that has the table to itself; `DeltaError` if a delta was applied in part."""
+    history = read_history(files.path)
+    if history.applying:
+        raise DeltaError(
+            f"{files.path}: delta {history.applying} was applied in part, as whoever applied it was interrupted: "
+            "apply it again first",
+            "interrupted",
+        )
+    return history
+
+
+def interrupted_delta(path: str) -> str | None:
+    """Id of a delta that was applied to the table in part, and that nobody is applying now."""
+    if not read_history(path).applying:
+        return None
+    fd = os.open(os.path.join(path, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        alone = _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
+        return read_history(path).applying if alone else None
+    finally:
+        os.close(fd)
 
 
 def take_snapshot(
@@ -78,10 +112,11 @@ def take_snapshot(
     """See `EmbeddingTable.snapshot`."""
     extra, meta = check_extra(extra), files.meta
     with new_directory(path) as building, one_at_a_time(files) as lock:
+        history = whole_history(files)
         create_arrays(building, {**meta.files, "checksums": _blocks.checksum_spec(meta)})
         point = save_point(files, lock, building, list(meta.row_files), progress=progress)
         num_blocks, content_hash = write_checksums(building, meta)
-        history, page = read_history(files.path), point.page
+        page = point.page
         info = SnapshotInfo(
             id=new_id(),
             sequence=history.next_sequence(),
@@ -95,8 +130,8 @@ def take_snapshot(
             content_hash=content_hash,
             extra=extra,
         )
-        history = history.append(info.point)
-        finish_table(building, meta, _control_of_copy(point))
+        history = history.append(info.point).of(meta.id)
+        finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())
         for name in (*meta.files, "checksums"):
@@ -105,11 +140,12 @@ def take_snapshot(
     return info
 
 
-def _control_of_copy(point: SavedPoint) -> bytes:
+def _control_of_copy(point: SavedPoint, id: str) -> bytes:
     data = bytearray(point.control)
     page = np.frombuffer(data, CONTROL_DTYPE)
     page["epoch"] = point.epoch + 1  # what is written from now on is not in the snapshot
     page["saving"] = page["save_failed"] = page["save_errno"] = page["gate_closing"] = 0
+    page["snapshot"], page["opened"] = id_bytes(id), 0
     page["boot_id"] = boot_id().encode()
     return seal_control(bytes(data))
 

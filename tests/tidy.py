@@ -47,7 +47,23 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_saving",
         "_core",
     },
-    "snapshot": {"lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
+    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
+    "_binding": {"_format", "_storage", "_core"},
+    "_half": {"_format"},
+    "_delta_file": {"errors", "lineage", "_format", "_directory", "_blocks"},
+    "delta": {
+        "errors",
+        "optim",
+        "lineage",
+        "_format",
+        "_half",
+        "_directory",
+        "_blocks",
+        "_storage",
+        "_delta_file",
+        "snapshot",
+        "_core",
+    },
     "table": {
         "errors",
         "optim",
@@ -62,8 +78,17 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "_binding",
+        "_delta_file",
+        "delta",
     },
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
+    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
+    "_report": set(),
+    "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"},
+    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
+    | {"_scan", "verify"},
     "__init__": {
         "errors",
         "optim",
@@ -75,14 +100,20 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "delta",
         "table",
         "entry",
+        "replica",
         "reference",
+        "_report",
+        "verify",
+        "repair",
     },
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {
     "_directory", "_blocks", "_locks", "_recovery", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot",
+    "_delta_file", "delta", "replica", "_scan", "verify", "repair",
 }  # fmt: skip
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,8 @@ import hashemb
 from hashemb.ctr._extras import require
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
-from hashemb.ctr.inspection import describe
+from hashemb.ctr.following import follow_deltas
+from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
@@ -209,6 +210,52 @@ def inspect(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Directory of a table, model or snapshot; or a delta file.")],
+) -> None:
+    """Check a table, snapshot or delta: every check sum and every invariant. Status 1 if something is wrong."""
+    problems = _verify(path)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    say(_console(), f"{path}: nothing is wrong")
+
+
+@app.command()
+def repair(
+    table: Annotated[Path, typer.Argument(help="Directory of the table or model.")],
+    snapshot: Annotated[Path, typer.Option("--from", help="A snapshot of it.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Put a snapshot in the place of a damaged table, which is kept beside it. Does nothing to a table in order."""
+    problems = _verify(table)
+    if not problems:
+        say(_console(), f"{table}: nothing is wrong, nothing to repair")
+        return
+    for problem in problems:
+        print(problem)
+    lost = steps_lost(table, snapshot)
+    if not yes:
+        typer.confirm(f"Put {snapshot} in the place of {table}? {lost}", abort=True)
+    with _counting("restoring") as progress:
+        aside = hashemb.restore(snapshot, table, replace=True, progress=progress)
+    say(_console(), f"{table} is restored. {lost}\nThe damaged table: {aside}")
+
+
+def _verify(path: Path) -> list[hashemb.Problem]:
+    with _counting("verifying") as progress:
+        return hashemb.verify(path, progress=progress)
+
+
+@contextmanager
+def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over blocks whose number is known only when it moves."""
+    with progress_bar(_console(stderr=True), label, 1000, unit_name="blocks") as advance:
+        yield lambda done, total: advance(done * 1000 // max(total, 1), done)
+
+
+@app.command()
 def demo(
     dir: Annotated[Path, typer.Option(help="Where everything goes; a second run reuses the data.")] = Path("demo"),
     impressions: Annotated[
@@ -217,6 +264,53 @@ def demo(
 ) -> None:
     """Generate a click log, learn it, and compare the model with the truth that generated it."""
     raise typer.Exit(run_demo(dir, impressions or 1_000_000, _console()))
+
+
+TableDirectory = Annotated[Path, typer.Argument(metavar="TABLE", help="Directory of a table or model.")]
+
+
+@app.command()
+def snapshot(
+    table: TableDirectory,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
+) -> None:
+    """Copy a table as it is at one point in time, while trainers go on."""
+    with hashemb.open(table, "r+") as opened:
+        info = opened.snapshot(target)
+    print(f"snapshot number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {target}")
+
+
+@app.command()
+def delta(
+    table: TableDirectory,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to make; by custom *.delta.")],
+    since: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Snapshot or delta of the table. [default: everything]")
+    ] = None,
+    state: Annotated[bool, typer.Option("--state", help="The optimiser's state too, to train on with.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            parser=_parser(_one_of("float32", "float16", "bfloat16")), metavar="NAME", help="Of weights. [the table's]"
+        ),
+    ] = None,
+) -> None:
+    """Write what changed in a table since a snapshot or delta to one file, while trainers go on."""
+    with hashemb.open(table, "r+") as opened:
+        info = opened.export_delta(since, output, state=state, dtype=dtype)
+    print(f"delta number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {output}")
+
+
+@app.command()
+def follow(
+    deltas: Annotated[Path, typer.Argument(metavar="DELTAS", help="Directory that *.delta files are put in.")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="The replica; made if it is not there.")],
+    interval: Annotated[float, typer.Option(min=0.01, help="Seconds between looks at the directory.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Apply what there is, then end.")] = False,
+) -> None:
+    """Keep a replica up to date with the deltas in a directory, until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        follow_deltas(deltas, table, interval_s=interval, once=once)
 
 
 def _console(*, stderr: bool = False) -> Console:

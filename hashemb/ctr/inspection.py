@@ -9,8 +9,9 @@ import hashemb
 from hashemb.ctr.console import format_bytes
 from hashemb.ctr.metrics import StreamingMetrics
 from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, read_card
+from hashemb.errors import HashembError
 
-__all__ = ["describe"]
+__all__ = ["describe", "steps_lost"]
 
 Facts = list[tuple[str, str]]
 
@@ -28,6 +29,24 @@ def describe(directory: str | os.PathLike[str], *, exact: bool = False) -> Facts
     if Path(directory, MODEL_FILE).exists():
         facts += _model_facts(read_card(directory))
     return facts
+
+
+def steps_lost(table: str | os.PathLike[str], snapshot: str | os.PathLike[str]) -> str:
+    """What goes when a snapshot replaces a table, in a sentence.
+
+    Raises
+    ------
+    ValueError
+        The snapshot is of another table.
+    """
+    kept = hashemb.info(snapshot)
+    try:
+        damaged = hashemb.info(table)
+    except (HashembError, OSError):
+        return f"The snapshot is of step {kept.step:,}; what was learned after it is lost."
+    if damaged.id != kept.id:
+        raise ValueError(f"{os.fspath(snapshot)} is of table {kept.id}, {os.fspath(table)} is table {damaged.id}")
+    return f"The snapshot is of step {kept.step:,}, the table of step {damaged.step:,}: what lies between is lost."
 
 
 def _table_facts(directory: str | os.PathLike[str], exact: bool) -> Facts:

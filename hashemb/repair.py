@@ -1,0 +1,233 @@
+"""A table made again from a snapshot of it.
+
+Invariants: every byte is held against the snapshot's check sums on its way; at the path there is a whole table at any
+moment; what was there before is moved aside, never removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb import _blocks, _core, _directory
+from hashemb._arguments import path_string
+from hashemb._blocks import Bytes, Numbers
+from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, TableMeta, id_bytes, seal_control
+from hashemb._locks import Lock
+from hashemb._saving import SAVING_FILE
+from hashemb._scan import Progress
+from hashemb.errors import CorruptTableError, FormatError, HashembError
+from hashemb.verify import Check
+
+__all__ = ["restore"]
+
+_OWN_FILES = {"meta.json", "control", "lock", "history.json", "snapshot.json", "checksums.npy", SAVING_FILE}
+
+
+def restore(
+    snapshot: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> str | None:
+    """Makes a table from a snapshot, which stays as it is.
+
+    Parameters
+    ----------
+    snapshot : str or path-like
+        A snapshot as `EmbeddingTable.snapshot` left it: not opened for writing and trained since.
+    path : str or path-like
+        Directory to create; its parent must exist.
+    replace : bool
+        If a table is at `path`, damaged or not, move it to ``PATH.damaged-1``, or the first number that is free.
+    progress : callable, optional
+        Called with blocks copied so far and in all.
+
+    Returns
+    -------
+    str or None
+        Where the table that was at `path` is now.
+
+    Raises
+    ------
+    CorruptTableError
+        The snapshot is damaged: the message holds the first problem that `verify` finds.
+    ValueError
+        `snapshot` is a table and no snapshot, or has been trained since it was taken, or is `path` itself.
+    FileExistsError
+        There is something at `path`, and `replace` is False.
+    FormatError
+        With `replace`: what is at `path` is no table.
+    HashembError
+        With `replace`: a writer has it open.
+    NoSpaceError, OSError
+        It could not be written; nothing has changed.
+
+    Notes
+    -----
+    Reads each written block once and checks it on the way; holes stay holes, and where the file system can share space
+    between files, none is copied. The table appears, durably, at once and whole: a process killed in between leaves
+    the old one at `path` (with file systems that cannot exchange two names: for a moment none, the old one being under
+    its new name). It has the snapshot's step, and its history, so that deltas that follow the snapshot apply to it.
+    Files in the directory that are none of a table's own come along: from the snapshot, or else from what is replaced.
+
+    Examples
+    --------
+    >>> import tempfile, hashemb
+    >>> path = tempfile.mkdtemp() + "/ads.emb"
+    >>> with hashemb.create(path, num_embeddings=64, embedding_dim=16) as table:
+    ...     table.update([1], [[1.0] * 16])
+    ...     info = table.snapshot(path + ".snapshot")
+    ...     table.update([2], [[1.0] * 16])
+    >>> aside = hashemb.restore(path + ".snapshot", path, replace=True)
+    >>> hashemb.info(path).step, hashemb.info(aside).step, aside == path + ".damaged-1"
+    (1, 2, True)
+    """
+    snapshot, path = path_string(snapshot, "snapshot"), os.path.realpath(path_string(path))
+    check = _checked_snapshot(snapshot)
+    if not os.path.lexists(path):
+        _build(check, path, None, progress)
+        return None
+    if os.path.samefile(snapshot, path):
+        raise ValueError(f"{snapshot} is both the snapshot and the table to restore")
+    if not replace:
+        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
+    with _without_writers(path):
+        aside = _free_name(path)
+        _build(check, path, aside, progress)
+    return aside
+
+
+def _checked_snapshot(path: str) -> Check:
+    """The check of a snapshot, begun; everything of it that is small has been read."""
+    _directory.read_meta(path)  # no table at all: the usual errors
+    check = Check(path, as_taken=True)
+    _refuse(check)
+    info, page = check.info, check.page
+    if info is None or page is None:
+        raise ValueError(f"{path} is a table but not a snapshot: it holds no file snapshot.json")
+    found = int(page["step"]), int(page["epoch"]), float(page["lr"])
+    if page["opened"] and found != (info.step, info.epoch + 1, info.lr):
+        raise ValueError(
+            f"{path} has been written since it was taken at step {info.step}: it is at step {page['step']}, a table "
+            "like any other; take a snapshot of it to copy it"
+        )
+    return check
+
+
+def _refuse(check: Check) -> None:
+    problems = check.report.problems()
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise CorruptTableError(f"{problems[0]}{more}; {check.path} cannot be restored from")
+
+
+# ---- what is replaced ----
+
+
+@contextmanager
+def _without_writers(path: str) -> Iterator[None]:
+    """Keeps the table at `path` to this process. One whose lock is gone can have no new writer."""
+    if not any(os.path.lexists(os.path.join(path, name)) for name in ("meta.json", "control", "weight.npy")):
+        raise FormatError(f"{path}: not a hashemb table: it is not replaced by one")
+    try:
+        lock = Lock(os.path.join(path, "lock"))
+    except (FileNotFoundError, IsADirectoryError):
+        yield
+        return
+    try:
+        if not _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+            raise HashembError(f"{path}: a process has the table open for writing: it cannot be replaced meanwhile")
+        yield
+    finally:
+        lock.close()
+
+
+def _free_name(path: str) -> str:
+    number = 1
+    while os.path.lexists(f"{path}.damaged-{number}"):
+        number += 1
+    return f"{path}.damaged-{number}"
+
+
+# ---- building ----
+
+
+def _build(check: Check, path: str, aside: str | None, progress: Progress | None) -> None:
+    meta, info, history = check.meta, check.info, check.history
+    if meta is None or info is None or history is None:
+        raise CorruptTableError(f"{check.path}: expected a snapshot with its history, found none")
+    names = [f"{name}.npy" for name in (*meta.files, "checksums")]
+    with _directory.new_directory(path, aside=aside) as building:
+        if _directory.clone_files(check.path, building, names):
+            check.run(progress, arrays_in=building)
+        else:
+            _directory.create_arrays(building, meta.files)
+            with _Copy(building, meta) as copy:
+                check.run(progress, sink=copy)
+        _refuse(check)
+        _directory.remove_if_there(os.path.join(building, "checksums.npy"))
+        _directory.finish_table(building, meta, _control_of_table(check.page))
+        _directory.write_file(os.path.join(building, "history.json"), history.encode())
+        _carry_over([path, check.path], building, meta)
+        for name in meta.files:
+            _directory.sync_file(os.path.join(building, f"{name}.npy"))
+
+
+def _control_of_table(page: Any) -> bytes:
+    data = bytearray(CONTROL_BYTES)
+    fields = np.frombuffer(data, CONTROL_DTYPE)
+    for name in CONTROL_DTYPE.names or ():
+        fields[name] = page[name]
+    fields["snapshot"], fields["opened"] = id_bytes(""), 0
+    fields["boot_id"] = _directory.boot_id().encode()
+    return seal_control(bytes(data))
+
+
+class _Copy:
+    """Writes what a scan reads to the array files of a new directory; a context manager."""
+
+    def __init__(self, directory: str, meta: TableMeta) -> None:
+        self._meta = meta
+        self._paths = {name: os.path.join(directory, f"{name}.npy") for name in meta.files}
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> _Copy:
+        for name, path in self._paths.items():
+            self._fds[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def epochs(self, first: int, epochs: npt.NDArray[np.uint32]) -> None:
+        _blocks.write_rows(self._fds["blocks"], first, epochs, self._paths["blocks"])
+
+    def blocks(self, name: str, blocks: Numbers, data: Bytes) -> None:
+        _blocks.write_blocks(self._fds[name], self._meta, self._meta.files[name], blocks, data, self._paths[name])
+
+
+def _carry_over(sources: list[str], building: str, meta: TableMeta) -> None:
+    """Files that lie beside a table's own: those of later sources replace those of earlier ones."""
+    own = _OWN_FILES | {f"{name}.npy" for name in meta.files}
+    for source in sources:
+        if not os.path.isdir(source):
+            continue
+        for entry in os.scandir(source):
+            is_file = stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
+            if is_file and entry.name not in own and not entry.name.endswith(".tmp"):
+                target = os.path.join(building, entry.name)
+                with _directory.space_errors(target):
+                    shutil.copy2(entry.path, target)
+                _directory.sync_file(target)

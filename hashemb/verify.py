@@ -1,0 +1,318 @@
+"""Checks of a table, a snapshot or a delta at rest or in use: all check sums, all invariants; nothing is written.
+
+Files are read by `pread`, never mapped, so that no content can end the process, and only where they are not holes. What
+is found is a list of problems, not an exception. A snapshot that nobody has opened for writing since it was taken
+(`opened` in its control page is 0) is held against its check sums in every byte; of one that was opened, what has not
+been written since is.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import itertools
+import os
+import re
+import stat
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hashemb import _blocks, _directory
+from hashemb._arguments import path_string
+from hashemb._format import (
+    CONTROL_BYTES,
+    CONTROL_DTYPE,
+    DATA_OFFSET_BYTES,
+    FileSpec,
+    TableMeta,
+    check_npy_header,
+    page_id,
+)
+from hashemb._report import Problem, Report
+from hashemb._scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
+from hashemb.errors import CorruptTableError, HashembError
+from hashemb.lineage import MAX_POINTS, History, SnapshotInfo
+
+__all__ = ["Check", "verify"]
+
+T = TypeVar("T")
+
+_BOOT_ID = re.compile(rb"[0-9a-f-]{36}|unknown")
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[Problem]:
+    """Checks a table, a snapshot, or a delta file, and says everything that is wrong with it.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Directory of a table or snapshot, or a delta file.
+    progress : callable, optional
+        Called with blocks checked so far and in all.
+
+    Returns
+    -------
+    list of Problem
+        Empty: nothing is wrong. More than ten of a kind in one file are counted, not listed.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+
+    Notes
+    -----
+    Of any table: `meta.json`, `history.json`, the control page, sizes and headers of all files; that blocks never
+    written hold nothing but zeros; that weights and optimiser state of the others are finite, sums of squares not
+    negative, and no row has paid more weight decay than there was. Of a snapshot: every byte, by check sums (of blocks
+    written since, if it was opened for writing, as of any table); what a check sum vouches for may hold any values. A
+    row without weights but with state is no problem: that is how a process killed in a row's first update leaves it.
+
+    Reads what has been written once, 8 MiB at a time; holes cost nothing. Safe beside writers: a block that changes
+    while it is looked at is not reported.
+
+    Examples
+    --------
+    >>> import tempfile, hashemb
+    >>> path = tempfile.mkdtemp() + "/ads.emb"
+    >>> hashemb.create(path, num_embeddings=64, embedding_dim=16).close()
+    >>> hashemb.verify(path)
+    []
+    >>> with open(path + "/weight.npy", "ab") as file:
+    ...     _ = file.write(b"more")
+    >>> [(problem.expected, problem.found) for problem in hashemb.verify(path)]
+    [('8192 bytes', '8196 bytes')]
+    """
+    path = path_string(path)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(errno.ENOENT, "nothing is at this path", path)
+    if not os.path.isdir(path):
+        return _verify_file(path, progress)
+    check = Check(path)
+    check.run(progress)
+    if check.report.problems() and check.opened_meanwhile():
+        check = Check(path)  # a snapshot no more, since a writer has come: the rules are others
+        check.run(progress)
+    return check.report.problems()
+
+
+def _verify_file(path: str, progress: Progress | None) -> list[Problem]:
+    try:
+        delta = importlib.import_module("hashemb.delta")
+    except ModuleNotFoundError:
+        return [Problem(path, "a directory that holds a table", "something else")]
+    return [Problem(path, "a delta in order", message) for message in delta.check_delta(path, progress)]
+
+
+class Check:
+    """The check of one directory.
+
+    Parameters
+    ----------
+    path : str
+    as_taken : bool
+        Hold a snapshot that has been opened for writing to what it was when it was taken, too.
+
+    Attributes
+    ----------
+    report : Report
+    meta : TableMeta or None
+    page : record or None
+        The control page.
+    info : SnapshotInfo or None
+    history : History or None
+        None where they cannot be read, or are not there.
+    """
+
+    def __init__(self, path: str, *, as_taken: bool = False) -> None:
+        self.path, self.report = path, Report(path)
+        self.meta: TableMeta | None = self._read("meta.json", _directory.read_meta)
+        self.history: History | None = self._read("history.json", _directory.read_history, optional=True)
+        self.info: SnapshotInfo | None = self._read("snapshot.json", _directory.read_snapshot_info, optional=True)
+        self.page = self._read("control", _directory.read_control)
+        self.was_taken = self.info is not None and (as_taken or self.page is None or not self.page["opened"])
+
+    def run(self, progress: Progress | None = None, *, arrays_in: str | None = None, sink: Sink | None = None) -> None:
+        """Checks everything; the content of arrays by those in `arrays_in`, if they are elsewhere."""
+        self._check_lock()
+        if self.page is not None:
+            self._check_page(self.page)
+            self._check_origin(self.page)
+        if self.history is not None:
+            self._check_history(self.history)
+        if self.meta is not None:
+            self._check_arrays(self.meta, arrays_in or self.path, sink, progress)
+
+    def opened_meanwhile(self) -> bool:
+        """Whether a snapshot that had not been opened for writing now has been."""
+        if not self.was_taken or self.page is None:
+            return False
+        now = self._raw_page()
+        return now is not None and now["opened"] != self.page["opened"]
+
+    # -- small files --
+
+    def _read(self, name: str, read: Callable[[str], T], *, optional: bool = False) -> T | None:
+        if not self._is_file(name, optional=optional):
+            return None
+        try:
+            return read(self.path)
+        except (HashembError, OSError) as error:
+            self.report.add_error(name, error)
+            return None
+
+    def _is_file(self, name: str, *, optional: bool = False) -> bool:
+        try:
+            mode = os.stat(os.path.join(self.path, name)).st_mode
+        except FileNotFoundError:
+            if not optional:
+                self.report.add(name, "a file", "none")
+            return False
+        except OSError as error:
+            self.report.add_error(name, error)
+            return False
+        if not stat.S_ISREG(mode):
+            self.report.add(name, "a file", stat.filemode(mode))
+        return stat.S_ISREG(mode)
+
+    def _check_lock(self) -> None:
+        if self._is_file("lock"):
+            size = os.stat(os.path.join(self.path, "lock")).st_size
+            self._expect("lock", size == 0, "0 bytes", f"{size}")
+
+    def _expect(self, name: str, is_so: Any, expected: str, found: str) -> None:
+        if not is_so:
+            self.report.add(name, expected, found)
+
+    def _same(self, what: str, expected: Any, found: Any) -> None:
+        self._expect("control", expected == found, f"{what} {expected!r}", f"{found!r}")
+
+    # -- the control page, and what it says of the others --
+
+    def _raw_page(self) -> Any:
+        try:
+            data = _directory.read_file(os.path.join(self.path, "control"), CONTROL_BYTES)
+        except OSError:
+            return None
+        return np.frombuffer(data, CONTROL_DTYPE)[0] if len(data) == CONTROL_BYTES else None
+
+    def _limits(self) -> Limits:
+        page = self._raw_page() if self.page is not None else None
+        if page is None:
+            return Limits()
+        half_applied = self.history is not None and self.history.applying  # a delta: its rows come before its page
+        return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]))
+
+    def _check_page(self, page: Any) -> None:
+        """What `read_control` has left to be checked: of use where no check sum covers the page."""
+        between = bytearray(_directory.read_file(os.path.join(self.path, "control"), CONTROL_BYTES))
+        for name in CONTROL_DTYPE.names or ():
+            offset = CONTROL_DTYPE.fields[name][1]  # type: ignore[index]
+            between[offset : offset + CONTROL_DTYPE[name].itemsize] = bytes(CONTROL_DTYPE[name].itemsize)
+        others = len(between) - between.count(0)
+        self._expect("control", not others, "zeros between its fields", f"{others} other bytes")
+        boot_id = page["boot_id"]
+        self._expect("control", _BOOT_ID.fullmatch(boot_id), "the id of a boot", repr(boot_id))
+        self._expect("control", page["gate_closing"] <= 1, "gate_closing 0 or 1", f"{page['gate_closing']}")
+        saving, epoch = int(page["saving"]), int(page["epoch"])
+        self._expect("control", epoch < 2**32, f"an epoch below {2**32}", f"{epoch}")
+        self._expect("control", saving < epoch, f"a snapshot of an epoch below {epoch} in progress", f"{saving}")
+
+    def _check_origin(self, page: Any) -> None:
+        """Whose page it is: files of other tables and snapshots may have check sums in order."""
+        table, snapshot = page_id(page["table"]), page_id(page["snapshot"])
+        if self.meta is not None and table:
+            self._same("the page of table", self.meta.id, table)
+        if self.info is not None:
+            self._same("the page of snapshot", self.info.id, snapshot)
+            self._check_point(page, self.info)
+        elif snapshot and not os.path.lexists(os.path.join(self.path, "snapshot.json")):
+            self.report.add("snapshot.json", f"a file of snapshot {snapshot}", "none")
+
+    def _check_point(self, page: Any, info: SnapshotInfo) -> None:
+        if not self.was_taken:
+            self._expect("control", page["step"] >= info.step, f"step {info.step} or more", f"{page['step']}")
+            self._expect("control", page["epoch"] > info.epoch, f"an epoch above {info.epoch}", f"{page['epoch']}")
+            return
+        self._same("step", info.step, int(page["step"]))
+        self._same("epoch", info.epoch + 1, int(page["epoch"]))
+        self._same("rows_touched", info.rows_touched, int(page["rows_touched"]))
+        self._same("lr", info.lr, float(page["lr"]))
+        self._same("decay_total", info.decay_total, float(page["decay_total"]))
+        if not page["opened"]:
+            self._expect("control", page["clean"] and page["checksum"], "a check sum, as nobody has opened it", "none")
+
+    def _check_history(self, history: History) -> None:
+        points, name = history.points, "history.json"
+        for before, after in itertools.pairwise(points):
+            grows = before.sequence < after.sequence and before.epoch < after.epoch and before.step <= after.step
+            self._expect(name, grows, f"points after {before}", f"{after}")
+        ids = {point.id for point in points}
+        self._expect(name, len(ids) == len(points), f"{len(points)} different points", f"{len(ids)}")
+        self._expect(name, all(_ID.fullmatch(id) for id in ids), "ids of 32 hexadecimal digits", "others")
+        if self.meta is not None and history.table:
+            own, found = self.meta.id, history.table
+            self._expect(name, own == found, f"the history of table {own}", f"that of {found}")
+        page = self._raw_page() if self.page is not None else None
+        if points and page is not None and self._is_up_to_date(page):
+            epoch = int(page["epoch"])
+            self._expect(name, points[-1].epoch < epoch, f"points before epoch {epoch}", f"{points[-1]}")
+        if self.info is not None:
+            self._check_own_point(history, self.info)
+
+    def _is_up_to_date(self, page: Any) -> bool:
+        """Not so after a restart of the machine with a writer at work: the next one removes the history."""
+        return bool(page["clean"]) or page["boot_id"].decode("ascii", "replace") == _directory.boot_id()
+
+    def _check_own_point(self, history: History, info: SnapshotInfo) -> None:
+        found = history.last if self.was_taken else history.find(info.id)
+        gone = not self.was_taken and found is None and len(history.points) == MAX_POINTS
+        self._expect("history.json", found == info.point or gone, f"{info.point}", f"{found}")
+
+    # -- arrays --
+
+    def _check_arrays(self, meta: TableMeta, directory: str, sink: Sink | None, progress: Progress | None) -> None:
+        specs = dict(meta.files)
+        if self.info is not None:
+            specs["checksums"] = _blocks.checksum_spec(meta)
+        names = [name for name, spec in specs.items() if self._is_array(name, spec)]
+        if self.was_taken and self.history is None and not os.path.lexists(os.path.join(self.path, "history.json")):
+            self.report.add("history.json", "a file, as in every snapshot", "none")
+        if "blocks" not in names:
+            return
+        vouchers = None
+        if self.info is not None and "checksums" in names:
+            vouchers = Vouchers(None if self.was_taken else self.info.epoch)
+        scan = Scan(directory, meta, names, self.report, self._limits, vouchers=vouchers, sink=sink)
+        try:
+            scan.run(progress)
+        except UnreadableError as unreadable:
+            self.report.add_error(f"{unreadable.name}.npy", unreadable.error)
+            return
+        if self.was_taken and self.info is not None and vouchers:
+            self._check_content(self.info, scan)
+
+    def _is_array(self, name: str, spec: FileSpec) -> bool:
+        """Whether it can be read as one: its size is right. A bad header is reported, and no more."""
+        filename = f"{name}.npy"
+        if not self._is_file(filename):
+            return False
+        full = os.path.join(self.path, filename)
+        try:
+            size, header = os.stat(full).st_size, _directory.read_file(full, DATA_OFFSET_BYTES)
+            self._expect(filename, size == spec.file_bytes, f"{spec.file_bytes} bytes", f"{size} bytes")
+            if size >= DATA_OFFSET_BYTES:
+                check_npy_header(header, spec, full)
+        except (OSError, CorruptTableError) as error:
+            self.report.add_error(filename, error)
+            return isinstance(error, CorruptTableError) and size == spec.file_bytes
+        return size == spec.file_bytes
+
+    def _check_content(self, info: SnapshotInfo, scan: Scan) -> None:
+        wanted, found = info.content_hash, scan.content_hash
+        self._expect("checksums.npy", found == wanted, f"with blocks.npy the content hash {wanted}", found)
+        num_blocks = scan.num_blocks
+        self._expect("blocks.npy", num_blocks == info.num_blocks, f"{info.num_blocks} blocks", f"{num_blocks}")

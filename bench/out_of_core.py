@@ -1,9 +1,9 @@
 """A table four times as large as the memory, against plain mappings, LMDB and RocksDB under the same limit.
 
 Each side runs in a process of its own, in a memory control group of its own, from a cold page cache: look-ups, or
-training (look-up and update), of uniform keys or of keys by Zipf's law with exponent 1.2. Rows have 16 float32. Ours and
-NumPy do row-wise Adagrad. The stores write vectors back by SGD, which spares them the state; they have batch calls, no
-sync, no write-ahead log, and have been filled in the order of their keys.
+training (look-up and update), of uniform keys or of keys by Zipf's law with exponent 1.2. Rows have 16 float32. Ours
+and NumPy do row-wise Adagrad. The stores write vectors back by SGD, which spares them the state; they have batch
+calls, no sync, no write-ahead log, and have been filled in the order of their keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead by themselves, and neither changes a bit."""
+"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead by themselves, and neither changes a
+bit."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -154,8 +153,8 @@ class EmbeddingTable:
         writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
         (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
         still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates
-        ask for their own pages without this (docs/performance.md). In a table with huge pages, what this reads stays
-        small.
+        ask for their own pages without this (docs/performance.md). In a table with huge
+        pages, what this reads stays small.
 
         Examples
         --------

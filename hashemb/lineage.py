@@ -76,8 +76,9 @@ def new_id() -> str:
 class History:
     """The points in a table's past, oldest first.
 
-    `applying` is the id of a delta that is being applied to the table; `table` the id of the table ("": written before it
-    was noted); `source` that of the table whose points these are, where it is another (a replica made by hand).
+    `applying` is the id of a delta that is being applied to the table; `table` the id of the table ("": written
+    before it was noted); `source` that of the table whose points these are, where it is another (a replica made by
+    hand).
     """
 
     points: tuple[Point, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -20,7 +19,6 @@ from hashemb._delta_file import DeltaInfo, DeltaReader
 from hashemb.delta import Since, apply_to, export_to
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.lineage import SnapshotInfo
-from hashemb.optim import FTRL
 from hashemb.snapshot import take_snapshot
 from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
 
@@ -111,7 +109,8 @@ class EmbeddingTable:
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
         NoSpaceError
-            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call succeeds.
+            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call
+            succeeds.
         ClosedTableError
 
         Notes
@@ -234,14 +233,7 @@ class EmbeddingTable:
     @lr.setter
     def lr(self, value: float) -> None:
         _, files = self._writable()
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-            raise TypeError(f"lr must be a float, got {type(value).__name__} {value!r}")
-        lr, decay = float(value), self.optimizer.weight_decay
-        zero_ok = not isinstance(self.optimizer, FTRL)
-        if not math.isfinite(lr) or lr < 0.0 or (lr == 0.0 and not zero_ok) or lr * decay >= 1.0:
-            limit = f" and < {1.0 / decay:g} = 1 / weight_decay" if decay else ""
-            raise ValueError(f"lr must be finite, {'>= 0' if zero_ok else '> 0'}{limit}, got {value!r}")
-        files.control["lr"] = lr
+        files.control["lr"] = arguments.learning_rate(value, self.optimizer)
 
     # -- looking inside --
 

@@ -1,6 +1,9 @@
 """The fault sweep: each operation on a table again and again, its first, second, … call to the kernel failing.
 
-Run under fault_shim.c (LD_PRELOAD), each attempt in a forked child:  python faults.py DIRECTORY STRIDE VARIANTS [NAME …]
+Run under fault_shim.c (LD_PRELOAD), each attempt in a forked child:
+
+    python faults.py DIRECTORY STRIDE VARIANTS [NAME …]
+
 An attempt is legal if the operation gives the right answer, or raises an OSError or HashembError after which the table
 holds what it held before (or, whole, what the operation makes of it), and the same call succeeds once faults are over.
 Prints a line of JSON: how many attempts by scenario and by kind of call, and what was found wrong.
@@ -25,7 +28,8 @@ import numpy as np
 
 import hashemb
 from hashemb import _core
-from hashemb.errors import HashembError
+from hashemb._directory import read_history
+from hashemb.errors import DeltaError, HashembError
 
 # fmt: off
 KINDS = ["open", "create", "ftruncate", "fallocate", "mmap", "msync", "fsync", "rename", "write", "read", "populate",
@@ -97,10 +101,10 @@ class Scenario:
         if self.table is not None:
             expected = self.table.lookup(ALL)
             self.table.close()
-            with hashemb.open(self.root / "t", "r+") as table:
+            with hashemb.open(self.table.path, "r+") as table:
                 same(table.lookup(ALL), expected)
                 assert table.recovered is None, table.recovered
-            assert hashemb.info(self.root / "t").clean
+            assert hashemb.info(self.table.path).clean
 
 
 class Create(Scenario):
@@ -246,6 +250,62 @@ class Snapshot(Scenario):
         self.table.update(*SECOND)
 
 
+class ExportDelta(Scenario):
+    updates, name = 2, "d.delta"
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.table.snapshot(self.root / "base")
+        self.table.update(*SECOND)
+
+    def act(self) -> None:
+        self.table.export_delta(self.root / "base", self.root / self.name, state=True)
+
+    def check_failed(self) -> None:
+        """The file is not there, or whole where even taking it back has failed."""
+        if self.dead:
+            (self.root / self.name).unlink(missing_ok=True)
+        assert not (self.root / self.name).exists()
+        super().check_failed()
+
+    def check_done(self) -> None:
+        super().check_done()
+        with hashemb.open(self.root / "base", "r+") as replica:
+            hashemb.apply_delta(replica, self.root / self.name)
+            same(replica.lookup(ALL), AFTER[2])
+            for name, state in self.table.state.items():
+                same(replica.state[name], state)
+
+
+class ApplyDelta(ExportDelta):
+    """To a replica, which is then as it was, or says that it has a part of the delta and takes it again."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        super().act()
+        self.table.close()
+        self.table = hashemb.open(self.root / "base", "r+")
+
+    def act(self) -> None:
+        hashemb.apply_delta(self.table, self.root / self.name)
+
+    def check_failed(self) -> None:
+        found = self.table.lookup(ALL)
+        if read_history(self.table.path).applying is None and self.table.step == 1:
+            same(found, AFTER[1])
+
+    def again(self) -> None:
+        try:
+            self.act()
+        except DeltaError as error:
+            if error.reason != "applied":  # all of it was there before the fault
+                raise
+
+    def check_done(self) -> None:
+        same(self.table.lookup(ALL), AFTER[2])
+        assert self.table.step == 2
+
+
 class SnapshotBesideWriter(Snapshot):
     """A thread that adds the same to every row, again and again: a point in time has every row alike."""
 
@@ -314,8 +374,9 @@ class Canary(Scenario):
 # fmt: off
 SCENARIOS: dict[str, type[Scenario]] = {
     "create": Create, "open r": OpenToRead, "open r+": OpenToWrite, "first update": FirstUpdate,
-    "first update by fallocate": FirstUpdateByFallocate, "update": SteadyUpdate, "exact update": ExactUpdate, "flush": Flush, "close": Close, "lr": Rate, "snapshot": Snapshot,
-    "snapshot beside a writer": SnapshotBesideWriter, "canary": Canary,
+    "first update by fallocate": FirstUpdateByFallocate, "update": SteadyUpdate, "exact update": ExactUpdate,
+    "flush": Flush, "close": Close, "lr": Rate, "snapshot": Snapshot, "snapshot beside a writer": SnapshotBesideWriter,
+    "export": ExportDelta, "apply": ApplyDelta, "canary": Canary,
 }
 # fmt: on
 
@@ -343,7 +404,8 @@ def attempt(scenario: Scenario, n: int, mode: int, variant: int) -> int:
         scenario.again()
     scenario.check_done()
     scenario.finish()
-    check_leftovers(scenario.root, KINDS[kind], MODES[mode])
+    if error is not None or KINDS[kind] != "open":  # a removal begins by opening
+        check_leftovers(scenario.root, KINDS[kind], MODES[mode])
     return kind
 
 

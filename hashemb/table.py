@@ -109,8 +109,7 @@ class EmbeddingTable:
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
         NoSpaceError
-            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call
-            succeeds.
+            On a full tmpfs only, where reading a row never written takes a page; with space the same call succeeds.
         ClosedTableError
 
         Notes

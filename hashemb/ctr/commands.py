@@ -153,10 +153,7 @@ def train(
     check_paths(files)
     if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
         open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
-    checkpoints = _checkpoints(snapshots, deltas)
-    step = checkpoints.resume(table) if checkpoints else None
-    if step is not None:
-        say(console, f"{table}: a run was killed; back to the checkpoint at step {step:,}")
+    checkpoints = _resume(table, snapshots, deltas, console)
     model, card = open_or_create(table, options)
     with closing(model.table), training_lock(table):
         card.data_format = data_format or card.data_format
@@ -164,18 +161,22 @@ def train(
         card.batch_size = batch_size or card.batch_size
         trainer = Trainer(
             table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
-            checkpoints=checkpoints,
-        )  # fmt: skip
+            checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 
 
-def _checkpoints(snapshots: Path | None, deltas: Path | None) -> Checkpoints | None:
+def _resume(table: Path, snapshots: Path | None, deltas: Path | None, console: Console) -> Checkpoints | None:
+    """The checkpoints, if there are to be any, after the model is back at the last one if it was killed."""
     if snapshots is None:
         if deltas is not None:
             raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
         return None
-    return Checkpoints(snapshots, deltas)
+    checkpoints = Checkpoints(snapshots, deltas)
+    step = checkpoints.resume(table)
+    if step is not None:
+        say(console, f"{table}: a run was killed; back to the checkpoint at step {step:,}")
+    return checkpoints
 
 
 @app.command()

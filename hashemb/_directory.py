@@ -155,16 +155,18 @@ def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
     with building_directory(path) as building:
         yield building
         sync_directory(building)
-        if aside is not None:
+        if aside is None:
+            os.rename(building, path)
+        else:
             take_place(building, path, aside)
-            sync_directory(parent)
-            return
-        os.rename(building, path)
         try:
             sync_directory(parent)
         except BaseException:
             with suppress(OSError):
-                os.rename(path, building)  # to be removed there: from `path` it goes in one step
+                if aside is None:
+                    os.rename(path, building)  # to be removed there: from `path` it goes in one step
+                else:
+                    give_place_back(building, path, aside)
             raise
 
 
@@ -215,6 +217,18 @@ def take_place(new: str, path: str, aside: str) -> None:
         except OSError:
             os.rename(aside, path)
             raise
+
+
+def give_place_back(new: str, path: str, aside: str) -> None:
+    """The inverse of `take_place`, in steps of which each leaves a table at `path` where names can be exchanged."""
+    try:
+        exchange(aside, path)
+        os.rename(aside, new)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        os.rename(path, new)
+        os.rename(aside, path)
 
 
 def exchange(one: str, other: str) -> None:

@@ -245,8 +245,18 @@ def apply(root: Path, recorder: Recorder) -> None:
     recorder.mark = "made"
 
 
+def restore(root: Path, recorder: Recorder) -> None:
+    """A table is replaced by a snapshot of what it was."""
+    snapshot(root, recorder)
+    recorder.moments.clear()
+    recorder.mark = ""
+    hashemb.restore(root / "s", root / "t", replace=True)
+    recorder.mark = "made"
+
+
 def main(root: str, out: str, name: str) -> None:
-    scenario = {"create": create, "snapshot": snapshot, "flush": flush, "export": export, "apply": apply}[name]
+    scenarios = [create, snapshot, flush, export, apply, restore]
+    scenario = next(function for function in scenarios if function.__name__ == name)
     if name != "create":
         with hashemb.create(Path(root) / "t", **OPTIONS) as table:
             table.update(OLD, GRADS[: OLD.size])

@@ -285,6 +285,28 @@ class ApplyDelta(ExportDelta):
         assert self.table.step == 2
 
 
+class Restore(Scenario):
+    """A table is replaced by a snapshot of what it was: it is the one or the other, always."""
+
+    def prepare(self) -> None:
+        with hashemb.open(self.root / "t", "r+") as table:
+            table.snapshot(self.root / "s")
+            table.update(*SECOND)
+
+    def act(self) -> None:
+        hashemb.restore(self.root / "s", self.root / "t", replace=True)
+
+    def check_failed(self) -> None:
+        with hashemb.open(self.root / "t") as table:
+            assert any((table.lookup(ALL) == AFTER[n]).all() for n in (1, 2))
+
+    def check_done(self) -> None:
+        assert hashemb.verify(self.root / "t") == []
+        self.table = hashemb.open(self.root / "t", "r+")
+        super().check_done()
+        self.table.update(*SECOND)
+
+
 class SnapshotBesideWriter(Snapshot):
     """A thread that adds the same to every row, again and again: a point in time has every row alike."""
 
@@ -355,6 +377,6 @@ SCENARIOS: dict[str, type[Scenario]] = {
     "create": Create, "open r": OpenToRead, "open r+": OpenToWrite, "first update": FirstUpdate,
     "first update by fallocate": FirstUpdateByFallocate, "update": SteadyUpdate, "exact update": ExactUpdate,
     "flush": Flush, "close": Close, "lr": Rate, "snapshot": Snapshot, "snapshot beside a writer": SnapshotBesideWriter,
-    "export": ExportDelta, "apply": ApplyDelta, "canary": Canary,
+    "export": ExportDelta, "apply": ApplyDelta, "restore": Restore, "canary": Canary,
 }
 # fmt: on

@@ -206,6 +206,23 @@ def test_apply(disks, seeds):
     assert min(found.values()) > 5, found
 
 
+@many
+def test_restore(disks, seeds):
+    """The table is the old one or the snapshot, whole, and the snapshot stays."""
+    old, new, found = twin(FIRST, SECOND, SECOND), twin(FIRST, SECOND), [0, 0]
+    for mark, disk in disks("restore", seeds):
+        for path in (disk / "t", disk / "s"):
+            assert hashemb.verify(path) == []
+        with hashemb.open(disk / "t") as table:
+            vectors = table.lookup(ALL)
+        is_new = bool((vectors == new).all())
+        assert is_new or (vectors == old).all()
+        assert is_new or mark != "made"
+        found[is_new] += 1
+        check_works(disk / "t")
+    assert min(found) > 3, found
+
+
 def test_space_that_was_lost_is_reserved_again(tmp_path, monkeypatch):
     """A mark can outlive the space that was allocated for its block: after a restart writers find it there again."""
     path = tmp_path / "t"

@@ -9,12 +9,14 @@ from hashemb._core import get_num_threads, set_num_threads
 from hashemb._report import Problem
 from hashemb._version import __version__
 from hashemb._versions import show_versions
+from hashemb.delta import DeltaInfo, check_delta, delta_info
 from hashemb.entry import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
 from hashemb.repair import restore
+from hashemb.replica import FollowStatus, apply_delta, follow
 from hashemb.stats import TableStats
 from hashemb.table import EmbeddingTable
 from hashemb.verify import verify
@@ -23,7 +25,9 @@ __all__ = [
     "FTRL",
     "SGD",
     "Adagrad",
+    "DeltaInfo",
     "EmbeddingTable",
+    "FollowStatus",
     "Normal",
     "Problem",
     "RowWiseAdagrad",
@@ -33,8 +37,12 @@ __all__ = [
     "Uniform",
     "Zeros",
     "__version__",
+    "apply_delta",
+    "check_delta",
     "create",
+    "delta_info",
     "errors",
+    "follow",
     "get_num_threads",
     "hash_fields",
     "hash_keys",

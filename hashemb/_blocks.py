@@ -45,9 +45,14 @@ def runs(blocks: Numbers) -> Iterator[tuple[int, int, int]]:
         yield start, int(blocks[start]), end - start
 
 
+def blocks_per_group(meta: TableMeta) -> int:
+    """Blocks whose data, of any row file, is held in memory together."""
+    return max(1, GROUP_BYTES // max(block_bytes(meta, spec) for spec in meta.row_files.values()))
+
+
 def groups(meta: TableMeta, blocks: Numbers) -> Iterator[Numbers]:
-    """`blocks` in parts whose data, of any row file, is held in memory together."""
-    per_group = max(1, GROUP_BYTES // max(block_bytes(meta, spec) for spec in meta.row_files.values()))
+    """`blocks` in parts whose data is held in memory together."""
+    per_group = blocks_per_group(meta)
     for i in range(0, blocks.size, per_group):
         yield blocks[i : i + per_group]
 
@@ -55,18 +60,20 @@ def groups(meta: TableMeta, blocks: Numbers) -> Iterator[Numbers]:
 # ---- epochs ----
 
 
+def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterator[tuple[int, int]]:
+    """The units of so many blocks whose epochs are not all hole, as ranges (first, end), ascending."""
+    end, unit_bytes, done = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * unit_blocks, 0
+    for begin, stop in data_extents(blocks_fd, DATA_OFFSET_BYTES, end):
+        first = max((begin - DATA_OFFSET_BYTES) // unit_bytes, done)
+        done = max((stop - 1 - DATA_OFFSET_BYTES) // unit_bytes + 1, done)
+        if first < done:
+            yield first, done
+
+
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    return data_chunk_numbers(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * num_blocks)
-
-
-def data_chunk_numbers(fd: int, block_bytes: int, file_bytes: int) -> Iterator[int]:
-    """The chunks of an array file with `block_bytes` for each block that are not all hole, ascending."""
-    chunk_bytes, done = block_bytes * CHUNK_BLOCKS, -1
-    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
-        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
-        yield from range(max(first, done + 1), last + 1)
-        done = last
+    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
+        yield from range(first, end)
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
@@ -74,7 +81,7 @@ def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDA
     end, chunk_bytes = DATA_OFFSET_BYTES + 4 * num_blocks, 4 * CHUNK_BLOCKS
     for chunk in epoch_chunk_numbers(blocks_fd, num_blocks):
         at = DATA_OFFSET_BYTES + chunk * chunk_bytes
-        epochs = np.frombuffer(_pread(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
+        epochs = np.frombuffer(read_at(blocks_fd, min(chunk_bytes, end - at), at), np.uint32)
         if epochs.any():
             yield chunk * CHUNK_BLOCKS, epochs
 
@@ -91,10 +98,10 @@ def read_epochs(blocks_fd: int, meta: TableMeta, blocks: Any) -> npt.NDArray[np.
     distinct, where = np.unique(blocks.astype(np.int64), return_inverse=True)
     low, high = int(distinct[0]), int(distinct[-1]) + 1
     if high - low > 64 * distinct.size:  # far apart: by themselves
-        data = b"".join(_pread(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * block) for block in distinct.tolist())
+        data = b"".join(read_at(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * block) for block in distinct.tolist())
         found = np.frombuffer(data, np.uint32)
     else:
-        data = bytes(_pread(blocks_fd, 4 * (high - low), DATA_OFFSET_BYTES + 4 * low))
+        data = bytes(read_at(blocks_fd, 4 * (high - low), DATA_OFFSET_BYTES + 4 * low))
         found = np.frombuffer(data, np.uint32)[distinct - low]
     epochs: npt.NDArray[np.uint32] = found[where]
     return epochs
@@ -119,6 +126,15 @@ def mapped_array(path: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
         yield array
     finally:
         del array
+
+
+def spans_of_data(fd: int, meta: TableMeta, spec: FileSpec) -> Iterator[tuple[int, int]]:
+    """The blocks of a row file that are not all hole, as ranges (first, end) of at most `CHUNK_BLOCKS`, ascending."""
+    size = block_bytes(meta, spec)
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, spec.file_bytes):
+        last = (stop - 1 - DATA_OFFSET_BYTES) // size + 1
+        for first in range((begin - DATA_OFFSET_BYTES) // size, last, CHUNK_BLOCKS):
+            yield first, min(first + CHUNK_BLOCKS, last)
 
 
 class OpenArrays:
@@ -166,7 +182,7 @@ def write_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers, data
         for position, first, count in runs(blocks):
             at = DATA_OFFSET_BYTES + first * size
             wanted = min(count * size, spec.file_bytes - at)
-            _pwrite(fd, flat[position * size : position * size + wanted], at)
+            write_at(fd, flat[position * size : position * size + wanted], at)
 
 
 def checksums(data: Bytes) -> npt.NDArray[np.uint64]:
@@ -186,10 +202,11 @@ def write_rows(fd: int, first: int, rows: npt.NDArray[Any], filename: str) -> No
     with space_errors(filename):
         for low, high in itertools.pairwise(cuts):
             if flat[low:high].any():
-                _pwrite(fd, view[low:high], begin + low)
+                write_at(fd, view[low:high], begin + low)
 
 
-def _pread(fd: int, size: int, at: int) -> bytearray:
+def read_at(fd: int, size: int, at: int) -> bytearray:
+    """`size` bytes of a file from byte `at`; `OSError` if it ends before."""
     out = bytearray(size)
     _pread_into(fd, memoryview(out), at)
     return out
@@ -203,7 +220,9 @@ def _pread_into(fd: int, view: memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def _pwrite(fd: int, view: memoryview, at: int) -> None:
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """All of `data` to a file from byte `at`."""
+    view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, at)
         view, at = view[done:], at + done

@@ -30,6 +30,7 @@ cdef extern from "table.h" nogil:
         float eps, initial_accumulator, beta, l1, l2
         double weight_decay
         he_ahead *ahead
+        int32_t tmpfs_fd
 
     ctypedef struct he_batch:
         const uint64_t *keys
@@ -66,6 +67,7 @@ cdef extern from "table.h" nogil:
         int64_t data_offset
         const uint32_t *blocks
         int64_t num_blocks, num_rows
+        he_control *control
         uint32_t since, until
         uint64_t *bits
         char *buffer
@@ -92,12 +94,13 @@ cdef extern from "table.h" nogil:
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
     int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state) noexcept
+    int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) noexcept
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
     void he_rows_touched_add(he_control *c, uint64_t n) noexcept
     int he_update_lock_rows(const he_plan *p, int lock_fd) noexcept
     uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
-    int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
+    void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
     int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) noexcept
     int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept

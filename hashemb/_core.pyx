@@ -5,19 +5,23 @@ in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape 
 again is what would otherwise read or write outside an array.
 """
 
+import mmap
 import os
 
 import numpy as np
 
+from hashemb.errors import NoSpaceError
+
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EFAULT, EINTR
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 cnp.import_array()
 
+cdef object PAGE_BYTES = mmap.PAGESIZE
 cdef object NO_BLOCKS = np.empty(0, np.uint64)
 
 
@@ -79,6 +83,7 @@ cdef class Core:
         t.eps, t.initial_accumulator = scalars["eps"], scalars["initial_accumulator"]
         t.beta, t.l1, t.l2 = scalars["beta"], scalars["l1"], scalars["l2"]
         t.weight_decay = scalars["weight_decay"]
+        t.tmpfs_fd = scalars["tmpfs_fd"]
 
     def __dealloc__(self):
         free(self.memory)
@@ -96,6 +101,17 @@ cdef class Core:
             b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, b"per_sample_weights")
         return 0
 
+    cdef int secure_reads(self, const he_batch *b, bint of_rows) except -1:
+        """On tmpfs: an error now instead of a SIGBUS when the batch reads a hole for which no page is left."""
+        cdef int error
+        if self.table.tmpfs_fd < 0:
+            return 0
+        with nogil:
+            error = he_secure_reads(&self.table, b, of_rows)
+        if error == EFAULT:
+            raise NoSpaceError(f"no space left on the tmpfs, on which reading a row never written takes {PAGE_BYTES} bytes")
+        return raise_errno(error)
+
     def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
         """Writes the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
         cdef he_batch b
@@ -105,6 +121,7 @@ cdef class Core:
             raise ValueError(f"out holds {out.size} values, {b.num_bags * self.table.dim} expected")
         if b.num_bags == 0:
             return
+        self.secure_reads(&b, True)
         cdef int num_threads = he_lookup_threads(&self.table, &b)
         cdef float *scratch = <float *>malloc(num_threads * he_lookup_scratch(&self.table) * sizeof(float))
         if scratch == NULL:
@@ -136,6 +153,7 @@ cdef class Core:
         if num_grads != p.batch.num_bags * dim:
             raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
         self.reserve()
+        self.secure_reads(&p.batch, False)
         with nogil:
             he_plan_layout(&self.table, p, self.memory)
             bad = he_update_plan(&self.table, p, epoch)
@@ -171,14 +189,13 @@ cdef class Core:
         return self.control.saving != 0
 
     def save_rows(self, Saving saving not None):
-        """Saves the rows of the planned update for a snapshot; returns 0, or the errno of what could not be saved."""
+        """Saves the rows of the planned update for a snapshot; what cannot be saved fails the snapshot."""
         cdef he_plan *p = &self.current
         cdef int i, error = 0
         with nogil:
             for i in range(p.num_threads):
                 if error == 0:
                     error = he_save_rows(&saving.saving, p.shares[i].rows, p.shares[i].num_rows)
-        return error
 
     cdef stale_blocks(self):
         cdef he_plan *p = &self.current

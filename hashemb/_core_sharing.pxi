@@ -67,7 +67,7 @@ cdef class Saving:
     ----------
     files : list of (ndarray, int)
         The table's row arrays, and the files to save their blocks to, open for writing.
-    blocks : ndarray of uint32
+    blocks, control : ndarray of uint32, of uint8
         The table's.
     bits : ndarray of uint64
         A bit per row, mapped from a file that all writers share.
@@ -84,15 +84,16 @@ cdef class Saving:
     cdef he_saving saving
     cdef object arrays
 
-    def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray bits not None, tuple fds, uint32_t since,
-                  uint32_t until, int64_t data_offset, int block_shift):
+    def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray control not None,
+                  cnp.ndarray bits not None, tuple fds, uint32_t since, uint32_t until, int64_t data_offset, int block_shift):
         cdef he_saving *s = &self.saving
         cdef int i
         cdef int64_t entry_bytes = 8
         cdef cnp.ndarray array
         if not 1 <= len(files) <= HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
-        self.arrays = (files, blocks, bits)
+        self.arrays = (files, blocks, control, bits)
+        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
         for i, (array, fd) in enumerate(files):
             s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
             s.target_fds[i] = fd
@@ -124,15 +125,13 @@ cdef class Saving:
 def mark_blocks(cnp.ndarray marks not None, cnp.ndarray blocks not None, uint32_t epoch, Saving saving=None):
     """Marks blocks (ascending, uint64) as of `epoch`, after their old epochs are saved if `saving` wants them.
 
-    Returns 0, or the errno of what could not be saved; the blocks are marked all the same.
+    What could not be saved is marked all the same: the control page then says that the snapshot has failed.
     """
     cdef uint32_t *target = <uint32_t *>data_of(marks, cnp.NPY_UINT32, b"blocks")
     cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
     cdef const he_saving *s = NULL if saving is None else &saving.saving
     cdef int64_t n = cnp.PyArray_SIZE(blocks)
-    cdef int error
     if n and <int64_t>source[n - 1] >= cnp.PyArray_SIZE(marks):
         raise ValueError(f"block {source[n - 1]} of {marks.size}")
     with nogil:
-        error = he_mark_blocks(s, target, source, n, epoch)
-    return error
+        he_mark_blocks(s, target, source, n, epoch)

@@ -92,6 +92,7 @@ def _resize(fd: int, path: str, size_bytes: int) -> None:
 def replace_file(path: str, data: bytes) -> None:
     """Puts a small file in the place of another in one step, durably."""
     temporary = f"{path}.{os.getpid()}.tmp"
+    remove_if_there(temporary)  # of a process of the same number that was killed, or could not remove it
     try:
         write_file(temporary, data)
         os.rename(temporary, path)
@@ -130,37 +131,66 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def check_free(path: str, *, may_exist: bool = False) -> str:
+    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot."""
+    parent = os.path.dirname(os.path.abspath(path))
+    if not may_exist and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
+    if not os.path.isdir(parent):
+        raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
+    return parent
+
+
 @contextmanager
 def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
     """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
 
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
     `FileExistsError` if there is something at `path`, unless it may be moved to `aside`; `FileNotFoundError` if its
     parent does not exist.
     """
-    parent = os.path.dirname(os.path.abspath(path))
-    if aside is None and os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
-    if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create the table in does not exist", parent)
-    prefix = f".{os.path.basename(path)}."
-    remove_abandoned(parent, prefix)
-    with space_errors(path):
-        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    fd = os.open(building, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        os.chmod(building, 0o777 & ~_umask())
+    parent = check_free(path, may_exist=aside is not None)
+    with building_directory(path) as building:
         yield building
-        os.fsync(fd)
+        sync_directory(building)
         if aside is None:
             os.rename(building, path)
         else:
             take_place(building, path, aside)
-        sync_directory(parent)
-    except BaseException:
+        try:
+            sync_directory(parent)
+        except BaseException:
+            with suppress(OSError):
+                if aside is None:
+                    os.rename(path, building)  # to be removed there: from `path` it goes in one step
+                else:
+                    give_place_back(building, path, aside)
+            raise
+
+
+@contextmanager
+def building_directory(path: str) -> Iterator[str]:
+    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
+
+    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
+    """
+    parent, prefix = os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
+    remove_abandoned(parent, prefix)
+    with space_errors(path):
+        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    try:
+        with _locked_directory(building):
+            os.chmod(building, 0o777 & ~_umask())
+            yield building
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _locked_directory(path: str) -> Iterator[None]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(fd)
 
@@ -184,6 +214,18 @@ def take_place(new: str, path: str, aside: str) -> None:
         except OSError:
             os.rename(aside, path)
             raise
+
+
+def give_place_back(new: str, path: str, aside: str) -> None:
+    """The inverse of `take_place`, in steps of which each leaves a table at `path` where names can be exchanged."""
+    try:
+        exchange(aside, path)
+        os.rename(aside, new)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        os.rename(path, new)
+        os.rename(aside, path)
 
 
 def exchange(one: str, other: str) -> None:

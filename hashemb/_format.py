@@ -192,6 +192,11 @@ def dump_checked(content: dict[str, Any]) -> bytes:
 
 def encode_meta(meta: TableMeta) -> bytes:
     """`meta.json` as bytes, with its own checksum as the last entry."""
+    return dump_checked(meta_content(meta))
+
+
+def meta_content(meta: TableMeta) -> dict[str, Any]:
+    """What `meta.json` says, without the checksum."""
     content: dict[str, Any] = {"format": FORMAT}
     for field in fields(meta):
         value = getattr(meta, field.name)
@@ -201,7 +206,7 @@ def encode_meta(meta: TableMeta) -> bytes:
         f"{name}.npy": {"shape": list(s.shape), "dtype": s.dtype, "bytes": s.file_bytes}
         for name, s in meta.files.items()
     }
-    return dump_checked(content)
+    return content
 
 
 def _untag(value: dict[str, Any], classes: dict[str, type]) -> Any:
@@ -236,6 +241,11 @@ def decode_meta(data: bytes, filename: str) -> TableMeta:
         raise CorruptTableError(
             f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}"
         )
+    return meta_of_content(content, filename)
+
+
+def meta_of_content(content: dict[str, Any], filename: str) -> TableMeta:
+    """The inverse of `meta_content`; `FormatError` where this version lacks what it names."""
     try:
         values = {field.name: content[field.name] for field in fields(TableMeta)}
         values["optimizer"] = _untag(values["optimizer"], OPTIMIZERS)

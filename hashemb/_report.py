@@ -62,13 +62,17 @@ class Report:
 
     def add_error(self, name: str, error: Exception) -> None:
         """An error of reading the file `name`, as a problem of it."""
-        filename = os.path.join(self.directory, name)
-        message = str(error).removeprefix(f"{filename}: ").removeprefix(f"{self.directory}: ")
         if isinstance(error, OSError):
-            self.add(name, "a file that can be read", message)
-            return
+            self.add(name, "a file that can be read", str(error))
+        else:
+            self.add_message(name, str(error), "what this version reads")
+
+    def add_message(self, name: str, message: str, expected: str) -> None:
+        """What an error said of the file `name`, which was to be `expected` if it did not say so itself."""
+        filename = os.path.join(self.directory, name)
+        message = message.removeprefix(f"{filename}: ").removeprefix(f"{self.directory}: ")
         parts = _MESSAGE.fullmatch(message)
-        self.add(name, *((parts["expected"], parts["found"]) if parts else ("what this version reads", message)))
+        self.add(name, *((parts["expected"], parts["found"]) if parts else (expected, message)))
 
     def _problem(self, name: str, expected: str, found: str) -> Problem:
         return Problem(os.path.join(self.directory, name), expected, found)

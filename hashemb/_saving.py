@@ -50,7 +50,8 @@ class SaveTarget:
         bits = np.frombuffer(mmap.mmap(bits_fd, bits_bytes(meta)), np.uint64)
         fds = (blocks_fd, bits_fd, log_fd, lock.fd)
         shift = meta.block_rows.bit_length() - 1
-        self.saving = _core.Saving(files, arrays["blocks"], bits, fds, since, until, DATA_OFFSET_BYTES, shift)
+        blocks, control = arrays["blocks"], arrays["control"]
+        self.saving = _core.Saving(files, blocks, control, bits, fds, since, until, DATA_OFFSET_BYTES, shift)
 
     def _open(self, directory: str, filename: str, flags: int = 0) -> int:
         self._fds.append(os.open(os.path.join(directory, filename), flags | os.O_RDWR | os.O_CLOEXEC, 0o666))

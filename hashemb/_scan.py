@@ -45,10 +45,14 @@ class Vouchers:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the control page: no block is newer, and no row has paid more decay."""
+    """Of the control page: no block is newer, no row has paid more decay, and every block with data is marked.
+
+    None of these is certain after a power failure, until the next writer has put it right.
+    """
 
     epoch: int = 2**32 - 1
     decay_total: float = -np.inf
+    all_marked: bool = False
 
 
 class UnreadableError(Exception):
@@ -128,7 +132,7 @@ class Scan:
     def _chunks(self) -> Iterator[int]:
         """The chunks in which any file has data, ascending."""
         per_file = [
-            _guarded(name, _blocks.data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
+            _guarded(name, data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
             for name, fd in self._fds.items()
         ]
         last = -1
@@ -237,6 +241,8 @@ class Scan:
 
     def _check_unwritten(self, name: str, first: int, epochs: npt.NDArray[np.uint32]) -> None:
         """Of these only what is not a hole is read: room made in advance, which is zero too, or damage."""
+        if not self._limits().all_marked:
+            return
         size, file_bytes, done = self._unit_bytes(name), self._specs[name].file_bytes, 0
         begin = DATA_OFFSET_BYTES + first * size
         extents = data_extents(self._fds[name], begin, min(begin + epochs.size * size, file_bytes))
@@ -254,6 +260,15 @@ class Scan:
         rule = "only zeros in blocks never written"
         pairs = ((rule, f"{np.count_nonzero(data[i])} other bytes in {self._place(blocks[i])}") for i in bad.tolist())
         self._report.add_many(f"{name}.npy", rule, bad.size, pairs)
+
+
+def data_chunk_numbers(fd: int, unit_bytes: int, file_bytes: int) -> Iterator[int]:
+    """The chunks of blocks of which an array file, with so many bytes for each, is not all hole; ascending."""
+    chunk_bytes, done = unit_bytes * _blocks.CHUNK_BLOCKS, 0
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
+        first = max((begin - DATA_OFFSET_BYTES) // chunk_bytes, done)
+        done = max((stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes + 1, done)
+        yield from range(first, done)
 
 
 # ---- what values may be: name -> (the rule in words, which values keep it) ----

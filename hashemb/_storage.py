@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core, _huge_pages
+from hashemb import _core, _huge_pages, _recovery
 from hashemb._directory import (
     boot_id,
     disk_bytes,
     read_control,
     read_file,
+    read_history,
     read_meta,
     remove_if_there,
     remove_leftovers,
@@ -37,12 +38,11 @@ from hashemb._format import (
     DATA_OFFSET_BYTES,
     FileSpec,
     check_npy_header,
-    seal_control,
 )
 from hashemb._locks import Lock, after_fork_in_child
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
 from hashemb._saving import SAVING_FILE, SaveTarget
-from hashemb.errors import CorruptTableError, HashembError, ReadOnlyTableError
+from hashemb.errors import CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
@@ -211,35 +211,46 @@ class TableFiles:
     def _take_over(self) -> None:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
         control = self.control
-        if not control["clean"][0]:
-            same_boot = control["boot_id"][0].decode("ascii", "replace") == boot_id()
-            self.recovered = "killed" if same_boot else "rebooted"
-        if self.recovered == "rebooted":  # a block may be newer than its epoch says: deltas could miss it
-            remove_if_there(os.path.join(self.path, "history.json"))
+        self.recovered = _recovery.how_left(control)
+        self._unseal()  # before anything of the page changes: its check sum would be wrong
+        if self.recovered == "rebooted":
+            marks = self.arrays["blocks"]
+            _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
+            if not self._is_being_applied():
+                # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
+                # delta only that delta's blocks can be, and it will be applied again.
+                remove_if_there(os.path.join(self.path, "history.json"))
         remove_leftovers(self.path, SAVING_FILE)
-        self._unseal()
         control["boot_id"] = boot_id().encode()
         control["saving"] = control["gate_closing"] = 0
-        control["opened"] = 1
+        if not control["opened"][0]:  # on disk before any of its rows: no snapshot any more whose every byte is known
+            control["opened"] = 1
+            self._maps["control"].flush()
+
+    def _is_being_applied(self) -> bool:
+        try:
+            return read_history(self.path).applying is not None
+        except FormatError:  # damaged, and about to be removed
+            return False
 
     def _unseal(self) -> None:
-        self.control["checksum"] = 0  # first: a reader must not find it beside other bytes
-        self.control["clean"] = 0
+        _recovery.unseal(self.control, self._maps["control"])
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
         if _core.lock(self._fds["lock"], fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
             if self._dirty:
                 self.flush()
-            page = self.arrays["control"]
-            sealed = np.frombuffer(seal_control(page.tobytes()), np.uint8)
-            page[:-8] = sealed[:-8]
-            page[-8:] = sealed[-8:]  # last: it vouches for the rest
-            self._maps["control"].flush()
+            _recovery.seal(self.arrays["control"], self._maps["control"])
 
     def fd(self, name: str) -> int:
         """The open file of an array, by name without `.npy`."""
         return self._fds[name]
+
+    def tmpfs_fd(self) -> int:
+        """The weights' open file on tmpfs, where also reads take space; -1 elsewhere."""
+        fd = self._fds["weight"]
+        return fd if _huge_pages.is_tmpfs(fd) else -1
 
     def lock_fd(self) -> int:
         """The table's lock, which this process has for itself; a forked child joins the writers when it first asks."""
@@ -270,6 +281,8 @@ class TableFiles:
         On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
         """
         self._dirty = True
+        if self.tmpfs_fd() >= 0:  # where reading a hole takes a page too
+            self._reserve_array("blocks", blocks, 4)
         new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
         if new.size:
             for name, spec in self.meta.row_files.items():
@@ -283,16 +296,13 @@ class TableFiles:
     def _mark(self, blocks: Array) -> None:
         epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]
         saving = self._saving()
-        code = _core.mark_blocks(marks, blocks, epoch, saving)
-        if code:
-            self._give_up_saving(code)
+        _core.mark_blocks(marks, blocks, epoch, saving)
 
     def save_rows(self, core: _core.Core) -> None:
         """Saves the rows that a planned update is about to change, if a snapshot in progress still wants them."""
         saving = self._saving()
-        code = core.save_rows(saving) if saving is not None else 0
-        if code:
-            self._give_up_saving(code)
+        if saving is not None:
+            core.save_rows(saving)
 
     def _saving(self) -> _core.Saving | None:
         """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does."""
@@ -315,8 +325,9 @@ class TableFiles:
         return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until)
 
     def _give_up_saving(self, code: int) -> None:
-        """The snapshot has failed, which its owner reports; the table goes on."""
-        self.control["save_errno"], self.control["save_failed"] = code, self.control["saving"]
+        """The snapshot has failed, which its owner reports; the table goes on. Said before a block is marked."""
+        self.control["save_errno"] = code
+        self.control["save_failed"] = self.control["saving"]
 
     def _is_being_saved(self) -> bool:
         """Whether the owner of the snapshot in progress is alive: it holds its lock."""
@@ -368,10 +379,14 @@ class TableFiles:
         """Syncs all arrays to disk, then the control page. No-op on a read-only table."""
         if not self.writable:
             return
-        self._dirty = False
-        for name in self.meta.files:
-            self._maps[name].flush()
-        self._maps["control"].flush()
+        self._dirty = False  # first: an update meanwhile makes it dirty again
+        try:
+            for name in self.meta.files:
+                self._maps[name].flush()
+            self._maps["control"].flush()
+        except BaseException:
+            self._dirty = True
+            raise
 
     def mark_dirty(self) -> None:
         """Called once per update: the last writer's close has something to sync."""
@@ -392,10 +407,18 @@ class TableFiles:
     # -- closing --
 
     def close(self) -> None:
-        """Idempotent. Mappings stay as long as somebody holds a view of them."""
-        if self._joined:
-            self._leave_writers()
-            self._joined = False
+        """Idempotent. Mappings stay as long as somebody holds a view of them.
+
+        Where the table cannot be synced that is raised; it is closed all the same, and not marked clean.
+        """
+        joined, self._joined = self._joined, False
+        try:
+            if joined:
+                self._leave_writers()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._target = None
         self.arrays, self._extents = {}, {}
         if hasattr(self, "control"):

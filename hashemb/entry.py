@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 
 from hashemb import _arguments as arguments
@@ -10,6 +11,7 @@ from hashemb import _directory, _format
 from hashemb.init import Initializer
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import Optimizer
+from hashemb.snapshot import interrupted_delta
 from hashemb.table import EmbeddingTable, Isolation, Mode
 
 __all__ = ["TableInfo", "create", "info", "open"]
@@ -160,7 +162,20 @@ def open(
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
-    return EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
+    table = EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
+    try:
+        applying = interrupted_delta(path)
+        if applying:
+            warnings.warn(
+                f"{path}: delta {applying} was applied in part, as whoever applied it was interrupted: rows from "
+                "before and after it stand side by side; apply it again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    except BaseException:
+        table.close()
+        raise
+    return table
 
 
 def info(path: str | os.PathLike[str]) -> TableInfo:

@@ -12,6 +12,7 @@ import os
 __all__ = [
     "ClosedTableError",
     "CorruptTableError",
+    "DeltaError",
     "FormatError",
     "HashembError",
     "MissingExtraError",
@@ -38,6 +39,28 @@ class ReadOnlyTableError(HashembError):
 
 class ClosedTableError(HashembError):
     """The table has been closed."""
+
+
+class DeltaError(HashembError):
+    """A delta that this table cannot take. Nothing of it was written.
+
+    Attributes
+    ----------
+    reason : str
+        "applied" (the table has it already), "gap" (deltas before it are missing), "older" (the table stands at a
+        later one), "base" (it begins a new table), "foreign" (it is of another table, or of another branch of this
+        table's history), "trained" (the table was updated since its last delta), "interrupted" (another delta has been
+        applied in part, and comes first), or "incompatible" (another geometry, seed, initialiser, number of hashes,
+        weight decay or optimiser).
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[DeltaError], tuple[str, str]]:
+        """Pickle by the constructor's arguments."""
+        return type(self), (str(self), self.reason)
 
 
 class NoSpaceError(HashembError, OSError):

@@ -74,11 +74,15 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class History:
-    """The points in a table's past, oldest first; `applying` is the id of a delta that is being applied to it, and
-    `table` that of the table ("": written before it was noted)."""
+    """The points in a table's past, oldest first.
+
+    `applying` is the id of a delta that is being applied to the table; `source` that of the table whose points these
+    are, where it is another (a replica made by hand); `table` that of the table itself ("": not noted).
+    """
 
     points: tuple[Point, ...] = ()
     applying: str | None = None
+    source: str | None = None
     table: str = ""
 
     @property
@@ -103,7 +107,13 @@ class History:
     def encode(self) -> bytes:
         points = [asdict(point) for point in self.points]
         return dump_checked(
-            {"format": LINEAGE_FORMAT, "table": self.table, "applying": self.applying, "points": points}
+            {
+                "format": LINEAGE_FORMAT,
+                "table": self.table,
+                "applying": self.applying,
+                "source": self.source,
+                "points": points,
+            }
         )
 
     @classmethod
@@ -111,7 +121,7 @@ class History:
         content = load_checked(data, filename)
         try:
             points = tuple(Point(**point) for point in content["points"])
-            return cls(points, content["applying"], content.get("table", ""))
+            return cls(points, content["applying"], content["source"], content.get("table", ""))
         except (KeyError, TypeError) as error:
             raise FormatError(f"{filename}: this version cannot read the history: {error!r}") from None
 

@@ -39,9 +39,18 @@ from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
 from hashemb._locks import Lock
 from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
 from hashemb._storage import TableFiles
-from hashemb.lineage import SnapshotInfo, check_extra, new_id
+from hashemb.errors import DeltaError
+from hashemb.lineage import History, SnapshotInfo, check_extra, new_id
 
-__all__ = ["Progress", "SavedPoint", "one_at_a_time", "save_point", "take_snapshot"]
+__all__ = [
+    "Progress",
+    "SavedPoint",
+    "interrupted_delta",
+    "one_at_a_time",
+    "save_point",
+    "take_snapshot",
+    "whole_history",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -67,9 +76,34 @@ def one_at_a_time(files: TableFiles) -> Iterator[Lock]:
     lock = files.new_lock()
     try:
         _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_SNAPSHOT, True)
+        files.control["saving"] = 0  # what somebody was killed at, writers need no longer save
         yield lock
     finally:
         lock.close()
+
+
+def whole_history(files: TableFiles) -> History:
+    """The table's history, for a caller that has the table to itself; `DeltaError` if a delta was applied in part."""
+    history = read_history(files.path)
+    if history.applying:
+        raise DeltaError(
+            f"{files.path}: delta {history.applying} was applied in part, as whoever applied it was interrupted: "
+            "apply it again first",
+            "interrupted",
+        )
+    return history
+
+
+def interrupted_delta(path: str) -> str | None:
+    """Id of a delta that was applied to the table in part, and that nobody is applying now."""
+    if not read_history(path).applying:
+        return None
+    fd = os.open(os.path.join(path, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        alone = _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
+        return read_history(path).applying if alone else None
+    finally:
+        os.close(fd)
 
 
 def take_snapshot(
@@ -78,10 +112,11 @@ def take_snapshot(
     """See `EmbeddingTable.snapshot`."""
     extra, meta = check_extra(extra), files.meta
     with new_directory(path) as building, one_at_a_time(files) as lock:
+        history = whole_history(files)
         create_arrays(building, {**meta.files, "checksums": _blocks.checksum_spec(meta)})
         point = save_point(files, lock, building, list(meta.row_files), progress=progress)
         num_blocks, content_hash = write_checksums(building, meta)
-        history, page = read_history(files.path), point.page
+        page = point.page
         info = SnapshotInfo(
             id=new_id(),
             sequence=history.next_sequence(),
@@ -131,8 +166,8 @@ def save_point(
     wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
     announcement = os.path.join(files.path, SAVING_FILE)
     write_file(bits, b"", bits_bytes(files.meta), sync=False)
-    replace_file(announcement, json.dumps(wanted).encode())
     try:
+        replace_file(announcement, json.dumps(wanted).encode())
         point = _begin(files, lock)
         try:
             with space_errors(directory):
@@ -166,16 +201,16 @@ def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
 
 
 def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
-    blocks_fd, num_blocks = files.fd("blocks"), files.meta.num_blocks
-    per_chunk = _blocks.CHUNK_BLOCKS // _core.STRIPE_BLOCKS
-    chunks = list(_blocks.epoch_chunk_numbers(blocks_fd, num_blocks))
-    num_stripes = -(-num_blocks // _core.STRIPE_BLOCKS)
-    for done, chunk in enumerate(reversed(chunks)):  # downwards: see csrc/save.c
-        first, last = chunk * per_chunk, min((chunk + 1) * per_chunk, num_stripes)
-        for stripe in reversed(range(first, last, _STRIPES_PER_CALL)):
-            saving.copy_stripes(stripe, min(stripe + _STRIPES_PER_CALL, last))
-        if progress:
-            progress(done + 1, len(chunks))
+    """Downwards: see csrc/save.c. Stripes whose epochs are a hole are left out: on tmpfs a look would take a page."""
+    spans = list(_blocks.spans_of_epochs(files.fd("blocks"), files.meta.num_blocks, _core.STRIPE_BLOCKS))
+    done, total = 0, sum(last - first for first, last in spans)
+    for first, last in reversed(spans):
+        for end in range(last, first, -_STRIPES_PER_CALL):
+            begin = max(first, end - _STRIPES_PER_CALL)
+            saving.copy_stripes(begin, end)
+            done += end - begin
+            if progress:
+                progress(done * _core.STRIPE_BLOCKS, total * _core.STRIPE_BLOCKS)
 
 
 def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _arguments as arguments
-from hashemb import _core, _directory, _format, _storage
+from hashemb import _blocks, _core, _directory, _storage
+from hashemb._binding import bind_core
+from hashemb._delta_file import DeltaInfo, DeltaReader
+from hashemb.delta import Since, apply_to, export_to
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import FTRL
@@ -26,10 +29,6 @@ __all__ = ["EmbeddingTable"]
 Mode = Literal["r", "r+"]
 Isolation = Literal["hogwild", "exact"]
 Floats = npt.NDArray[np.float32]
-
-_DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-_OPTIMIZER_CODES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "ftrl": 3}
-_INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
 
 
 class EmbeddingTable:
@@ -64,7 +63,7 @@ class EmbeddingTable:
         self.optimizer, self.init = meta.optimizer, meta.init
         self._meta = meta
         self._files: _storage.TableFiles | None = files
-        self._core: _core.Core | None = _bind_core(files)
+        self._core: _core.Core | None = bind_core(files)
         self._update_lock, self._pid = threading.Lock(), os.getpid()
         self._finalizer = weakref.finalize(self, files.close)
         if files.recovered == "rebooted":
@@ -111,6 +110,8 @@ class EmbeddingTable:
         ------
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
+        NoSpaceError
+            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call succeeds.
         ClosedTableError
 
         Notes
@@ -281,10 +282,12 @@ class EmbeddingTable:
         )
 
     def _count_rows(self) -> int:
-        arrays, rows = self._open_files().arrays, self._meta.block_rows
-        written = np.flatnonzero(arrays["blocks"])
-        weight = arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
-        return sum(int(weight[b * rows : (b + 1) * rows].any(axis=1).sum()) for b in written.tolist())
+        files, rows, count = self._open_files(), self._meta.block_rows, 0
+        weight = files.arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
+        for first, epochs in _blocks.epoch_chunks(files.fd("blocks"), self._meta.num_blocks):
+            for block in (first + np.flatnonzero(epochs)).tolist():
+                count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
+        return count
 
     # -- points in time --
 
@@ -327,6 +330,63 @@ class EmbeddingTable:
         """
         _, files = self._writable()
         return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)
+
+    def export_delta(
+        self,
+        since: Since,
+        path: str | os.PathLike[str],
+        *,
+        state: bool = False,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> DeltaInfo:
+        """Writes what changed since a point in time to one file, for `hashemb.apply_delta`; writers go on meanwhile.
+
+        Parameters
+        ----------
+        since : None, str, path-like, SnapshotInfo or DeltaInfo
+            A snapshot or delta of this table (or of the table this is a replica of), or the path of one. None:
+            everything ever written, the beginning of a chain.
+        path : str or path-like
+            File to create; by custom ``*.delta``, which `hashemb.follow` looks for.
+        state : bool
+            The optimiser's state too, to train on with. Default: what look-ups need.
+        dtype : {"float32", "float16", "bfloat16"}, optional
+            Of the weights in the file, rounded to nearest even. Default: the table's.
+        progress : callable, optional
+            Called with blocks packed so far and in all.
+
+        Returns
+        -------
+        DeltaInfo
+
+        Raises
+        ------
+        ValueError
+            `since` is not in the table's history, `state` with another dtype, or a weight too large for `dtype`.
+        FileExistsError, FileNotFoundError
+            There is something at `path`, or its directory does not exist.
+        NoSpaceError, OSError
+            It could not be written; nothing is left at `path`.
+        DeltaError
+            The table itself has a delta applied in part.
+        ReadOnlyTableError, ClosedTableError
+
+        Notes
+        -----
+        A point in time, as `snapshot`: no batch is half in it. Holds whole blocks, about 4096 bytes of weights each;
+        reads and writes each changed block twice, through files beside `path`. The file appears complete and
+        synced, or not at all.
+        """
+        _, files = self._writable()
+        where = arguments.path_string(path)
+        return export_to(files, since, where, state=state, dtype=dtype, progress=progress)
+
+    def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
+        """See `hashemb.apply_delta`; the delta has been checked."""
+        with self._lock():
+            _, files = self._writable()
+            return apply_to(files, delta, progress)
 
     # -- life --
 
@@ -390,35 +450,3 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _bind_core(files: _storage.TableFiles) -> _core.Core:
-    meta, arrays = files.meta, files.arrays
-    states = [arrays[name] for name in meta.optimizer.state_files]
-    width = getattr(meta.init, "scale", getattr(meta.init, "std", 0.0))
-    scalars = {
-        "dtype": _DTYPE_CODES[meta.dtype],
-        "optimizer": _OPTIMIZER_CODES[meta.optimizer.kind],
-        "init": _INIT_CODES[meta.init.kind],
-        "block_shift": meta.block_rows.bit_length() - 1,
-        "init_scale": width / math.sqrt(meta.num_hashes),
-        "init_key": _format.init_key(meta.seed),
-        "rounding_key": _format.rounding_key(meta.seed),
-        "salts": _format.salts(meta.seed, meta.num_hashes),
-        "eps": getattr(meta.optimizer, "eps", 0.0),
-        "initial_accumulator": getattr(meta.optimizer, "initial_accumulator_value", 0.0),
-        "beta": getattr(meta.optimizer, "beta", 0.0),
-        "l1": getattr(meta.optimizer, "l1", 0.0),
-        "l2": getattr(meta.optimizer, "l2", 0.0),
-        "weight_decay": meta.optimizer.weight_decay,
-    }
-    bound = {
-        "weight": arrays["weight"],
-        "blocks": arrays["blocks"],
-        "control": arrays["control"],
-        "states": states,
-        "paid": arrays.get("paid"),
-    }
-    core = _core.Core(bound, scalars)
-    core.fault_ahead = not files.asks_for_huge_pages  # a fault brings 2 MiB, unless it finds single pages there
-    return core

@@ -9,7 +9,6 @@ been written since is.
 from __future__ import annotations
 
 import errno
-import importlib
 import itertools
 import os
 import re
@@ -32,6 +31,7 @@ from hashemb._format import (
 )
 from hashemb._report import Problem, Report
 from hashemb._scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
+from hashemb.delta import check_delta
 from hashemb.errors import CorruptTableError, HashembError
 from hashemb.lineage import MAX_POINTS, History, SnapshotInfo
 
@@ -100,11 +100,16 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
 
 def _verify_file(path: str, progress: Progress | None) -> list[Problem]:
+    if not os.path.isfile(path):
+        return [Problem(path, "a directory that holds a table, or a delta file", "neither")]
+    report = Report(os.path.dirname(path))
     try:
-        delta = importlib.import_module("hashemb.delta")
-    except ModuleNotFoundError:
-        return [Problem(path, "a directory that holds a table", "something else")]
-    return [Problem(path, "a delta in order", message) for message in delta.check_delta(path, progress)]
+        messages = check_delta(path, progress)
+    except OSError as error:
+        messages = [f"a file that cannot be read: {error}"]
+    for message in messages:
+        report.add_message(os.path.basename(path), message, "a delta in order")
+    return report.problems()
 
 
 class Check:
@@ -201,10 +206,10 @@ class Check:
 
     def _limits(self) -> Limits:
         page = self._raw_page() if self.page is not None else None
-        if page is None:
-            return Limits()
+        if page is None or (not self.was_taken and not self._is_up_to_date(page)):
+            return Limits(all_marked=self.was_taken)
         half_applied = self.history is not None and self.history.applying  # a delta: its rows come before its page
-        return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]))
+        return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]), all_marked=True)
 
     def _check_page(self, page: Any) -> None:
         """What `read_control` has left to be checked: of use where no check sum covers the page."""
@@ -264,7 +269,7 @@ class Check:
             self._check_own_point(history, self.info)
 
     def _is_up_to_date(self, page: Any) -> bool:
-        """Not so after a restart of the machine with a writer at work: the next one removes the history."""
+        """Not so after a restart of the machine with a writer at work, until the next puts it right."""
         return bool(page["clean"]) or page["boot_id"].decode("ascii", "replace") == _directory.boot_id()
 
     def _check_own_point(self, history: History, info: SnapshotInfo) -> None:

@@ -23,9 +23,10 @@ BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 
 # fmt: off
 PUBLIC_NAMES = [
-    "FTRL", "SGD", "Adagrad", "EmbeddingTable", "Normal", "Problem", "RowWiseAdagrad", "SnapshotInfo", "TableInfo",
-    "TableStats", "Uniform", "Zeros", "__version__", "create", "errors", "get_num_threads", "hash_fields", "hash_keys",
-    "info", "open", "reference", "restore", "set_num_threads", "show_versions", "verify",
+    "FTRL", "SGD", "Adagrad", "DeltaInfo", "EmbeddingTable", "FollowStatus", "Normal", "Problem", "RowWiseAdagrad",
+    "SnapshotInfo", "TableInfo", "TableStats", "Uniform", "Zeros", "__version__", "apply_delta", "check_delta",
+    "create", "delta_info", "errors", "follow", "get_num_threads", "hash_fields", "hash_keys", "info", "open",
+    "reference", "restore", "set_num_threads", "show_versions", "verify",
 ]
 # fmt: on
 

@@ -35,8 +35,35 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_blocks": {"errors", "_format", "_directory", "_core"},
     "_locks": set(),
     "_saving": {"_format", "_locks", "_core"},
-    "_storage": {"errors", "_format", "_directory", "_locks", "_mapping", "_huge_pages", "_saving", "_core"},
-    "snapshot": {"lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
+    "_recovery": {"_format", "_directory", "_blocks"},
+    "_storage": {
+        "errors",
+        "_format",
+        "_directory",
+        "_locks",
+        "_recovery",
+        "_mapping",
+        "_huge_pages",
+        "_saving",
+        "_core",
+    },
+    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
+    "_binding": {"_format", "_storage", "_core"},
+    "_half": {"_format"},
+    "_delta_file": {"errors", "lineage", "_format", "_directory", "_blocks"},
+    "delta": {
+        "errors",
+        "optim",
+        "lineage",
+        "_format",
+        "_half",
+        "_directory",
+        "_blocks",
+        "_storage",
+        "_delta_file",
+        "snapshot",
+        "_core",
+    },
     "table": {
         "errors",
         "optim",
@@ -46,17 +73,22 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_arguments",
         "_format",
         "_directory",
+        "_blocks",
         "_storage",
         "_core",
         "hashing",
         "snapshot",
+        "_binding",
+        "_delta_file",
+        "delta",
     },
     "_report": set(),
     "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
-    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "delta"},
     "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
     | {"_scan", "verify"},
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "table"},
+    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
     "__init__": {
         "errors",
         "optim",
@@ -68,8 +100,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_core",
         "hashing",
         "snapshot",
+        "delta",
         "table",
         "entry",
+        "replica",
         "reference",
         "_report",
         "verify",
@@ -77,8 +111,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_directory", "_blocks", "_locks", "_saving", "_storage", "_mapping", "_huge_pages"}
-STORAGE_MODULES |= {"snapshot", "_scan", "verify", "repair"}
+STORAGE_MODULES = {
+    "_directory", "_blocks", "_locks", "_recovery", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot",
+    "_delta_file", "delta", "replica", "_scan", "verify", "repair",
+}  # fmt: skip
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}

@@ -1,21 +1,26 @@
-/* Making sure, before anything is written, that the pages about to be written can be.
+/* Making sure, before anything is written or read, that the pages about to be touched can be.
  *
- * A store to a hole of a file on a full disk is a SIGBUS. MADV_POPULATE_WRITE (Linux 5.14) takes the same fault on
- * request and reports it; it also saves the store the fault. */
+ * A store to a hole of a file on a full disk is a SIGBUS, and so is a load from one on a full tmpfs. MADV_POPULATE_*
+ * (Linux 5.14) takes the same fault on request and reports it; it also saves the access the fault. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
+#include "numerics.h"
 #include "portability.h"
 #include "table.h"
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
-static int populate(uintptr_t begin, uintptr_t end) {
-    while (madvise((void *)begin, end - begin, MADV_POPULATE_WRITE))
+enum { MARGIN_BYTES = 16 << 20 }; /* what others may take of a tmpfs between the question and the batch's last read */
+
+static int populate(uintptr_t begin, uintptr_t end, int how) {
+    while (madvise((void *)begin, end - begin, how))
         if (errno != EINTR && errno != EAGAIN) return errno;
     return 0;
 }
@@ -32,10 +37,57 @@ int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, i
             end = HE_MAX(end, high);
             continue;
         }
-        int error = begin < end ? populate(begin, end) : 0;
+        int error = begin < end ? populate(begin, end, MADV_POPULATE_WRITE) : 0;
         if (error) return error;
         begin = low;
         end = high;
     }
-    return begin < end ? populate(begin, end) : 0;
+    return begin < end ? populate(begin, end, MADV_POPULATE_WRITE) : 0;
+}
+
+/* ---- tmpfs ---- */
+
+static int has_room(int fd, uint64_t num_pages) {
+    struct statfs now;
+    if (fstatfs(fd, &now) || now.f_blocks == 0) return 1; /* no size was set: memory ends otherwise */
+    return now.f_bavail >= num_pages + MARGIN_BYTES / (uint64_t)now.f_bsize;
+}
+
+/* `last` is where the previous call ended: neighbours in one page are asked for once. */
+static int make_readable(const void *data, int64_t num_bytes, uintptr_t page, uintptr_t *last) {
+    const uintptr_t begin = (uintptr_t)data & ~(page - 1), end = ((uintptr_t)data + (uintptr_t)num_bytes + page - 1) & ~(page - 1);
+    if (end == *last) return 0;
+    *last = end;
+    return populate(begin, end, MADV_POPULATE_READ);
+}
+
+static int make_rows_readable(const he_table *t, uint64_t key, uintptr_t page, uintptr_t last[2]) {
+    int error = 0;
+    for (int h = 0; h < t->num_hashes && !error; h++) {
+        const int64_t row = (int64_t)he_row(key, t->salts[h], t->num_rows);
+        error = make_readable(t->weight + row * t->row_bytes, t->row_bytes, page, &last[0]);
+        if (!error && t->paid) error = make_readable(&t->paid[row], sizeof(*t->paid), page, &last[1]);
+    }
+    return error;
+}
+
+static int make_marks_readable(const he_table *t, uint64_t key, uintptr_t page, uintptr_t last[2]) {
+    int error = 0;
+    for (int h = 0; h < t->num_hashes && !error; h++) {
+        const uint64_t block = he_row(key, t->salts[h], t->num_rows) >> t->block_shift;
+        error = make_readable(&t->blocks[block], sizeof(*t->blocks), page, last);
+    }
+    return error;
+}
+
+int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uint64_t pages_per_row = of_rows ? (uint64_t)t->row_bytes / page + 2 + (t->paid != NULL) : 1;
+    uintptr_t last[2] = {0, 0};
+    if (has_room(t->tmpfs_fd, (uint64_t)(b->num_keys * t->num_hashes) * pages_per_row)) return 0;
+    for (int64_t i = 0; i < b->num_keys; i++) {
+        int error = (of_rows ? make_rows_readable : make_marks_readable)(t, b->keys[i], page, last);
+        if (error) return error == EINVAL ? 0 : error; /* a kernel before 5.14 cannot tell */
+    }
+    return 0;
 }

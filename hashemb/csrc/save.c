@@ -96,8 +96,21 @@ static int write_epochs(const he_saving *s, int64_t begin, int64_t end, const ui
     return write_all(s->target_blocks_fd, (const char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
 }
 
-static void lock_blocks(const he_saving *s, int kind, int64_t begin, int64_t end) {
-    he_lock_surely(s->lock_fd, kind, HE_LOCK_BLOCKS + begin, end - begin);
+static int lock_blocks(const he_saving *s, int64_t begin, int64_t end) {
+    int error;
+    while ((error = he_lock(s->lock_fd, F_WRLCK, HE_LOCK_BLOCKS + begin, end - begin, 1)) == EINTR) continue;
+    return error;
+}
+
+static void unlock_blocks(const he_saving *s, int64_t begin, int64_t end) {
+    he_lock(s->lock_fd, F_UNLCK, HE_LOCK_BLOCKS + begin, end - begin, 0);
+}
+
+/* Says that the snapshot has failed. Its owner looks once it has gone over all blocks, so this comes before anything that
+ * was not saved is marked or changed. */
+static void give_up(const he_saving *s, int error) {
+    __atomic_store_n(&s->control->save_errno, (uint64_t)error, __ATOMIC_RELEASE);
+    __atomic_store_n(&s->control->save_failed, s->until, __ATOMIC_RELEASE);
 }
 
 /* The epochs of wanted blocks of one stripe, before a writer marks them as its own; others need nothing saved. */
@@ -126,19 +139,26 @@ static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
     return i;
 }
 
+static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+    for (int64_t i = 0; i < n; i++) __atomic_store_n(&marks[blocks[i]], epoch, __ATOMIC_RELEASE);
+}
+
 /* Marks blocks (ascending) as of `epoch`, for a writer about to change rows of them; their old epochs are saved first if
- * a snapshot is in progress (s is not NULL). Returns 0, or why that failed: they are marked all the same. */
-int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
-    int error = 0;
-    for (int64_t i = 0, end; i < n; i = end) {
-        end = s ? end_of_stripe(blocks, n, i) : n;
+ * a snapshot is in progress (s is not NULL). Where one cannot be saved the snapshot has failed, and the writer goes on. */
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+    int64_t i = 0;
+    for (int64_t end; s && i < n; i = end) {
+        end = end_of_stripe(blocks, n, i);
         const int64_t first = (int64_t)blocks[i], last = (int64_t)blocks[end - 1];
-        if (s) lock_blocks(s, F_WRLCK, first, last + 1);
-        if (s && !error) error = save_epochs(s, blocks + i, end - i);
-        for (int64_t j = i; j < end; j++) __atomic_store_n(&marks[blocks[j]], epoch, __ATOMIC_RELEASE);
-        if (s) lock_blocks(s, F_UNLCK, first, last + 1);
+        int error = lock_blocks(s, first, last + 1);
+        const int locked = !error;
+        if (!error) error = save_epochs(s, blocks + i, end - i);
+        if (error) give_up(s, error);
+        mark(marks, blocks + i, end - i, epoch);
+        if (locked) unlock_blocks(s, first, last + 1);
+        if (error) s = NULL;
     }
-    return error;
+    mark(marks, blocks + i, n - i, epoch);
 }
 
 /* ---- rows ---- */
@@ -198,10 +218,11 @@ int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
     for (int64_t i = 0; i < n && !error;) {
         const int64_t count = take_group(s, rows, n, &i, group, &low, &high);
         if (!count) break;
-        lock_blocks(s, F_WRLCK, low, high + 1);
+        if ((error = lock_blocks(s, low, high + 1))) break;
         error = log_rows(s, group, count);
-        lock_blocks(s, F_UNLCK, low, high + 1);
+        unlock_blocks(s, low, high + 1);
     }
+    if (error) give_up(s, error);
     return error;
 }
 
@@ -234,9 +255,9 @@ int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) {
     int error = 0;
     for (int64_t at = (last - 1) / HE_BLOCKS_PER_COPY * HE_BLOCKS_PER_COPY; at >= first && !error; at -= HE_BLOCKS_PER_COPY) {
         const int64_t stop = HE_MIN(at + HE_BLOCKS_PER_COPY, last);
-        lock_blocks(s, F_WRLCK, at, stop);
+        if ((error = lock_blocks(s, at, stop))) break;
         error = copy_blocks(s, at, stop);
-        lock_blocks(s, F_UNLCK, at, stop);
+        unlock_blocks(s, at, stop);
     }
     return error;
 }

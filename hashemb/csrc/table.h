@@ -38,6 +38,7 @@ typedef struct {
     float eps, initial_accumulator, beta, l1, l2;
     double weight_decay;
     he_ahead *ahead;
+    int32_t tmpfs_fd;    /* a file of the table where it lies on tmpfs, else -1 */
 } he_table;
 
 /* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
@@ -163,6 +164,11 @@ void he_ask_range(const void *begin, int64_t bytes);
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
 
+/* Before a batch reads a table on tmpfs: its rows (of_rows), or else its blocks' epochs. A read of a hole takes a page
+ * there; with little space left the pages are asked for one by one, which is slow. 0 or an errno: EFAULT where a read
+ * would be a SIGBUS. */
+int he_secure_reads(const he_table *t, const he_batch *b, int of_rows);
+
 /* What a snapshot in progress wants: blocks written after epoch `since` and until `until`, of these files. See save.c. */
 enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256,
        HE_BLOCKS_PER_COPY = 64 };
@@ -173,13 +179,14 @@ typedef struct {
     int64_t data_offset;            /* of the arrays in the target's files */
     const uint32_t *blocks;
     int64_t num_blocks, num_rows;
+    he_control *control;            /* the table's, which is told of a failure */
     uint32_t since, until;
     uint64_t *bits;                 /* per row: it is saved, or need not be */
     char *buffer;                   /* HE_ROWS_PER_LOG entries of the log: a row's number, and the row of each file */
 } he_saving;
 
 /* save.c; 0 or an errno. */
-int he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import hashemb
 from hashemb.ctr._extras import require
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
+from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
@@ -263,6 +264,53 @@ def demo(
 ) -> None:
     """Generate a click log, learn it, and compare the model with the truth that generated it."""
     raise typer.Exit(run_demo(dir, impressions or 1_000_000, _console()))
+
+
+TableDirectory = Annotated[Path, typer.Argument(metavar="TABLE", help="Directory of a table or model.")]
+
+
+@app.command()
+def snapshot(
+    table: TableDirectory,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
+) -> None:
+    """Copy a table as it is at one point in time, while trainers go on."""
+    with hashemb.open(table, "r+") as opened:
+        info = opened.snapshot(target)
+    print(f"snapshot number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {target}")
+
+
+@app.command()
+def delta(
+    table: TableDirectory,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to make; by custom *.delta.")],
+    since: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Snapshot or delta of the table. [default: everything]")
+    ] = None,
+    state: Annotated[bool, typer.Option("--state", help="The optimiser's state too, to train on with.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            parser=_parser(_one_of("float32", "float16", "bfloat16")), metavar="NAME", help="Of weights. [the table's]"
+        ),
+    ] = None,
+) -> None:
+    """Write what changed in a table since a snapshot or delta to one file, while trainers go on."""
+    with hashemb.open(table, "r+") as opened:
+        info = opened.export_delta(since, output, state=state, dtype=dtype)
+    print(f"delta number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {output}")
+
+
+@app.command()
+def follow(
+    deltas: Annotated[Path, typer.Argument(metavar="DELTAS", help="Directory that *.delta files are put in.")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="The replica; made if it is not there.")],
+    interval: Annotated[float, typer.Option(min=0.01, help="Seconds between looks at the directory.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Apply what there is, then end.")] = False,
+) -> None:
+    """Keep a replica up to date with the deltas in a directory, until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        follow_deltas(deltas, table, interval_s=interval, once=once)
 
 
 def _console(*, stderr: bool = False) -> Console:

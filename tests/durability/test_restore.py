@@ -306,6 +306,29 @@ def test_when_names_cannot_be_changed(made: Path, monkeypatch: pytest.MonkeyPatc
     assert names(made) == ["s", "t"]
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_when_the_directory_cannot_be_synced(made: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    """What is not known to be durable has not happened: the old table is back."""
+    real = _directory.sync_directory
+
+    def sync(path: str) -> None:
+        if path == str(made):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        real(path)
+
+    def refuse(one: str, other: str) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), one)
+
+    before = content(made / "t")
+    monkeypatch.setattr(_directory, "sync_directory", sync)
+    if not can_exchange:
+        monkeypatch.setattr(_directory, "exchange", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        restore(made / "s", made / "t", replace=True)
+    assert content(made / "t") == before
+    assert names(made) == ["s", "t"]
+
+
 @pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     yield from mounted(request.param, 32, tmp_path)

@@ -123,7 +123,7 @@ def test_exist_ok_wants_the_same_table(tmp_path: Path) -> None:
 
 
 def test_create_where_there_is_no_directory(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"directory to create the table in does not exist.*missing"):
+    with pytest.raises(FileNotFoundError, match=r"directory to create it in does not exist.*missing"):
         hashemb.create(tmp_path / "missing" / "t.emb", **GOOD)
     assert list(tmp_path.iterdir()) == []
 

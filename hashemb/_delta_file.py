@@ -1,0 +1,328 @@
+"""Delta files: what they say of themselves, where things are in them, and reading and writing them in groups of blocks.
+
+The layout is in docs/format.md. Invariants: every byte of a file is covered by a check; whoever reads data has checked
+it; memory stays within a group of blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from hashemb import _blocks
+from hashemb._directory import SMALL_FILE_BYTES, space_errors
+from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta, checksum_of, meta_content, meta_of_content
+from hashemb.errors import CorruptTableError, FormatError
+from hashemb.lineage import Point
+
+__all__ = ["DeltaInfo", "DeltaReader", "Group", "Progress", "write_delta"]
+
+MAGIC = b"hashembD"
+DELTA_FORMAT = 1
+ALIGN_BYTES = 4096
+_NO_HASH = "0" * 64
+
+Progress = Callable[[int, int], None]
+Group = tuple[_blocks.Numbers, dict[str, _blocks.Bytes]]
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta file says of itself.
+
+    Attributes
+    ----------
+    id : str
+        32 hexadecimal digits, random.
+    parent : str or None
+        Id of the snapshot or delta that it starts from; None: it holds everything, and starts from an empty table.
+    sequence, parent_sequence : int
+        Their numbers in the source's history; `parent_sequence` is -1 where there is no parent.
+    table : TableMeta
+        The source: `num_embeddings`, `embedding_dim`, `dtype`, `optimizer`, `init`, `num_hashes`, `seed`, `id`.
+    dtype : {"float32", "float16", "bfloat16"}
+        Of the weights in the delta.
+    state : bool
+        Whether it holds the optimiser's state too.
+    from_epoch, to_epoch : int
+        It holds the source's blocks written after the one and not after the other.
+    step : int
+    lr, decay_total : float
+    rows_touched : int
+        The source's counters at that moment.
+    created : float
+        Seconds since 1970, when the point in time was taken.
+    num_blocks : int
+    index_hash : str
+        SHA-256 of the file's block numbers and of the hashes of its blocks, which cover the rest.
+    """
+
+    id: str
+    parent: str | None
+    sequence: int
+    parent_sequence: int
+    table: TableMeta
+    dtype: str
+    state: bool
+    from_epoch: int
+    to_epoch: int
+    step: int
+    lr: float
+    decay_total: float
+    rows_touched: int
+    created: float
+    num_blocks: int
+    index_hash: str = _NO_HASH
+
+    @property
+    def point(self) -> Point:
+        return Point(self.id, "delta", self.sequence, self.to_epoch, self.step)
+
+    @property
+    def arrays(self) -> dict[str, FileSpec]:
+        """What the file holds of each block: shape and dtype, by name of the array."""
+        files, rows = self.table.row_files, self.table.block_rows
+        specs = {name: FileSpec((rows, *files[name].shape[1:]), files[name].dtype) for name in array_names(self)}
+        return {**specs, "weight": FileSpec(specs["weight"].shape, STORAGE_DTYPES[self.dtype])}
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the file behind its header."""
+        return _Layout(self).end
+
+    def encode(self) -> bytes:
+        """The header: magic, length, JSON, zeros up to a multiple of 4096 bytes."""
+        content = {"format": DELTA_FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        content["table"] = meta_content(self.table)
+        content["arrays"] = {n: {"shape": list(s.shape), "dtype": s.dtype} for n, s in self.arrays.items()}
+        content["data_bytes"] = self.data_bytes
+        text = json.dumps({**content, "checksum": checksum_of(content)}).encode()
+        return _padded(MAGIC + struct.pack("<Q", len(text)) + text)
+
+    @classmethod
+    def decode(cls, data: bytes, filename: str) -> DeltaInfo:
+        """The inverse of `encode`; any other bytes are a `CorruptTableError`, a newer format a `FormatError`."""
+        content = _load(data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]], filename)
+        try:
+            table = meta_of_content(content["table"], filename)
+            info = cls(**{**{field.name: content[field.name] for field in fields(cls)}, "table": table})
+            info.check_values()
+            encoded = info.encode()
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{filename}: this version cannot read the delta: {error!r}") from None
+        if data != encoded:
+            raise CorruptTableError(f"{filename}: expected a header of {len(encoded)} other bytes, found {len(data)}")
+        return info
+
+    def check_values(self) -> None:
+        """`ValueError` for what no table can say, whoever wrote it."""
+        if self.dtype not in STORAGE_DTYPES or (self.state and self.dtype != self.table.dtype):
+            raise ValueError(f"dtype {self.dtype!r} of a table of {self.table.dtype}, state {self.state}")
+        if not 0 <= self.num_blocks <= self.table.num_blocks:
+            raise ValueError(f"{self.num_blocks} blocks of a table of {self.table.num_blocks}")
+        if not (0.0 <= self.lr < math.inf and -math.inf < self.decay_total <= 0.0 and math.isfinite(self.created)):
+            raise ValueError(f"lr {self.lr!r}, decay total {self.decay_total!r}, created {self.created!r}")
+        if min(self.sequence, self.step, self.rows_touched, self.from_epoch) < 0:
+            raise ValueError(f"sequence {self.sequence}, step {self.step}, {self.rows_touched} rows")
+
+
+def _load(text: bytes, filename: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        stored = content.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"{filename}: expected JSON with a checksum, found {len(text)} bytes that are not"
+        raise CorruptTableError(message) from None
+    if stored != checksum_of(content):
+        raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
+    if content.get("format") != DELTA_FORMAT:
+        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {DELTA_FORMAT}")
+    return content  # type: ignore[no-any-return]
+
+
+def array_names(info: DeltaInfo) -> list[str]:
+    return arrays_to_export(info.table, state=info.state)
+
+
+def arrays_to_export(meta: TableMeta, *, state: bool) -> list[str]:
+    """Weights, what look-ups need beside them, and the optimiser's state if asked for."""
+    return [name for name in meta.row_files if state or name in ("weight", "paid")]
+
+
+# ---- layout ----
+
+
+class _Layout:
+    """Where things are, in bytes from the end of the header: numbers, hashes, then each array's blocks."""
+
+    def __init__(self, info: DeltaInfo) -> None:
+        self.arrays, n = info.arrays, info.num_blocks
+        self.block_bytes = {name: _blocks.block_bytes(info.table, spec) for name, spec in self.arrays.items()}
+        sizes = [8 * n, 8 * n * len(self.arrays), *(n * size for size in self.block_bytes.values())]
+        starts = list(itertools.accumulate((_aligned(size) for size in sizes), initial=0))
+        self.hashes, self.data = starts[1], dict(zip(self.arrays, starts[2:-1], strict=True))
+        self.index_bytes, self.end = starts[2], starts[-1]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _padded(data: bytes) -> bytes:
+    return data.ljust(_aligned(len(data)), b"\0")
+
+
+# ---- reading ----
+
+
+class DeltaReader:
+    """A delta file, open: a context manager. Opening checks the header and the size, `check` all the rest.
+
+    `FileNotFoundError`, `FormatError` (no delta, or of a newer format), `CorruptTableError` (damaged or not all there).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            header = self._read_header()
+            self.info = DeltaInfo.decode(header, path)
+            self._begin, self._layout = len(header), _Layout(self.info)
+            expected, found = self._begin + self._layout.end, os.fstat(self._fd).st_size
+            if found != expected:
+                raise CorruptTableError(f"{path}: expected {expected} bytes, found {found}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> bytes:
+        head = os.pread(self._fd, 16, 0)
+        if len(head) < 16 and MAGIC.startswith(head[:8]):
+            raise CorruptTableError(f"{self.path}: expected a header, found {len(head)} bytes")
+        if head[:8] != MAGIC:
+            raise FormatError(f"{self.path}: not a delta: expected {MAGIC!r}, found {head[:8]!r}")
+        length = _aligned(16 + struct.unpack_from("<Q", head, 8)[0])
+        if length > SMALL_FILE_BYTES:
+            limit = SMALL_FILE_BYTES
+            raise CorruptTableError(f"{self.path}: expected a header of at most {limit} bytes, found {length}")
+        header = os.pread(self._fd, length, 0)
+        if len(header) != length:
+            raise CorruptTableError(f"{self.path}: expected a header of {length} bytes, found {len(header)}")
+        return header
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> DeltaReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def check(self, progress: Progress | None = None) -> None:
+        """Reads the whole file; `CorruptTableError` unless every byte is the one that was written."""
+        found = _hash_of(self._fd, self._begin, self._layout.index_bytes)
+        if found != self.info.index_hash:
+            raise CorruptTableError(f"{self.path}: index: expected SHA-256 {self.info.index_hash}, found {found}")
+        done, last = 0, -1
+        for numbers, _ in self.groups():
+            if numbers[0] <= last or (np.diff(numbers) <= 0).any() or numbers[-1] >= self.info.table.num_blocks:
+                raise CorruptTableError(
+                    f"{self.path}: expected ascending numbers below {self.info.table.num_blocks} for blocks "
+                    f"{done} to {done + numbers.size}, found {numbers[0]} to {numbers[-1]} after {last}"
+                )
+            last, done = int(numbers[-1]), done + numbers.size
+            if progress:
+                progress(done, self.info.num_blocks)
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        layout, n = self._layout, self.info.num_blocks
+        for name, start in layout.data.items():
+            end = start + n * layout.block_bytes[name]
+            if any(self._read(end, _aligned(end) - end)):
+                raise CorruptTableError(f"{self.path}: expected zeros behind byte {self._begin + end}, found others")
+
+    def numbers(self) -> Iterator[_blocks.Numbers]:
+        """The numbers of the blocks, ascending, in groups that are worked on together."""
+        per_group = _blocks.blocks_per_group(self.info.table)
+        for first in range(0, self.info.num_blocks, per_group):
+            count = min(per_group, self.info.num_blocks - first)
+            yield np.frombuffer(self._read(8 * first, 8 * count), "<i8")
+
+    def groups(self) -> Iterator[Group]:
+        """(numbers of blocks, {array: (blocks, bytes of a block)}), the data checked."""
+        layout, first = self._layout, 0
+        for numbers in self.numbers():
+            width = 8 * len(layout.arrays)
+            hashes = np.frombuffer(self._read(layout.hashes + first * width, numbers.size * width), "<u8")
+            data = {name: self._read_blocks(name, first, numbers.size) for name in layout.arrays}
+            found = np.column_stack([_blocks.checksums(blocks) for blocks in data.values()])
+            expected = hashes.reshape(found.shape)
+            if (found != expected).any():
+                i, j = np.argwhere(found != expected)[0]
+                raise CorruptTableError(
+                    f"{self.path}: {list(data)[j]} of block {numbers[i]}: expected hash {expected[i, j]:#018x}, "
+                    f"found {found[i, j]:#018x}"
+                )
+            yield numbers, data
+            first += numbers.size
+
+    def _read_blocks(self, name: str, first: int, count: int) -> _blocks.Bytes:
+        size = self._layout.block_bytes[name]
+        data = self._read(self._layout.data[name] + first * size, count * size)
+        return np.frombuffer(data, np.uint8).reshape(count, size)
+
+    def _read(self, at: int, size: int) -> bytearray:
+        return _blocks.read_at(self._fd, size, self._begin + at)
+
+
+def _hash_of(fd: int, begin: int, size: int) -> str:
+    digest, step = hashlib.sha256(), 1 << 20
+    for at in range(0, size, step):
+        digest.update(_blocks.read_at(fd, min(step, size - at), begin + at))
+    return digest.hexdigest()
+
+
+# ---- writing ----
+
+
+def write_delta(filename: str, info: DeltaInfo, groups: Iterable[Group], progress: Progress | None = None) -> DeltaInfo:
+    """Creates the file, synced; returns `info` with its hash. The groups hold `info.num_blocks` blocks together."""
+    layout, begin, done = _Layout(info), len(info.encode()), 0
+    with space_errors(filename):
+        fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(fd, begin + layout.end)
+            for numbers, data in groups:
+                _write_group(fd, layout, begin, done, numbers, data)
+                done += numbers.size
+                if progress:
+                    progress(done, info.num_blocks)
+            info = DeltaInfo(**{**vars(info), "index_hash": _hash_of(fd, begin, layout.index_bytes)})
+            _blocks.write_at(fd, info.encode(), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return info
+
+
+def _write_group(
+    fd: int, layout: _Layout, begin: int, first: int, numbers: _blocks.Numbers, data: dict[str, _blocks.Bytes]
+) -> None:
+    hashes = np.column_stack([_blocks.checksums(data[name]) for name in layout.arrays]).astype("<u8")
+    _blocks.write_at(fd, numbers.astype("<u8").tobytes(), begin + 8 * first)
+    _blocks.write_at(fd, hashes.tobytes(), begin + layout.hashes + first * 8 * len(layout.arrays))
+    for name, start in layout.data.items():
+        _blocks.write_at(fd, data[name].reshape(-1).data, begin + start + first * layout.block_bytes[name])

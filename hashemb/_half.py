@@ -1,0 +1,57 @@
+"""Weights from one storage dtype to another, rounded to nearest even. Pure functions on arrays.
+
+The kernels round stochastically, which suits training; what is served is rounded once, to the nearest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb._format import STORAGE_DTYPES
+
+Array = npt.NDArray[Any]
+
+_NEGATIVE_ZERO = {"float32": 0x80000000, "float16": 0x8000, "bfloat16": 0x8000}
+
+
+def convert_rows(rows: Array, source: str, target: str) -> Array:
+    """Rows (n, dim) as stored in a table of dtype `source`, as one of dtype `target` stores them.
+
+    A row never written (all zero bytes) stays so; a written one that rounds to zero gets -0.0 in its first element.
+    `ValueError` if a finite weight is too large for `target`.
+    """
+    if source == target:
+        return rows
+    wide = _widen(rows, source)
+    found = _narrow(wide, target)
+    _refuse_overflow(wide, _widen(found, target), target)
+    bits = found.view(f"u{found.dtype.itemsize}")
+    written = rows.view(f"u{rows.dtype.itemsize}").any(axis=1)
+    bits[written & ~bits.any(axis=1), 0] = _NEGATIVE_ZERO[target]
+    return found
+
+
+def _widen(rows: Array, source: str) -> npt.NDArray[np.float32]:
+    if source == "bfloat16":
+        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def _narrow(wide: npt.NDArray[np.float32], target: str) -> Array:
+    if target == "bfloat16":
+        bits = wide.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        nearest = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+        quiet = (bits >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)
+        return np.where(np.isnan(wide), quiet, nearest)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what became infinite is refused by the caller
+        return wide.astype(STORAGE_DTYPES[target])
+
+
+def _refuse_overflow(wide: npt.NDArray[np.float32], found: npt.NDArray[np.float32], target: str) -> None:
+    lost = np.isinf(found) & np.isfinite(wide)
+    if lost.any():
+        raise ValueError(f"a weight of {float(wide[lost][0])!r} is too large for {target}")

@@ -1,0 +1,319 @@
+"""Replicas: applying deltas to a table, and following a directory that a trainer puts them in.
+
+`follow` keeps nothing between calls: where a replica stands is in the replica, what there is to apply is in the
+directory. So it may be stopped and killed at any time, run by cron, or called by a server between requests.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hashemb import _arguments as arguments
+from hashemb._delta_file import DeltaInfo, DeltaReader
+from hashemb._directory import create_table, read_history, read_meta
+from hashemb._format import STORAGE_DTYPES, TableMeta, rows_per_block
+from hashemb.delta import delta_info
+from hashemb.errors import CorruptTableError, DeltaError, FormatError
+from hashemb.lineage import History
+from hashemb.optim import SGD
+from hashemb.table import EmbeddingTable
+
+__all__ = ["FollowStatus", "apply_delta", "follow"]
+
+
+def apply_delta(
+    table: EmbeddingTable | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> DeltaInfo:
+    """Brings a replica from the point where a delta starts to the one where it ends.
+
+    Parameters
+    ----------
+    table : EmbeddingTable open "r+", or path of a table
+        A path is opened for the duration. A delta that holds everything (`export_delta` with ``since=None``) goes
+        on a table without updates, any other on one that stands at the delta's parent: a copy of the
+        snapshot, or a replica that has the deltas before it.
+    path : str or path-like
+        The delta file.
+    progress : callable, optional
+        Called with blocks written so far and in all.
+
+    Returns
+    -------
+    DeltaInfo
+        The table's `step` and `lr` are now the delta's.
+
+    Raises
+    ------
+    DeltaError
+        The table cannot take this delta: `reason` says why, the message has the numbers.
+    CorruptTableError, FormatError, FileNotFoundError
+        The delta is damaged, no delta, or not there.
+    ValueError
+        A weight is too large for the table's dtype.
+    NoSpaceError
+        The file system is full. Up to here the table's rows are as they were.
+    ReadOnlyTableError, ClosedTableError
+
+    Notes
+    -----
+    The whole file is checked before the first byte is written. Weights are converted to the table's dtype, rounded to
+    nearest even; optimiser state that the delta does not hold stays as it is, and what the table has no file for is
+    left out. Atomic: if it is interrupted, the table says so (`hashemb.open` warns) and accepts only the same
+    delta, which completes it. Processes that read the table see rows as they come, as beside a trainer.
+    Reads the file twice.
+
+    Examples
+    --------
+    >>> import tempfile, hashemb, numpy as np
+    >>> place = tempfile.mkdtemp()
+    >>> options = {"num_embeddings": 1000, "embedding_dim": 4}
+    >>> with hashemb.create(place + "/source", **options) as source:
+    ...     source.update([7], np.ones((1, 4), np.float32))
+    ...     delta = source.export_delta(None, place + "/0.delta")
+    ...     expected = source.lookup([7])
+    >>> with hashemb.create(place + "/replica", **options) as replica:
+    ...     applied = hashemb.apply_delta(replica, place + "/0.delta")
+    ...     bool((replica.lookup([7]) == expected).all()), applied.num_blocks
+    (True, 1)
+    """
+    with DeltaReader(arguments.path_string(path)) as delta:
+        delta.check()
+        if isinstance(table, EmbeddingTable):
+            return table._apply_delta(delta, progress)
+        with EmbeddingTable(arguments.path_string(table, "table"), "r+") as opened:
+            return opened._apply_delta(delta, progress)
+
+
+# ---- following ----
+
+
+@dataclass(frozen=True)
+class FollowStatus:
+    """What `follow` found and did.
+
+    Attributes
+    ----------
+    applied : tuple of DeltaInfo
+        By this call, in order.
+    sequence, step : int or None
+        Where the replica stands now: number of its last delta or snapshot, and the source's step then. None: nowhere.
+    pending : int
+        Deltas in the directory that are newer than that; one that holds everything is for another replica.
+    lag_s : float
+        0 where none is pending; else the time since the oldest of them was taken: for how long the replica has been
+        without what exists. By the clocks of both machines.
+    gap : int or None
+        Number of a delta that is missing, where those pending cannot be applied for want of it.
+    skipped : dict
+        Files that are no whole delta (yet), or of another table: name -> why. The next call looks at them again.
+    """
+
+    applied: tuple[DeltaInfo, ...]
+    sequence: int | None
+    step: int | None
+    pending: int
+    lag_s: float
+    gap: int | None
+    skipped: dict[str, str]
+
+
+def follow(
+    path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    on_applied: Callable[[DeltaInfo], None] | None = None,
+) -> FollowStatus:
+    """Brings a replica up to date with the deltas (``*.delta``) in a directory. Call it again and again.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The replica. If there is nothing, it is made from a delta that holds everything: of its dtype, and without
+        optimiser state unless the delta has it. A copy of a snapshot will do too.
+    directory : str or path-like
+        Names don't matter: deltas are applied in the order of their parents. Files that are still being copied wait for
+        the next call; those that have been applied may be removed.
+    on_applied : callable, optional
+        Called with each delta once it is applied.
+
+    Returns
+    -------
+    FollowStatus
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such directory.
+    DeltaError
+        The replica cannot go on: `reason` is "trained" (it has been updated itself), "interrupted" (a delta was applied
+        in part and is not in the directory) or "incompatible"; or there is no replica yet and deltas of several tables.
+    NoSpaceError, OSError
+
+    Notes
+    -----
+    A call with nothing to do reads the headers of the files, some 0.3 ms each, and touches nothing. Readers of the
+    replica in other processes need not reopen it.
+
+    Examples
+    --------
+    >>> import tempfile, hashemb, numpy as np
+    >>> place = tempfile.mkdtemp()
+    >>> with hashemb.create(place + "/source", num_embeddings=1000, embedding_dim=4) as source:
+    ...     delta = source.export_delta(None, place + "/0.delta")
+    ...     source.update([7], np.ones((1, 4), np.float32))
+    ...     delta = source.export_delta(delta, place + "/1.delta")
+    >>> status = hashemb.follow(place + "/replica", place)
+    >>> len(status.applied), status.sequence, status.step, status.pending
+    (2, 1, 1, 0)
+    """
+    path, directory = arguments.path_string(path), arguments.path_string(directory, "directory")
+    found = _Directory(directory)
+    source, history = _source(path, found)
+    mine = {file: info for file, info in found.deltas.items() if info.table.id == source}
+    for file in found.deltas.keys() - mine.keys():
+        found.skipped[os.path.basename(file)] = f"of table {found.deltas[file].table.id}, the replica is of {source}"
+    applied = _apply_all(path, _plan(history, mine), found, on_applied)
+    return _status(read_history(path), list(mine.values()), tuple(applied), found.skipped)
+
+
+class _Directory:
+    """The deltas in a directory, by path of the file; and what looks like one and is none, by name."""
+
+    def __init__(self, directory: str) -> None:
+        self.deltas: dict[str, DeltaInfo] = {}
+        self.skipped: dict[str, str] = {}
+        for name in sorted(os.listdir(directory)):
+            file = os.path.join(directory, name)
+            if not name.endswith(".delta") or name.startswith(".") or not os.path.isfile(file):
+                continue
+            try:
+                self.deltas[file] = delta_info(file)
+            except FormatError as error:
+                self.skipped[name] = str(error)
+            except FileNotFoundError:  # removed since it was listed
+                continue
+
+
+def _source(path: str, found: _Directory) -> tuple[str | None, History]:
+    """The table that the replica is of, or will be; and where the replica stands."""
+    if os.path.lexists(path):
+        history = read_history(path)
+        if history.source or history.points:
+            return history.source or read_meta(path).id, history
+        meta = read_meta(path)
+    else:
+        history, meta = History(), None
+    infos = found.deltas.values()
+    sources = sorted({info.table.id for info in infos if info.parent is None} or {info.table.id for info in infos})
+    if meta and meta.id in sources:
+        return meta.id, history
+    if len(sources) > 1:
+        raise DeltaError(f"{path}: a new replica: of which of {len(sources)} tables, {', '.join(sources)}?", "foreign")
+    return (sources[0] if sources else None), history
+
+
+def _plan(history: History, mine: dict[str, DeltaInfo]) -> list[str]:
+    """The files to apply, in order: from where the replica stands to the newest delta that can be reached."""
+    by_id = {info.id: file for file, info in mine.items()}
+    start, first = history.last.id if history.last else None, []
+    if history.applying:
+        if history.applying not in by_id:
+            raise DeltaError(f"delta {history.applying} was applied in part and is not in the directory", "interrupted")
+        start, first = history.applying, [by_id[history.applying]]
+    leads_nowhere: set[str] = set()
+    for info in sorted(mine.values(), key=lambda info: info.sequence, reverse=True):
+        chain: list[DeltaInfo] = []
+        step: DeltaInfo | None = info
+        while step is not None and step.id != start and step.id not in leads_nowhere:
+            chain.append(step)
+            if step.parent == start:
+                return first + [by_id[info.id] for info in reversed(chain)]
+            step = mine[by_id[step.parent]] if step.parent in by_id else None
+        leads_nowhere.update(info.id for info in chain)
+    return first
+
+
+def _apply_all(
+    path: str, files: list[str], found: _Directory, on_applied: Callable[[DeltaInfo], None] | None
+) -> list[DeltaInfo]:
+    """Applies the files up to the first that turns out not to be whole."""
+    applied: list[DeltaInfo] = []
+    if not files:
+        return applied
+    if not os.path.lexists(path):
+        with suppress(FileExistsError):  # another follower was faster
+            create_table(path, _replica_meta(found.deltas[files[0]]))
+    with EmbeddingTable(path, "r+") as table:
+        for file in files:
+            delta = _open_whole(file, found)
+            if delta is None:
+                break
+            with delta:
+                if _apply_unless_applied(table, delta):
+                    applied.append(delta.info)
+                    if on_applied:
+                        on_applied(delta.info)
+    return applied
+
+
+def _open_whole(file: str, found: _Directory) -> DeltaReader | None:
+    try:
+        with ExitStack() as stack:
+            delta = stack.enter_context(DeltaReader(file))
+            delta.check()
+            stack.pop_all()
+            return delta
+    except (CorruptTableError, FileNotFoundError) as error:
+        found.skipped[os.path.basename(file)] = str(error)
+        return None
+
+
+def _apply_unless_applied(table: EmbeddingTable, delta: DeltaReader) -> bool:
+    try:
+        table._apply_delta(delta)
+    except DeltaError as error:
+        if error.reason != "applied":  # by another follower
+            raise
+        return False
+    return True
+
+
+def _replica_meta(info: DeltaInfo) -> TableMeta:
+    """Of a table with the source's rows, in the delta's dtype; it keeps optimiser state only if the delta has it."""
+    if info.state:
+        return info.table
+    row_bytes = info.table.embedding_dim * np.dtype(STORAGE_DTYPES[info.dtype]).itemsize
+    optimizer = SGD(lr=info.lr, weight_decay=info.table.optimizer.weight_decay)
+    return replace(info.table, dtype=info.dtype, optimizer=optimizer, block_rows=rows_per_block(row_bytes))
+
+
+def _status(
+    history: History, deltas: list[DeltaInfo], applied: tuple[DeltaInfo, ...], skipped: dict[str, str]
+) -> FollowStatus:
+    last = history.last
+    pending = [info for info in deltas if last is None or (info.parent and info.sequence > last.sequence)]
+    oldest = min((info.created for info in pending), default=None)
+    return FollowStatus(
+        applied=applied,
+        sequence=last.sequence if last else None,
+        step=last.step if last else None,
+        pending=len(pending),
+        lag_s=0.0 if oldest is None else max(0.0, time.time() - oldest),
+        gap=_gap(last.id if last else None, pending),
+        skipped=skipped,
+    )
+
+
+def _gap(position: str | None, pending: list[DeltaInfo]) -> int | None:
+    """The first number that is missing."""
+    reachable = {position, *(info.id for info in pending)}
+    return min((info.parent_sequence for info in pending if info.parent not in reachable), default=None)

@@ -1,0 +1,154 @@
+"""Power failures at every call (tests/crash.py): new directories are whole or absent, what was flushed is there."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import warnings
+
+import crash
+import numpy as np
+import pytest
+import shim
+from crash import ALL, GRADS, NEW, OLD, OPTIONS
+
+import hashemb
+from hashemb import _directory, _recovery, _storage
+
+SOME, MANY = (range(7), 2), (range(60), 1)  # seeds, and of how many calls one is looked at
+many = pytest.mark.parametrize("seeds", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return shim.compiled(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def disks(library, tmp_path, monkeypatch):
+    """The disks that power failures in an operation may leave, one after the other, found by a machine that restarted."""
+
+    def make(name, seeds):
+        with shim.fast_directory(tmp_path) as work:
+            (work / "root").mkdir()
+            done = shim.run(library, "crash.py", str(work / "root"), str(work / "record"), name)
+            assert done.returncode == 0, done.stderr
+            moments, root = load(work / "record")
+            for module in (_directory, _recovery, _storage):
+                monkeypatch.setattr(module, "boot_id", lambda: "another boot")
+            for mark, disk in crash.states(moments, root, work, *seeds):
+                yield mark, disk
+                shutil.rmtree(disk)
+
+    return make
+
+
+def load(path):
+    """As written by the program, whose classes were then in `__main__`."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return super().find_class("crash" if module == "__main__" else module, name)
+
+    with open(path, "rb") as file:
+        return Unpickler(file).load()
+
+
+def reopened(path):
+    """Opened to write, as the next process would; a warning that the machine restarted is as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "was not closed cleanly before the machine restarted", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*was not closed cleanly before the machine restarted", RuntimeWarning)
+        return hashemb.open(path, "r+")
+
+
+def twin(*updates):
+    table = hashemb.reference.ReferenceTable(**OPTIONS)
+    for keys, grads in updates:
+        table.update(keys, grads)
+    return table.lookup(ALL)
+
+
+def check_works(path, *, damaged=False):
+    """Whatever it lost, it says so, takes an update, and a snapshot of it holds what it holds."""
+    with reopened(path) as table:
+        assert table.recovered == "rebooted" or not damaged
+        before, grads = table.lookup(ALL), np.ones((ALL.size, 4), np.float32)
+        table.snapshot(path.parent / "copy")
+        with hashemb.open(path.parent / "copy") as copy:
+            np.testing.assert_array_equal(copy.lookup(ALL), before)
+        table.update(ALL, grads)
+        assert (table.lookup(ALL) != before).all()
+    assert hashemb.info(path).clean
+
+
+FIRST, SECOND = (OLD, GRADS[: OLD.size]), (NEW, GRADS)
+
+
+def check_new(disks, name, made, seeds, expected):
+    """The directory `made` is whole or absent; from its mark on it is there. How often it was either."""
+    found = [0, 0]
+    for mark, disk in disks(name, seeds):
+        path = disk / made
+        found[path.exists()] += 1
+        assert path.exists() or mark != "made", disk
+        if path.exists():
+            with hashemb.open(path) as table:
+                np.testing.assert_array_equal(table.lookup(ALL), expected)
+            check_works(path)
+        assert {p.name for p in disk.iterdir() if not p.name.startswith(".")} <= {"t", made, "copy"}
+    return found
+
+
+@many
+def test_create(disks, seeds):
+    found = check_new(disks, "create", "new", seeds, twin())
+    assert min(found) > 10, found
+
+
+@many
+def test_snapshot(disks, seeds):
+    found = check_new(disks, "snapshot", "s", seeds, twin(FIRST, SECOND))
+    assert min(found) > 10, found
+
+
+@many
+def test_table_under_a_snapshot(disks, seeds):
+    """The table itself, of which all was durable but the last update."""
+    expected = twin(FIRST)[: OLD.size]
+    for _, disk in disks("snapshot", seeds):
+        with hashemb.open(disk / "t") as table:
+            np.testing.assert_array_equal(table.lookup(OLD), expected)
+        check_works(disk / "t")
+
+
+@many
+def test_flush(disks, seeds):
+    """What was flushed is there, to the bit; what came later may be, row by row."""
+    old = twin(FIRST, FIRST)[: OLD.size]
+    before = twin(FIRST)
+    lost = 0
+    for mark, disk in disks("flush", seeds):
+        with hashemb.open(disk / "t") as table:
+            if mark:
+                np.testing.assert_array_equal(table.lookup(OLD), old)
+                assert table.lr == 0.05
+                assert table.step >= 2
+            if mark == "flushed twice":
+                np.testing.assert_array_equal(table.lookup(NEW[5:]), final()[17:52])
+            vectors = table.lookup(ALL)
+        whole = any((vectors == state).all() for state in (before, final()))
+        lost += not whole
+        check_works(disk / "t", damaged=not whole)
+    assert lost > 10, "no power failure lost anything: the model is at fault"
+
+
+def final():
+    """What `crash.flush` leaves when nothing fails."""
+    table = hashemb.reference.ReferenceTable(**OPTIONS)
+    for keys, grads in (FIRST, FIRST):
+        table.update(keys, grads)
+    table.lr = 0.05
+    for keys, grads in (SECOND, SECOND, SECOND, (NEW[:5], GRADS[:5])):
+        table.update(keys, grads)
+    return table.lookup(ALL)

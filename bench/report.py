@@ -25,6 +25,7 @@ TITLES = {
     "scale": "Size of the table",
     "kv": "Against key-value stores",
     "out_of_core": "Larger than memory",
+    "sharing": "Several processes",
 }
 
 
@@ -164,12 +165,59 @@ def scale_tables(results: list[dict[str, Any]]) -> list[str]:
     return [*side_tables(results), "![ns per key over rows](scale.svg)", ""]
 
 
+def sharing_tables(results: list[dict[str, Any]]) -> list[str]:
+    """Speed-ups of two writers, what a snapshot does to them, and what a delta costs."""
+    lines: list[str] = []
+    for what, form in (("two", together_row), ("snapshot", snapshot_row), ("delta", delta_row)):
+        chosen, head = [r for r in results if r["case"]["what"].startswith(what)], SHARING_HEADS[what]
+        if chosen:
+            lines += [f"| {chosen[0]['case']['what']} | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+            lines += [f"| {sharing_label(r['case'])} | {' | '.join(form(r))} |" for r in chosen]
+            lines += [""]
+    return lines
+
+
+SHARING_HEADS = {
+    "two": ["one writer, ns per key", "two together", "speed-up", "of the minima"],
+    "snapshot": [
+        "held up at the gate, ms", "worst", "first batch longer by, ms", "of which saving rows", "rate kept",
+        "begin, ms", "copy, s", "whole, s", "GiB",
+    ],
+    "delta": ["snapshot, s", "delta, s", "time / snapshot", "size / snapshot"],
+}  # fmt: skip
+
+
+def sharing_label(case: dict[str, Any]) -> str:
+    shown = {k: v for k, v in case.items() if k not in ("what", "dim", "distribution")}
+    return f"{point(shown)}, {case['distribution']} keys"
+
+
+def together_row(result: dict[str, Any]) -> list[str]:
+    one, two = result["sides"]
+    ratios = [1 / two["median_ratio"], 1 / two["ratio_of_minima"]]
+    return [number(one["median_ns"]), number(two["median_ns"]), *(f"{ratio:.2f}" for ratio in ratios)]
+
+
+def snapshot_row(result: dict[str, Any]) -> list[str]:
+    c = result["checks"]
+    times = [c[name] * 1e3 for name in ("held_s", "worst_held_s", "first_s", "saving_s")]
+    whole = [f"{c['copy_s']:.2f}", f"{c['whole_s']:.2f}", f"{c['bytes'] / 2**30:.2f}"]
+    return [*(f"{ms:.1f}" for ms in times), f"{c['rate_kept']:.2f}", f"{c['begin_s'] * 1e3:.1f}", *whole]
+
+
+def delta_row(result: dict[str, Any]) -> list[str]:
+    full, part = (side["median_ns"] / 1e9 for side in result["sides"])
+    c = result["checks"]
+    return [f"{full:.2f}", f"{part:.3f}", f"{c['time_over_snapshot']:.3f}", f"{c['size_over_snapshot']:.3f}"]
+
+
 FORMS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "lookup": folded_tables,
     "update": folded_tables,
     "pooled": folded_tables,
     "roofline": roofline_table,
     "scale": scale_tables,
+    "sharing": sharing_tables,
 }
 
 

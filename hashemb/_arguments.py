@@ -6,6 +6,7 @@ by the identity of their dtype, before anything else: on a batch of 26 keys the 
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from scipy import sparse
 from hashemb import _format
 from hashemb._version import __version__
 from hashemb.init import Normal, Uniform, Zeros
-from hashemb.optim import Adagrad
+from hashemb.optim import FTRL, Adagrad, Optimizer
 
 _MAX_BYTES = (1 << 63) - 1
 POOLINGS = {"sum": 0, "mean": 1, "sqrtn": 2}
@@ -245,3 +246,13 @@ def isolation(value: Any) -> Literal["hogwild", "exact"]:
     if value not in ("hogwild", "exact"):
         raise ValueError(f'isolation must be "hogwild" or "exact", got {value!r}')
     return value  # type: ignore[no-any-return]
+
+
+def learning_rate(value: Any, optimizer: Optimizer) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"lr must be a float, got {type(value).__name__} {value!r}")
+    lr, decay, zero_ok = float(value), optimizer.weight_decay, not isinstance(optimizer, FTRL)
+    if not math.isfinite(lr) or lr < 0.0 or (lr == 0.0 and not zero_ok) or lr * decay >= 1.0:
+        limit = f" and < {1.0 / decay:g} = 1 / weight_decay" if decay else ""
+        raise ValueError(f"lr must be finite, {'>= 0' if zero_ok else '> 0'}{limit}, got {value!r}")
+    return lr

@@ -72,8 +72,16 @@ def spans_of_epochs(blocks_fd: int, num_blocks: int, unit_blocks: int) -> Iterat
 
 def epoch_chunk_numbers(blocks_fd: int, num_blocks: int) -> Iterator[int]:
     """The chunks of blocks.npy that are not all hole, ascending."""
-    for first, end in spans_of_epochs(blocks_fd, num_blocks, CHUNK_BLOCKS):
-        yield from range(first, end)
+    return data_chunk_numbers(blocks_fd, 4, DATA_OFFSET_BYTES + 4 * num_blocks)
+
+
+def data_chunk_numbers(fd: int, block_bytes: int, file_bytes: int) -> Iterator[int]:
+    """The chunks of an array file with `block_bytes` for each block that are not all hole, ascending."""
+    chunk_bytes, done = block_bytes * CHUNK_BLOCKS, -1
+    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
+        first, last = (begin - DATA_OFFSET_BYTES) // chunk_bytes, (stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes
+        yield from range(max(first, done + 1), last + 1)
+        done = last
 
 
 def epoch_chunks(blocks_fd: int, num_blocks: int) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:

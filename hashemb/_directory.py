@@ -131,10 +131,13 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def check_free(path: str, *, may_exist: bool = False) -> str:
-    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot."""
+def check_free(path: str, aside: str | None = None) -> str:
+    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot.
+
+    What is at `path` is in nobody's way if it may be moved to `aside`.
+    """
     parent = os.path.dirname(os.path.abspath(path))
-    if not may_exist and os.path.lexists(path):
+    if aside is None and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
@@ -148,7 +151,7 @@ def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
     `FileExistsError` if there is something at `path`, unless it may be moved to `aside`; `FileNotFoundError` if its
     parent does not exist.
     """
-    parent = check_free(path, may_exist=aside is not None)
+    parent = check_free(path, aside)
     with building_directory(path) as building:
         yield building
         sync_directory(building)

@@ -28,12 +28,19 @@ def how_left(control: Array) -> str | None:
     return "killed" if control["boot_id"][0].decode("ascii", "replace") == boot_id() else "rebooted"
 
 
-def unseal(control: Array, mapped: mmap.mmap) -> None:
-    """In this order, each on disk before the next: a page may be torn, and a reader look at any time."""
-    for name in ("checksum", "clean"):
-        if control[name][0]:
-            control[name] = 0
-            mapped.flush()
+def unseal(control: Array, mapped: mmap.mmap, **fields: Any) -> None:
+    """Takes the check sum back, sets `fields`, and says that a writer has come; each on disk before the next.
+
+    A kill may come in between, a page may be torn, and a reader look at any time.
+    """
+    if control["checksum"][0]:
+        control["checksum"] = 0
+        mapped.flush()
+    for name, value in fields.items():
+        control[name] = value
+    if control["clean"][0]:
+        control["clean"] = 0
+        mapped.flush()
 
 
 def seal(page: Array, mapped: mmap.mmap) -> None:

@@ -132,7 +132,7 @@ class Scan:
     def _chunks(self) -> Iterator[int]:
         """The chunks in which any file has data, ascending."""
         per_file = [
-            _guarded(name, data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
+            _guarded(name, _blocks.data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
             for name, fd in self._fds.items()
         ]
         last = -1
@@ -260,15 +260,6 @@ class Scan:
         rule = "only zeros in blocks never written"
         pairs = ((rule, f"{np.count_nonzero(data[i])} other bytes in {self._place(blocks[i])}") for i in bad.tolist())
         self._report.add_many(f"{name}.npy", rule, bad.size, pairs)
-
-
-def data_chunk_numbers(fd: int, unit_bytes: int, file_bytes: int) -> Iterator[int]:
-    """The chunks of blocks of which an array file, with so many bytes for each, is not all hole; ascending."""
-    chunk_bytes, done = unit_bytes * _blocks.CHUNK_BLOCKS, 0
-    for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
-        first = max((begin - DATA_OFFSET_BYTES) // chunk_bytes, done)
-        done = max((stop - 1 - DATA_OFFSET_BYTES) // chunk_bytes + 1, done)
-        yield from range(first, done)
 
 
 # ---- what values may be: name -> (the rule in words, which values keep it) ----

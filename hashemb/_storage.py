@@ -212,7 +212,6 @@ class TableFiles:
         """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
         control = self.control
         self.recovered = _recovery.how_left(control)
-        self._unseal()  # before anything of the page changes: its check sum would be wrong
         if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
             _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
@@ -221,11 +220,7 @@ class TableFiles:
                 # delta only that delta's blocks can be, and it will be applied again.
                 remove_if_there(os.path.join(self.path, "history.json"))
         remove_leftovers(self.path, SAVING_FILE)
-        control["boot_id"] = boot_id().encode()
-        control["saving"] = control["gate_closing"] = 0
-        if not control["opened"][0]:  # on disk before any of its rows: no snapshot any more whose every byte is known
-            control["opened"] = 1
-            self._maps["control"].flush()
+        self._unseal(boot_id=boot_id().encode(), saving=0, gate_closing=0, opened=1)
 
     def _is_being_applied(self) -> bool:
         try:
@@ -233,8 +228,8 @@ class TableFiles:
         except FormatError:  # damaged, and about to be removed
             return False
 
-    def _unseal(self) -> None:
-        _recovery.unseal(self.control, self._maps["control"])
+    def _unseal(self, **fields: Any) -> None:
+        _recovery.unseal(self.control, self._maps["control"], **fields)
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""

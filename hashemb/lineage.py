@@ -76,14 +76,15 @@ def new_id() -> str:
 class History:
     """The points in a table's past, oldest first.
 
-    `applying` is the id of a delta that is being applied to the table; `source` that of the table whose points these
-    are, where it is another (a replica made by hand); `table` that of the table itself ("": not noted).
+    `applying` is the id of a delta that is being applied to the table; `table` the id of the table ("": written
+    before it was noted); `source` that of the table whose points these are, where it is another (a replica made by
+    hand).
     """
 
     points: tuple[Point, ...] = ()
     applying: str | None = None
-    source: str | None = None
     table: str = ""
+    source: str | None = None
 
     @property
     def last(self) -> Point | None:
@@ -121,7 +122,7 @@ class History:
         content = load_checked(data, filename)
         try:
             points = tuple(Point(**point) for point in content["points"])
-            return cls(points, content["applying"], content["source"], content.get("table", ""))
+            return cls(points, content["applying"], content["table"], content["source"])
         except (KeyError, TypeError) as error:
             raise FormatError(f"{filename}: this version cannot read the history: {error!r}") from None
 

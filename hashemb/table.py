@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -20,7 +19,6 @@ from hashemb._delta_file import DeltaInfo, DeltaReader
 from hashemb.delta import Since, apply_to, export_to
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.lineage import SnapshotInfo
-from hashemb.optim import FTRL
 from hashemb.snapshot import take_snapshot
 from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
 
@@ -111,7 +109,8 @@ class EmbeddingTable:
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
         NoSpaceError
-            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call succeeds.
+            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call
+            succeeds.
         ClosedTableError
 
         Notes
@@ -153,8 +152,9 @@ class EmbeddingTable:
         For a table larger than memory; where the rows are in memory already it changes nothing. Of a table open for
         writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
         (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
-        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates ask
-        for their own pages without this (docs/performance.md). In a table with huge pages, what this reads stays small.
+        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates
+        ask for their own pages without this (docs/performance.md). In a table with huge
+        pages, what this reads stays small.
 
         Examples
         --------
@@ -233,14 +233,7 @@ class EmbeddingTable:
     @lr.setter
     def lr(self, value: float) -> None:
         _, files = self._writable()
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-            raise TypeError(f"lr must be a float, got {type(value).__name__} {value!r}")
-        lr, decay = float(value), self.optimizer.weight_decay
-        zero_ok = not isinstance(self.optimizer, FTRL)
-        if not math.isfinite(lr) or lr < 0.0 or (lr == 0.0 and not zero_ok) or lr * decay >= 1.0:
-            limit = f" and < {1.0 / decay:g} = 1 / weight_decay" if decay else ""
-            raise ValueError(f"lr must be finite, {'>= 0' if zero_ok else '> 0'}{limit}, got {value!r}")
-        files.control["lr"] = lr
+        files.control["lr"] = arguments.learning_rate(value, self.optimizer)
 
     # -- looking inside --
 

@@ -57,7 +57,7 @@ def distinct_keys(table: hashemb.EmbeddingTable) -> Counts:
 
 @dataclass(frozen=True)
 class Board:
-    """done[writer, table]: batches applied; turns[i]: what reader i, and last the maker, has gone through; stop[0]."""
+    """done[writer, table]: batches applied; turns: what readers, maker and follower have gone through; stop."""
 
     path: Path
 
@@ -74,7 +74,7 @@ class Board:
 
     @property
     def turns(self) -> Counts:
-        return self._cells(16, NUM_READERS + 1)
+        return self._cells(16, NUM_READERS + 2)
 
     @property
     def stop(self) -> Counts:
@@ -140,12 +140,14 @@ def read(root: Path, reader: int) -> None:
 
 
 def make(root: Path) -> None:
-    """Takes snapshots of both tables, and creates tables, one after the other."""
+    """Takes snapshots of both tables, exports chains of deltas, and creates tables, one after the other."""
     board = Board(root / "board")
     tables = [open_for_writing(root, name) for name in TABLES]
+    last: dict[str, Any] = dict.fromkeys(TABLES)
     for number in itertools.count():
         for name, table in zip(TABLES, tables, strict=True):
             table.snapshot(root / f"snapshot-{name}-{number}", extra={"number": number})
+            last[name] = table.export_delta(last[name], root / f"deltas-{name}" / f"{number:03}.delta", state=True)
         with hashemb.create(root / f"new-{number}", num_embeddings=1 << 12, embedding_dim=DIM) as new:
             new.update(np.arange(50), np.ones((50, DIM), np.float32))
         board.turns[NUM_READERS] += 1
@@ -155,6 +157,15 @@ def make(root: Path) -> None:
             break
     for table in tables:
         table.close()
+
+
+def follow(root: Path) -> None:
+    """Keeps a replica of each table up to date with its deltas."""
+    board = Board(root / "board")
+    while not board.stop[0]:
+        for name in TABLES:
+            hashemb.follow(root / f"replica-{name}", root / f"deltas-{name}")
+        board.turns[NUM_READERS + 1] += 1
 
 
 # ---- a round's processes ----
@@ -169,17 +180,20 @@ def act(root: Path, name: str, work: Any, *args: Any) -> None:
 
 
 class Actors:
-    """A round's processes by name: "writer 0" …, "reader 0" …, "maker"; and which of them were killed."""
+    """A round's processes by name: "writer 0" …, "reader 0" …, "maker", "follower"; and which of them were killed."""
 
     def __init__(self, context: Any, root: Path, round_number: int, rng: np.random.Generator) -> None:
         self.root, self.board, self.killed = root, Board(root / "board"), set[str]()
         self.processes: dict[str, Any] = {}
         self.board.done[:] = self.board.turns[:] = self.board.stop[:] = 0
+        for name in TABLES:
+            (root / f"deltas-{name}").mkdir()
         for writer in range(NUM_WRITERS):
             self._start(context, f"writer {writer}", write, round_number, writer, int(rng.integers(1, 4)))
         for reader in range(NUM_READERS):
             self._start(context, f"reader {reader}", read, reader)
         self._start(context, "maker", make)
+        self._start(context, "follower", follow)
 
     def _start(self, context: Any, name: str, work: Any, *args: Any) -> None:
         self.processes[name] = context.Process(target=act, args=(self.root, name, work, *args), daemon=True)

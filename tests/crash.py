@@ -1,12 +1,13 @@
 """Power failures, simulated: what a disk may hold at any moment of an operation, from a record of its calls.
 
-`python crash.py DIRECTORY OUT SCENARIO` under fault_shim.c runs an operation and records, before each of its calls to the
-kernel, every file as the page cache has it: stores through mappings are seen that way too. `states` then makes disks of it.
+`python crash.py DIRECTORY OUT SCENARIO` under fault_shim.c runs an operation and records, before each of its calls to
+the kernel, every file as the page cache has it: stores through mappings are seen that way too. `states` then makes
+disks of it.
 
 The model: fsync and msync make a file's bytes durable, fsync of a directory its entries. Of what is not durable, each
-page of 4096 bytes is as it was when last durable, or as at any moment since, or torn between two of these at a sector; a
-file has a size it had since then; creations, renames and removals in a directory have happened or not, each on its own, or
-up to some moment.
+page of 4096 bytes is as it was when last durable, or as at any moment since, or torn between two of these at a
+sector; a file has a size it had since then; creations, renames and removals in a directory have happened or not, each
+on its own, or up to some moment.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The fault sweep: each operation on a table again and again, its first, second, … call to the kernel failing.
 
-Run under fault_shim.c (LD_PRELOAD), each attempt in a forked child:  python faults.py DIRECTORY STRIDE VARIANTS [NAME …]
-An attempt is legal if the operation gives the right answer, or raises an OSError or HashembError after which the table
-holds what it held before (or, whole, what the operation makes of it), and the same call succeeds once faults are over.
+Run under fault_shim.c (LD_PRELOAD), each attempt in a forked child:  python faults.py DIRECTORY STRIDE VARIANTS
+[NAME …]. An attempt is legal if the operation gives the right answer, or raises an OSError or HashembError after which
+the table holds what it held before (or, whole, what the operation makes of it), and the same call succeeds once
+faults are over.
 Prints a line of JSON: how many attempts by scenario and by kind of call, and what was found wrong.
 """
 
@@ -314,7 +315,8 @@ class Canary(Scenario):
 # fmt: off
 SCENARIOS: dict[str, type[Scenario]] = {
     "create": Create, "open r": OpenToRead, "open r+": OpenToWrite, "first update": FirstUpdate,
-    "first update by fallocate": FirstUpdateByFallocate, "update": SteadyUpdate, "exact update": ExactUpdate, "flush": Flush, "close": Close, "lr": Rate, "snapshot": Snapshot,
+    "first update by fallocate": FirstUpdateByFallocate, "update": SteadyUpdate, "exact update": ExactUpdate,
+    "flush": Flush, "close": Close, "lr": Rate, "snapshot": Snapshot,
     "snapshot beside a writer": SnapshotBesideWriter, "canary": Canary,
 }
 # fmt: on

@@ -82,13 +82,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_delta_file",
         "delta",
     },
+    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
     "_report": set(),
     "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
     "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "delta"},
     "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
     | {"_scan", "verify"},
-    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
     "__init__": {
         "errors",
         "optim",

@@ -283,12 +283,3 @@ int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int wit
     free(a);
     return a && q ? 0 : ENOMEM;
 }
-
-/* ---- blocks that are to be made writable ---- */
-
-int64_t he_blocks_read(void) { return blocks_read(); }
-
-void he_ask_range(const void *begin, int64_t bytes) {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), low = (uintptr_t)begin & ~(page - 1);
-    madvise((void *)low, (uintptr_t)begin + (uintptr_t)bytes - low, MADV_WILLNEED);
-}

@@ -157,8 +157,6 @@ void he_ahead_end(const he_table *t, int64_t mark, int64_t rows);
 void he_ahead_keys(const he_table *t, const uint64_t *keys, int64_t n);
 void he_ahead_planned(const he_table *t, const uint64_t *rows, int64_t n); /* with their state */
 int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state); /* 0 or ENOMEM; returns at once */
-int64_t he_blocks_read(void);
-void he_ask_range(const void *begin, int64_t bytes);
 
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
  * EINVAL: the kernel is older than 5.14). */

@@ -1,5 +1,6 @@
-"""Writers, readers and makers of snapshots and tables are killed at random moments, round after round on the same two
-tables; after each, every row is in a state that some moment of the killing explains, and nobody waits for the dead."""
+"""Writers, readers, makers of snapshots, deltas and tables, and those who follow deltas are killed at random moments,
+round after round on the same two tables; after each, every row is in a state that some moment of the killing explains,
+and nobody waits for the dead."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ from processes import wait_for
 import hashemb
 
 PATIENCE_S = 60.0
+MADE = ("snapshot", "new", "after", "deltas", "replica")
 
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.slow)])
@@ -38,7 +40,7 @@ def test_chaos(tmp_path: Path, rounds: int) -> None:
     create_tables(tmp_path)
     with hashemb.open(tmp_path / "own") as table:
         keys = distinct_keys(table)
-    killed = {"writer": 0, "reader": 0, "maker": 0}
+    killed = {"writer": 0, "reader": 0, "maker": 0, "follower": 0}
     for number in range(rounds):
         ledgers = [
             Ledger(i, number, counters(tmp_path / name, keys), hashemb.info(tmp_path / name).step)
@@ -63,7 +65,7 @@ def play(context: Any, root: Path, number: int, rng: np.random.Generator) -> Act
     try:
         wait_for(lambda: bool(actors.failures()) or min(actors.progress().values()) >= 1, PATIENCE_S)
         names = rng.permutation(sorted(actors.processes))[: rng.integers(1, len(actors.processes) + 1)].tolist()
-        if number % 3 == 0:  # the maker is one of six, and the one in the middle of most
+        if number % 3 == 0:  # the maker is one of seven, and the one in the middle of most
             names = ["maker", *(name for name in names if name != "maker")]
         actors.kill(names, rng)
         before = actors.progress()
@@ -93,20 +95,42 @@ def judge(root: Path, ledgers: list[Ledger], keys: Any, done: Any, cut_short: se
         for snapshot in sorted(root.glob(f"snapshot-{name}-*")):
             assert hashemb.info(snapshot).snapshot.extra == {"number": int(snapshot.name.split("-")[-1])}
             ledgers[i].check(snapshot, keys, done[:, i], cut_short, is_cut=True)
+        judge_replica(root, name, ledgers[i], keys, done[:, i], cut_short)
     for path in root.iterdir():
-        if not path.name.startswith("board") and not path.name.startswith("."):
+        if not path.name.startswith(("board", ".", "deltas-")):
             verify(path)
+
+
+def judge_replica(root: Path, name: str, ledger: Ledger, keys: Any, done: Any, cut_short: set[int]) -> None:
+    """However far it had come, the finished deltas bring it to a moment of the table, and one more to the table."""
+    replica, deltas = root / f"replica-{name}", root / f"deltas-{name}"
+    finished = sorted(deltas.glob("*.delta"))
+    if finished:
+        hashemb.follow(replica, deltas)
+        ledger.check(replica, keys, done, cut_short, is_cut=True)
+    with hashemb.open(root / name, "r+") as table:
+        table.export_delta(finished[-1] if finished else None, deltas / "last.delta", state=True)
+        hashemb.follow(replica, deltas)
+        with hashemb.open(replica) as followed:
+            np.testing.assert_array_equal(followed.weight, table.weight)
+            for state, array in table.state.items():
+                np.testing.assert_array_equal(followed.state[state], array)
 
 
 def verify(path: Path) -> None:
     """Everything that lies there under a table's name is a whole one."""
     with hashemb.open(path) as table:
         assert np.isfinite(table.weight).all()
+    names = {entry.name for entry in os.scandir(path)}
+    if "snapshot.json" in names:
+        assert not [name for name in names if name.startswith("rows.")], "what writers saved was not put away"
+    if hasattr(hashemb, "verify"):
+        assert hashemb.verify(path) == []
 
 
 def clean_up(root: Path) -> None:
     """What killed makers left has no lock, and goes with the next table of that name, once it is old enough."""
-    for path in (*root.glob("snapshot-*"), *root.glob("new-*"), *root.glob("after-*"), root / "own-before"):
+    for path in (*(p for kind in MADE for p in root.glob(f"{kind}-*")), root / "own-before"):
         shutil.rmtree(path)
     for name in what_is_left(root):
         os.utime(root / name, (0, 0))

@@ -1,9 +1,9 @@
 """Readers of one table use the physical memory of one: every page they touch is the page cache's, not their own.
 
-A page that eight processes have mapped is in memory once. The kernel says so as *proportional set size* (PSS), in which each
-of them is charged an eighth of it: the sum over the readers is what the table takes, while the sum of their resident set
-sizes (RSS) counts it eight times. `Anonymous` and `Private_Dirty` are what a process has for itself. The page cache keeps
-the pages when the readers have gone, until somebody needs the memory.
+A page that eight processes have mapped is in memory once. The kernel says so as *proportional set size* (PSS), in which
+each of them is charged an eighth of it: the sum over the readers is what the table takes, while the sum of their
+resident set sizes (RSS) counts it eight times. `Anonymous` and `Private_Dirty` are what a process has for itself. The
+page cache keeps the pages when the readers have gone, until somebody needs the memory.
 """
 
 from __future__ import annotations

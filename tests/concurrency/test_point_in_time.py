@@ -22,7 +22,7 @@ import hashemb
 from hashemb import snapshot as snapshot_module
 
 SPAWN = multiprocessing.get_context("spawn")
-PAIRS, FAR, CLOCK = 3000, 10**6, 10**9
+PAIRS, FAR, CLOCK = 1000, 10**6, 10**9
 COUNTERS: dict[str, Any] = {"optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
 
 
@@ -136,18 +136,18 @@ def kill_a_snapshot(path: Path, dst: Path) -> None:
 
 def test_a_killed_snapshot_disturbs_nobody(tmp_path: Path) -> None:
     """Its directory, its announcement and its mark in the control page stay behind; nothing waits for them."""
-    keys, path = np.arange(3000), tmp_path / "t"
-    with hashemb.create(path, num_embeddings=2**26, embedding_dim=4, **COUNTERS) as table:
-        table.update(keys, np.ones((3000, 4), np.float32))
+    keys, path = np.arange(1000), tmp_path / "t"
+    with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
+        table.update(keys, np.ones((1000, 4), np.float32))
         kill_a_snapshot(path, tmp_path / "dead")
         assert int(table._files.control["saving"][0]) > 0, "the snapshot did not die in the middle"  # type: ignore[union-attr]
-        table.update(keys, np.ones((3000, 4), np.float32))
+        table.update(keys, np.ones((1000, 4), np.float32))
         info = table.snapshot(tmp_path / "s")
-        table.update(keys, np.ones((3000, 4), np.float32))
+        table.update(keys, np.ones((1000, 4), np.float32))
         with hashemb.open(tmp_path / "s") as taken:
-            np.testing.assert_array_equal(taken.lookup(keys), np.full((3000, 4), -2, np.float32))
+            np.testing.assert_array_equal(taken.lookup(keys), np.full((1000, 4), -2, np.float32))
         assert info.step == 2
-        np.testing.assert_array_equal(table.lookup(keys), np.full((3000, 4), -3, np.float32))
+        np.testing.assert_array_equal(table.lookup(keys), np.full((1000, 4), -3, np.float32))
 
 
 def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
@@ -155,20 +155,20 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
 ) -> None:
     """The next owner holds the lock and has said what it wants, but has not begun: the mark in the control page is
     still the dead one's, and a writer that meets it must save nothing."""
-    keys, path, begin = np.arange(3000), tmp_path / "t", snapshot_module._begin
-    with hashemb.create(path, num_embeddings=2**26, embedding_dim=4, **COUNTERS) as table:
-        table.update(keys, np.ones((3000, 4), np.float32))
+    keys, path, begin = np.arange(1000), tmp_path / "t", snapshot_module._begin
+    with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
+        table.update(keys, np.ones((1000, 4), np.float32))
         kill_a_snapshot(path, tmp_path / "dead")
 
         def late(files: Any, lock: Any) -> Any:
             with hashemb.open(path, "r+") as writer:
-                writer.update(keys, np.ones((3000, 4), np.float32))
+                writer.update(keys, np.ones((1000, 4), np.float32))
             return begin(files, lock)
 
         monkeypatch.setattr(snapshot_module, "_begin", late)
         table.snapshot(tmp_path / "s")
         with hashemb.open(tmp_path / "s") as taken:
-            np.testing.assert_array_equal(taken.lookup(keys), np.full((3000, 4), -2, np.float32))
+            np.testing.assert_array_equal(taken.lookup(keys), np.full((1000, 4), -2, np.float32))
 
 
 def test_what_a_killed_snapshot_left_in_the_table_goes_with_the_next_writer(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_killed_trainer_learns_its_data_exactly_once(tmp_path: Path) -> None:
 
 def test_threads_write_read_and_take_snapshots_of_one_object(tmp_path: Path) -> None:
     keys, errors = np.arange(2000), []
-    with hashemb.create(tmp_path / "t", num_embeddings=2**26, embedding_dim=4, **COUNTERS) as table:
+    with hashemb.create(tmp_path / "t", num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
 
         def work(number: int) -> None:
             try:

@@ -26,7 +26,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def disks(library, tmp_path, monkeypatch):
-    """The disks that power failures in an operation may leave, one after the other, found by a machine that restarted."""
+    """The disks that power failures in an operation may leave, one after the other, found by a machine that
+    restarted."""
 
     def make(name, seeds):
         with shim.fast_directory(tmp_path) as work:

@@ -1,4 +1,5 @@
-"""The fault sweep (tests/faults.py): every call to the kernel fails once, or from then on; nothing half-done remains."""
+"""The fault sweep (tests/faults.py): every call to the kernel fails once, or from then on; nothing half-done
+remains."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def sweep(library, tmp_path):
 
 
 def complaints(found):
-    return "\n".join(f"{w['scenario']}, call {w['n']}, {w['mode']}, {w['variant']}:\n{w['what']}" for w in found["wrong"])
+    return "\n".join(f"{w['scenario']}, call {w['n']}, {w['mode']}, {w['variant']}:\n{w['what']}" for w in
+    found["wrong"])
 
 
 def check(found):

@@ -1,4 +1,4 @@
-"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead by themselves, and neither changes a bit."""
+"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead themselves, and neither changes a bit."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_bits_do_not_depend_on_it(tmp_path: pathlib.Path, name: str, isolation: 
     assert all(np.array_equal(a, b) for a, b in zip(found[False], found[True], strict=True))
 
 
-def test_the_first_write_after_a_snapshot_asks_for_whole_blocks(counted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_first_update_after_a_snapshot_asks_ahead_too(counted: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with hashemb.open(counted, "r+", huge_pages=False) as table:
         table.snapshot(tmp_path / "point.emb")
     evict(counted)
@@ -235,5 +235,5 @@ def test_the_first_write_after_a_snapshot_asks_for_whole_blocks(counted: pathlib
         before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         table.update(KEYS, np.ones((KEYS.size, DIM), np.float32))
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
-        pages = ROWS * DIM * 4 // mmap.PAGESIZE
-        assert faults < pages // 4, f"{faults} faults waited for the disk, of a table of {pages} pages"
+        pages = row_pages(table.rows(KEYS), DIM * 4).size
+        assert faults < pages // 2, f"{faults} faults waited for the disk, for {pages} pages of weights"

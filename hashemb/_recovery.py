@@ -7,6 +7,7 @@ disk: so a table that a power failure may have damaged never looks clean, whiche
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hashemb import _blocks
 from hashemb._directory import boot_id
 from hashemb._format import TableMeta, seal_control
 
-__all__ = ["how_left", "mark_what_is_there", "seal", "unseal"]
+__all__ = ["how_left", "mark_what_is_there", "reserve_what_is_marked", "seal", "unseal"]
 
 Array = npt.NDArray[Any]
 
@@ -65,3 +66,15 @@ def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: 
             if not epochs_there.all():
                 epochs_there[epochs_there == 0] = epoch
                 _blocks.write_rows(fds["blocks"], first, epochs_there, filename)
+
+
+def reserve_what_is_marked(blocks_fd: int, meta: TableMeta, allocate: Callable[[str, int, int], None]) -> None:
+    """After a power failure a marked block may lack the space that writers rely on. `NoSpaceError` if there is none.
+
+    `allocate(name, begin, num_bytes)` makes room for bytes of an array.
+    """
+    for first, epochs in _blocks.epoch_chunks(blocks_fd, meta.num_blocks):
+        for _, block, count in _blocks.runs(first + np.flatnonzero(epochs)):
+            for name, spec in meta.row_files.items():
+                size = _blocks.block_bytes(meta, spec)
+                allocate(name, block * size, count * size)

@@ -215,6 +215,7 @@ class TableFiles:
         if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
             _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
+            _recovery.reserve_what_is_marked(self._fds["blocks"], self.meta, self._allocate)
             if not self._is_being_applied():
                 # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
                 # delta only that delta's blocks can be, and it will be applied again.
@@ -351,7 +352,7 @@ class TableFiles:
         message = f"block {block[0]} of {block_bytes} bytes cannot be made writable ({os.strerror(error)})"
         raise OSError(code, message, self._filename(name))
 
-    def _allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int) -> None:
+    def _allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int = mmap.PAGESIZE) -> None:
         """Allocates bytes of the array, rounded out to units of the file."""
         first = (DATA_OFFSET_BYTES + begin) // unit_bytes * unit_bytes
         end = -(-(DATA_OFFSET_BYTES + begin + num_bytes) // unit_bytes) * unit_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -91,7 +92,12 @@ def export_to(
             info = write_delta(finished, info, _saved_groups(fds, files.meta, names, dtype), progress)
         write_history(files.path, history.append(info.point))
         os.rename(finished, path)
-        sync_directory(parent)
+        try:
+            sync_directory(parent)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(path, finished)  # to be removed there
+            raise
     return info
 
 

@@ -131,6 +131,8 @@ def take_snapshot(
             extra=extra,
         )
         history = history.append(info.point).of(meta.id)
+        for log in _logs(building):  # begun, and left empty, by a writer who came when all was saved
+            os.unlink(log)
         finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())
@@ -215,15 +217,18 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
 
 def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:
     """What writers had logged of rows, over copies of blocks in which the rows had been changed already."""
-    logs = [entry.path for entry in os.scandir(directory) if entry.name.startswith(LOG_PREFIX)]
     rows = {name: np.dtype((spec.dtype, spec.shape[1:])) for name, spec in meta.row_files.items() if name in names}
     entry = np.dtype([("row", "<u8"), *((name, rows[name]) for name in names)])
     with _blocks.OpenArrays(directory, ["blocks"]) as fds:
-        for log in logs:
+        for log in _logs(directory):
             for saved in _blocks.read_records(log, entry):
                 epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
                 _write_rows(directory, meta, names, saved[epochs != 0])
             os.unlink(log)
+
+
+def _logs(directory: str) -> list[str]:
+    return [entry.path for entry in os.scandir(directory) if entry.name.startswith(LOG_PREFIX)]
 
 
 def _write_rows(directory: str, meta: TableMeta, names: list[str], saved: Any) -> None:

@@ -109,8 +109,7 @@ class EmbeddingTable:
         TypeError, ValueError
             For arguments of the wrong kind or shape, with the numbers.
         NoSpaceError
-            On a full tmpfs only, where reading a row never written takes a page; after space is freed the same call
-            succeeds.
+            On a full tmpfs only, where reading a row never written takes a page; with space the same call succeeds.
         ClosedTableError
 
         Notes
@@ -338,8 +337,7 @@ class EmbeddingTable:
         Parameters
         ----------
         since : None, str, path-like, SnapshotInfo or DeltaInfo
-            A snapshot or delta of this table (or of the table this is a replica of), or the path of one. None:
-            everything ever written, the beginning of a chain.
+            A snapshot or delta in this table's history, or the path of one. None: everything, to begin a chain.
         path : str or path-like
             File to create; by custom ``*.delta``, which `hashemb.follow` looks for.
         state : bool
@@ -368,12 +366,10 @@ class EmbeddingTable:
         Notes
         -----
         A point in time, as `snapshot`: no batch is half in it. Holds whole blocks, about 4096 bytes of weights each;
-        reads and writes each changed block twice, through files beside `path`. The file appears complete and
-        synced, or not at all.
+        reads and writes each twice, through files beside `path`. The file appears complete and synced, or not at all.
         """
         _, files = self._writable()
-        where = arguments.path_string(path)
-        return export_to(files, since, where, state=state, dtype=dtype, progress=progress)
+        return export_to(files, since, arguments.path_string(path), state=state, dtype=dtype, progress=progress)
 
     def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
         """See `hashemb.apply_delta`; the delta has been checked."""

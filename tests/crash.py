@@ -5,9 +5,9 @@ the kernel, every file as the page cache has it: stores through mappings are see
 disks of it.
 
 The model: fsync and msync make a file's bytes durable, fsync of a directory its entries. Of what is not durable, each
-page of 4096 bytes is as it was when last durable, or as at any moment since, or torn between two of these at a
-sector; a file has a size it had since then; creations, renames and removals in a directory have happened or not, each
-on its own, or up to some moment.
+page of 4096 bytes is as it was when last durable, or as at any moment since, or torn between two of these at a sector;
+a file has a size it had since then; creations, renames and removals in a directory have happened or not, each on its
+own, or up to some moment.
 """
 
 from __future__ import annotations
@@ -226,8 +226,27 @@ def flush(root: Path, recorder: Recorder) -> None:
     recorder.mark = "closed"
 
 
+def export(root: Path, recorder: Recorder) -> None:
+    with hashemb.open(root / "t", "r+") as table:
+        table.snapshot(root / "base")
+        recorder.moments.clear()
+        table.update(NEW, GRADS)
+        table.export_delta(root / "base", root / "d.delta", state=True)
+        recorder.mark = "made"
+        table.update(NEW, GRADS)
+
+
+def apply(root: Path, recorder: Recorder) -> None:
+    """To a replica that was the snapshot `base`."""
+    export(root, recorder)
+    recorder.moments.clear()
+    recorder.mark = ""
+    hashemb.apply_delta(root / "base", root / "d.delta")
+    recorder.mark = "made"
+
+
 def main(root: str, out: str, name: str) -> None:
-    scenario = {"create": create, "snapshot": snapshot, "flush": flush}[name]
+    scenario = {"create": create, "snapshot": snapshot, "flush": flush, "export": export, "apply": apply}[name]
     if name != "create":
         with hashemb.create(Path(root) / "t", **OPTIONS) as table:
             table.update(OLD, GRADS[: OLD.size])

@@ -25,12 +25,15 @@ def test_demo(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> N
         assert err == ""
         assert f"18,000 impressions{', ' if 'earlier' in said else ' '}{said}" in out
         assert "A second process opened the table read-only: its 2,000 probabilities are the same bits." in out
+        assert "A second trainer was killed" in out
+        assert "18,000 impressions in 71 steps; undisturbed it was 71 steps." in out
+        assert "no impression was lost or learned twice." in out
         figures.append([line for line in out.splitlines() if line.startswith(ROWS)])
     assert figures[0] == figures[1]
     losses = {line[:30].strip(): float(line[30:40]) for line in figures[0][:3]}
     assert losses["true probabilities"] < losses["model"] < losses["best constant"]
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert names == {"model.emb", "heldout.probabilities.txt"} | {
+    assert names == {"model.emb", "heldout.probabilities.txt", "serving"} | {
         f"impressions-20000-{part}{suffix}" for part in ("train", "heldout") for suffix in (".parquet", ".truth.npy")
     }
 

@@ -17,6 +17,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "numerics.h"
 #include "portability.h"
 #include "table.h"
 
@@ -139,13 +140,19 @@ static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
     return i;
 }
 
+/* Where this process begins among n: writers that go the same way from the same place would wait for each other's locks
+ * all the way. */
+static int64_t own_beginning(int64_t n) {
+    return (int64_t)(((uint64_t)getpid() * HE_GOLDEN >> 32) * (uint64_t)n >> 32);
+}
+
 static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     for (int64_t i = 0; i < n; i++) __atomic_store_n(&marks[blocks[i]], epoch, __ATOMIC_RELEASE);
 }
 
 /* Marks blocks (ascending) as of `epoch`, for a writer about to change rows of them; their old epochs are saved first if
  * a snapshot is in progress (s is not NULL). Where one cannot be saved the snapshot has failed, and the writer goes on. */
-void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+static void mark_some(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     int64_t i = 0;
     for (int64_t end; s && i < n; i = end) {
         end = end_of_stripe(blocks, n, i);
@@ -159,6 +166,12 @@ void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks,
         if (error) s = NULL;
     }
     mark(marks, blocks + i, n - i, epoch);
+}
+
+void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
+    const int64_t beginning = s ? own_beginning(n) : 0;
+    mark_some(s, marks, blocks + beginning, n - beginning, epoch);
+    mark_some(s, marks, blocks, beginning, epoch);
 }
 
 /* ---- rows ---- */
@@ -211,7 +224,7 @@ static int64_t take_group(const he_saving *s, const uint64_t *rows, int64_t n, i
 }
 
 /* Saves those of the rows, which a writer is about to change, that are not saved yet. Returns 0 or an errno. */
-int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
+static int save_some(const he_saving *s, const uint64_t *rows, int64_t n) {
     uint64_t group[HE_ROWS_PER_LOG];
     int64_t low, high;
     int error = 0;
@@ -224,6 +237,12 @@ int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
     }
     if (error) give_up(s, error);
     return error;
+}
+
+int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
+    const int64_t beginning = own_beginning(n);
+    int error = save_some(s, rows + beginning, n - beginning);
+    return error ? error : save_some(s, rows, beginning);
 }
 
 /* ---- the owner of the snapshot ---- */

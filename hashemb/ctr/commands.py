@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import hashemb
 from hashemb.ctr._extras import require
+from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
 from hashemb.ctr.following import follow_deltas
@@ -132,6 +133,12 @@ def train(
         ),
     ] = None,
     save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")] = 60.0,
+    snapshots: Annotated[
+        Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")
+    ] = None,
+    deltas: Annotated[
+        Path | None, typer.Option(help="With --snapshots: deltas for `hashemb follow`, to this directory.")
+    ] = None,
 ) -> None:
     """Learn files, printing the loss on each example before it is learned. Run again to resume.
 
@@ -146,16 +153,30 @@ def train(
     check_paths(files)
     if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
         open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
+    checkpoints = _resume(table, snapshots, deltas, console)
     model, card = open_or_create(table, options)
     with closing(model.table), training_lock(table):
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
         trainer = Trainer(
-            table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every
-        )
+            table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
+            checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
+
+
+def _resume(table: Path, snapshots: Path | None, deltas: Path | None, console: Console) -> Checkpoints | None:
+    """The checkpoints, if there are to be any, after the model is back at the last one if it was killed."""
+    if snapshots is None:
+        if deltas is not None:
+            raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
+        return None
+    checkpoints = Checkpoints(snapshots, deltas)
+    step = checkpoints.resume(table)
+    if step is not None:
+        say(console, f"{table}: a run was killed; back to the checkpoint at step {step:,}")
+    return checkpoints
 
 
 @app.command()

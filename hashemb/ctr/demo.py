@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import hashemb
 from hashemb.ctr.console import format_bytes, progress_bar, say
 from hashemb.ctr.metrics import auc, calibration, logloss, normalized_entropy
 from hashemb.ctr.model_dir import MODEL_FILE, load_model, read_card, training_lock
+from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.scoring import open_for_scoring, score
 from hashemb.ctr.session import run_training
@@ -37,6 +38,7 @@ SEED = 0
 MIN_IMPRESSIONS = 1000
 HELD_OUT = 0.1  # of the impressions, the last ones: as in life, the model is asked about the future
 OPTIONS = ModelOptions(rank=15, rows=2**22, seed=SEED)
+SAVE_EVERY_S = 0.1  # of the trainer that is killed
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class DemoPaths:
     held_out: Path
     model: Path
     probabilities: Path
+    serving: Path
 
     @classmethod
     def under(cls, directory: Path, impressions: int) -> DemoPaths:
@@ -57,6 +60,7 @@ class DemoPaths:
             directory / f"{stem}-heldout.parquet",
             directory / "model.emb",
             directory / "heldout.probabilities.txt",
+            directory / "serving",
         )
 
 
@@ -85,6 +89,8 @@ def run_demo(directory: Path, impressions: int, console: Console) -> int:
         say(console, line)
     say(console, "")
     _score_elsewhere(paths, probabilities, console)
+    say(console, "")
+    _kill_and_resume(paths, console)
     _say_where(paths, console)
     say(console, f"Done in {time.perf_counter() - started:.0f} s.")
     return 0
@@ -151,6 +157,105 @@ def _score_elsewhere(paths: DemoPaths, probabilities: Floats, console: Console) 
     if not np.array_equal(theirs, probabilities):
         raise HashembError(f"{np.sum(theirs != probabilities):,} probabilities differ in a second process")
     say(console, f"A second process opened the table read-only: its {len(theirs):,} probabilities are the same bits.")
+
+
+def _kill_and_resume(paths: DemoPaths, console: Console) -> None:
+    """Train once more, in a process that is killed half-way, while a server follows its deltas in another."""
+    shutil.rmtree(paths.serving, ignore_errors=True)
+    served = Serving.under(paths.serving)
+    with _following(served):
+        killed_at = _train_until_killed(paths, served)
+        say(console, f"A second trainer was killed (SIGKILL) at step {killed_at:,} or later, a checkpoint behind it.")
+        _run(served.train_command(paths.train), "the resumed trainer")
+        step = hashemb.info(served.model).step
+        _wait_for(lambda: served.replica.exists() and hashemb.info(served.replica).step == step, "the server")
+    undisturbed = hashemb.info(paths.model).step
+    learned = sum(position.rows_per_pass for position in read_card(served.model).sources.values())
+    say(console, f"Resumed: {learned:,} impressions in {step:,} steps; undisturbed it was {undisturbed:,} steps.")
+    same = [np.array_equal(_score_table(paths, table), _score_table(paths, paths.model)) for table in served.tables]
+    if step != undisturbed or not all(same):
+        raise HashembError("the resumed trainer or the server differs from the undisturbed run")
+    deltas = len(list(served.deltas.glob("*.delta")))
+    say(console, f"A server that followed {deltas} deltas in a third process gives the undisturbed model's bits:")
+    say(console, "no impression was lost or learned twice.")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where the killed trainer and the server keep their things."""
+
+    model: Path
+    snapshots: Path
+    deltas: Path
+    replica: Path
+
+    @classmethod
+    def under(cls, directory: Path) -> Serving:
+        paths = (directory / name for name in ("model.emb", "snapshots", "deltas", "replica.emb"))
+        (directory / "deltas").mkdir(parents=True)
+        return cls(*paths)
+
+    @property
+    def tables(self) -> tuple[Path, Path]:
+        return self.model, self.replica
+
+    def train_command(self, data: Path, save_every_s: float = 60.0) -> list[str]:
+        command = [sys.executable, "-m", "hashemb", "train", str(data), "--table", str(self.model)]
+        command += ["--snapshots", str(self.snapshots), "--deltas", str(self.deltas)]
+        options = ["--rank", str(OPTIONS.rank), "--rows", str(OPTIONS.rows), "--seed", str(OPTIONS.seed)]
+        return [*command, *(options if OPTIONS.seed is not None else options[:4]), "--save-every", str(save_every_s)]
+
+
+@contextmanager
+def _following(served: Serving) -> Iterator[None]:
+    command = [sys.executable, "-m", "hashemb", "follow", str(served.deltas), str(served.replica), "--interval", "0.1"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+        if server.poll() is not None:
+            raise HashembError(f"the server ended with status {server.returncode}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _train_until_killed(paths: DemoPaths, served: Serving) -> int:
+    """Returns the step of the last checkpoint before the kill; it comes once there is one with something learned."""
+    trainer = subprocess.Popen(served.train_command(paths.train, SAVE_EVERY_S), stdout=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: _checkpoint_step(served) > 0 or trainer.poll() is not None, "the trainer")
+        if trainer.returncode:
+            raise HashembError(f"the trainer failed with status {trainer.returncode}")
+        return _checkpoint_step(served)
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+
+def _checkpoint_step(served: Serving) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in served.snapshots.glob("step-*")), default=0)
+
+
+def _wait_for(condition: Callable[[], bool], who: str, limit_s: float = 300.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            raise HashembError(f"{who} did nothing for {limit_s:.0f} s")
+        time.sleep(0.01)
+
+
+def _run(command: list[str], who: str) -> None:
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise HashembError(f"{who} failed: {child.stderr.strip()}")
+
+
+def _score_table(paths: DemoPaths, table: Path) -> Floats:
+    """Probabilities of the held-out impressions from a table, which may be one of weights alone."""
+    card = read_card(paths.model)
+    with hashemb.open(table) as opened, open_for_scoring(card, [paths.held_out]) as reader:
+        model = FactorizationMachine(opened, rank=card.rank)
+        return np.concatenate([batch.probabilities for batch in score(model, reader)])
 
 
 def _say_where(paths: DemoPaths, console: Console) -> None:

@@ -22,7 +22,17 @@ from hashemb.ctr.fields import Kind
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.errors import FormatError, HashembError
 
-__all__ = ["MODEL_FILE", "ModelCard", "SourcePosition", "load_model", "read_card", "training_lock", "write_card"]
+__all__ = [
+    "MODEL_FILE",
+    "ModelCard",
+    "SourcePosition",
+    "card_values",
+    "load_model",
+    "parse_card",
+    "read_card",
+    "training_lock",
+    "write_card",
+]
 
 Format = Literal["auto", "criteo", "csv", "parquet"]
 
@@ -121,10 +131,15 @@ class ModelCard:
     hashemb_version: str = hashemb.__version__
 
 
+def card_values(card: ModelCard) -> dict[str, Any]:
+    """The card as JSON values; `parse_card` is the inverse."""
+    return {"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}
+
+
 def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
     """Replace the directory's `model.json`, atomically and durably. One writer at a time: `training_lock`."""
     card.hashemb_version = hashemb.__version__
-    text = json.dumps({"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}, indent=1)
+    text = json.dumps(card_values(card), indent=1)
     temporary = Path(directory, MODEL_FILE + ".new")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -147,14 +162,15 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     path = Path(directory, MODEL_FILE)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return _parse_card(values)
+        return parse_card(values)
     except FileNotFoundError:
         raise FileNotFoundError(f"{os.fspath(directory)}: no model here ({MODEL_FILE} not found)") from None
     except (ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{path}: not a model card: {error}") from error
 
 
-def _parse_card(values: Any) -> ModelCard:
+def parse_card(values: Any) -> ModelCard:
+    """The card that `card_values` gave; `ValueError`, `TypeError` or `KeyError` for anything else."""
     if not isinstance(values, dict) or not isinstance(values.get("format"), int):
         raise ValueError("no format number")
     if values["format"] > MODEL_FORMAT:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
@@ -83,6 +84,8 @@ class Trainer:
         Of the progressive table.
     save_seconds : float
         Save when this long has passed since the last time.
+    checkpoints : Checkpoints, optional
+        Take one with every save, the first before anything is learned.
 
     Raises
     ------
@@ -94,7 +97,8 @@ class Trainer:
     Notes
     -----
     Iterating over `run` does the work; stop at any step and call `save`, and a later trainer goes on from there.
-    After a kill it goes on from the last save: the examples of up to `save_seconds` are learned twice.
+    After a kill it goes on from the last save: the examples of up to `save_seconds` are learned twice. With
+    `checkpoints` none are, if `Checkpoints.resume` has put the model back to the last one.
     """
 
     def __init__(
@@ -108,11 +112,13 @@ class Trainer:
         strict: bool = False,
         schedule: Schedule | None = None,
         save_seconds: float = 60.0,
+        checkpoints: Checkpoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory, self.model, self.card = directory, model, card
         self.passes, self.strict, self.schedule = passes, strict, schedule
         self.save_seconds, self._clock = save_seconds, clock
+        self.checkpoints = checkpoints
         self.bad_lines = BadLines()
         self.examples = 0
         self.pass_number = 0
@@ -132,6 +138,8 @@ class Trainer:
 
     def run(self) -> Generator[TrainStep, None, None]:
         """Learn what is left to learn, one batch a step."""
+        if self.checkpoints is not None:
+            self.save()
         saved_at = self._clock()
         for number in range(1, self.passes + 1):
             for path, position in self.sources.items():
@@ -154,6 +162,8 @@ class Trainer:
         if self.validator is not None:
             self.card.progress = {"pass": self.pass_number, **self.validator.state()}
         write_card(self.directory, self.card)
+        if self.checkpoints is not None:
+            self.checkpoints.take(self.model.table, self.card)
 
     def _start_pass(self, number: int) -> None:
         """Begin, or take up again, the metrics of pass `number`."""

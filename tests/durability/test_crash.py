@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import warnings
@@ -14,6 +15,8 @@ from crash import ALL, GRADS, NEW, OLD, OPTIONS
 
 import hashemb
 from hashemb import _directory, _recovery, _storage
+from hashemb._directory import read_history
+from hashemb.errors import DeltaError
 
 SOME, MANY = (range(7), 2), (range(60), 1)  # seeds, and of how many calls one is looked at
 many = pytest.mark.parametrize("seeds", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
@@ -26,8 +29,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def disks(library, tmp_path, monkeypatch):
-    """The disks that power failures in an operation may leave, one after the other, found by a machine that
-    restarted."""
+    """The disks that power failures in an operation may leave, one after the other, on a machine that restarted."""
 
     def make(name, seeds):
         with shim.fast_directory(tmp_path) as work:
@@ -58,7 +60,7 @@ def load(path):
 def reopened(path):
     """Opened to write, as the next process would; a warning that the machine restarted is as it should be."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "was not closed cleanly before the machine restarted", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*delta", RuntimeWarning)
         warnings.filterwarnings("ignore", ".*was not closed cleanly before the machine restarted", RuntimeWarning)
         return hashemb.open(path, "r+")
 
@@ -153,3 +155,69 @@ def final():
     for keys, grads in (SECOND, SECOND, SECOND, (NEW[:5], GRADS[:5])):
         table.update(keys, grads)
     return table.lookup(ALL)
+
+
+def applied(replica, delta):
+    """A replica brought to the delta's end, if it is not there yet; None where it has forgotten where it stands, which
+    a table does that was open when the machine restarted: it refuses all deltas, and is to be copied again."""
+    try:
+        with reopened(replica) as table:
+            hashemb.apply_delta(table, delta)
+    except DeltaError as error:
+        if error.reason == "gap" and not read_history(replica).points:
+            return None
+        if error.reason != "applied":
+            raise
+    with hashemb.open(replica) as table:
+        return table.lookup(ALL)
+
+
+@many
+def test_export(disks, seeds):
+    """The file is whole or absent: whole, it brings a replica to where the table was."""
+    found, expected = [0, 0], twin(FIRST, SECOND)
+    for mark, disk in disks("export", seeds):
+        delta = disk / "d.delta"
+        found[delta.exists()] += 1
+        assert delta.exists() or mark != "made"
+        if delta.exists():
+            np.testing.assert_array_equal(applied(disk / "base", delta), expected)
+    assert min(found) > 10, found
+
+
+@many
+def test_apply(disks, seeds):
+    """The replica is at the delta's beginning or end, or says that it is between, and takes the same delta again."""
+    begin, end, found = twin(FIRST), twin(FIRST, SECOND), {"between": 0, "forgotten": 0, "taken": 0}
+    for mark, disk in disks("apply", seeds):
+        applying = read_history(disk / "base").applying
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*delta.*", RuntimeWarning)
+            with hashemb.open(disk / "base") as replica:
+                vectors = replica.lookup(ALL)
+        if applying is None:
+            assert any((vectors == state).all() for state in (begin, end)), disk
+        assert mark != "made" or (vectors == end).all()
+        after = applied(disk / "base", disk / "d.delta")
+        assert applying is None or after is not None, "between, and forgotten"
+        found["between" if applying else "forgotten" if after is None else "taken"] += 1
+        if after is not None:
+            np.testing.assert_array_equal(after, end)
+    assert min(found.values()) > 5, found
+
+
+def test_space_that_was_lost_is_reserved_again(tmp_path, monkeypatch):
+    """A mark can outlive the space that was allocated for its block: after a restart writers find it there again."""
+    path = tmp_path / "t"
+    with hashemb.create(path, **OPTIONS) as table:
+        table.update(*FIRST)
+        table.flush()
+        copy = shutil.copytree(path, tmp_path / "crashed")  # never closed
+    used = (path / "accumulator.npy").stat().st_blocks
+    os.truncate(copy / "accumulator.npy", 4096)
+    os.truncate(copy / "accumulator.npy", (path / "accumulator.npy").stat().st_size)
+    assert (copy / "accumulator.npy").stat().st_blocks < used
+    for module in (_directory, _recovery, _storage):
+        monkeypatch.setattr(module, "boot_id", lambda: "another boot")
+    with reopened(copy):
+        assert (copy / "accumulator.npy").stat().st_blocks >= used

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from delta_chains import OPTIONS, chain, files_of, snapshot_files, train
-from test_full_disk import fill, mounted
+from disks import fill, mounted
 
 import hashemb
 from hashemb._format import checksum_of

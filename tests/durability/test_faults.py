@@ -1,5 +1,4 @@
-"""The fault sweep (tests/faults.py): every call to the kernel fails once, or from then on; nothing half-done
-remains."""
+"""The fault sweep (tests/faults.py): each call to the kernel fails, once or from then on; nothing half-done remains."""
 
 from __future__ import annotations
 
@@ -31,8 +30,10 @@ def sweep(library, tmp_path):
 
 
 def complaints(found):
-    return "\n".join(f"{w['scenario']}, call {w['n']}, {w['mode']}, {w['variant']}:\n{w['what']}" for w in
-    found["wrong"])
+    return "\n".join(
+        f"{wrong['scenario']}, call {wrong['n']}, {wrong['mode']}, {wrong['variant']}:\n{wrong['what']}"
+        for wrong in found["wrong"]
+    )
 
 
 def check(found):

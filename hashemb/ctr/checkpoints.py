@@ -1,0 +1,116 @@
+"""Points to go on from after a kill, so that nothing is lost or learned twice; and deltas of them for serving.
+
+A checkpoint is a snapshot of the model's table that carries the card of its moment, and with it the positions in the
+data. Deltas are published only once the snapshot that they lead up to is on disk: so a trainer that goes back to it
+never takes back what a server has been given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hashemb
+from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, card_values, parse_card, read_card, write_card
+from hashemb.errors import HashembError
+
+__all__ = ["Checkpoints"]
+
+KEPT = 2
+PENDING = ".pending"
+
+
+class Checkpoints:
+    """Checkpoints of one model.
+
+    Parameters
+    ----------
+    directory : path
+        Where snapshots go, one directory each; the last two are kept. Made if need be.
+    deltas : path, optional
+        Where deltas go, for `hashemb follow`: the first holds everything. Made if need be.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], deltas: str | os.PathLike[str] | None = None) -> None:
+        self.directory = Path(directory)
+        self.deltas = None if deltas is None else Path(deltas)
+        for path in (self.directory, self.deltas):
+            if path is not None:
+                path.mkdir(parents=True, exist_ok=True)
+
+    def take(self, table: hashemb.EmbeddingTable, card: ModelCard) -> None:
+        """Take a checkpoint, unless there is one of this step, and publish the delta that leads up to it.
+
+        Raises
+        ------
+        OSError, HashembError
+            There is no room, or the deltas in the directory are not this table's.
+        """
+        place = self.directory / f"step-{table.step:015d}"
+        if place.exists():
+            return
+        pending = self._export(table)
+        extra = {"model": json.loads(json.dumps(card_values(card))), "delta": pending and pending.stem}
+        table.snapshot(place, extra=extra)
+        if pending:
+            os.rename(pending, pending.with_suffix(""))
+        for old in self._places()[:-KEPT]:
+            shutil.rmtree(old)
+
+    def _export(self, table: hashemb.EmbeddingTable) -> Path | None:
+        if self.deltas is None:
+            return None
+        published = sorted(self.deltas.glob("*.delta"))
+        number = int(published[-1].stem) + 1 if published else 0
+        pending = self.deltas / f"{number:09d}.delta{PENDING}"
+        pending.unlink(missing_ok=True)
+        table.export_delta(published[-1] if published else None, pending)
+        return pending
+
+    def _places(self) -> list[Path]:
+        return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
+
+    def resume(self, model: str | os.PathLike[str]) -> int | None:
+        """Put the model back to its last checkpoint, if its table went on after what its card says.
+
+        Nobody may have the table open for writing.
+
+        Returns
+        -------
+        int or None
+            The step it is at now, if it was put back.
+
+        Raises
+        ------
+        HashembError
+            There is no checkpoint to put it back to, or it is damaged.
+        """
+        places = self._places()
+        last = hashemb.info(places[-1]).snapshot if places else None
+        self._settle_pending(last.extra if last else {})
+        if not Path(model, MODEL_FILE).exists() or _is_whole(model):
+            return None
+        if last is None or "model" not in last.extra:
+            raise HashembError(f"{os.fspath(model)}: was killed, and {self.directory} holds no checkpoint of it")
+        aside = hashemb.restore(places[-1], model, replace=True)
+        write_card(model, parse_card(last.extra["model"]))
+        if aside:
+            shutil.rmtree(aside)
+        return last.step
+
+    def _settle_pending(self, extra: dict[str, Any]) -> None:
+        """A delta whose snapshot was finished belongs to it; another's was not, and its steps will be done again."""
+        for path in self.deltas.glob(f"*{PENDING}") if self.deltas else ():
+            if path.stem == extra.get("delta"):
+                os.rename(path, path.with_suffix(""))
+            else:
+                path.unlink()
+
+
+def _is_whole(model: str | os.PathLike[str]) -> bool:
+    """Whether the table holds what its card says, and nothing more."""
+    info = hashemb.info(model)
+    return info.clean and info.step == read_card(model).table_step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -41,21 +42,27 @@ class SaveTarget:
         until: int,
     ) -> None:
         self.until, self._lock = until, lock
-        self._fds: list[int] = []
+        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._fds = [self._directory]
         weakref.finalize(self, _close_all, self._fds)
-        files = [(arrays[name], self._open(directory, f"{name}.npy")) for name in names]
-        blocks_fd, bits_fd = self._open(directory, "blocks.npy"), self._open(directory, BITS_FILE)
-        log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
-        log_fd = self._open(directory, log, os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        files = [(arrays[name], self._open(f"{name}.npy")) for name in names]
+        blocks_fd, bits_fd = self._open("blocks.npy"), self._open(BITS_FILE)
+        self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
+        log_fd = self._open(self._log, os.O_CREAT | os.O_EXCL | os.O_APPEND)
         bits = np.frombuffer(mmap.mmap(bits_fd, bits_bytes(meta)), np.uint64)
         fds = (blocks_fd, bits_fd, log_fd, lock.fd)
         shift = meta.block_rows.bit_length() - 1
         blocks, control = arrays["blocks"], arrays["control"]
         self.saving = _core.Saving(files, blocks, control, bits, fds, since, until, DATA_OFFSET_BYTES, shift)
 
-    def _open(self, directory: str, filename: str, flags: int = 0) -> int:
-        self._fds.append(os.open(os.path.join(directory, filename), flags | os.O_RDWR | os.O_CLOEXEC, 0o666))
+    def _open(self, filename: str, flags: int = 0) -> int:
+        self._fds.append(os.open(filename, flags | os.O_RDWR | os.O_CLOEXEC, 0o666, dir_fd=self._directory))
         return self._fds[-1]
+
+    def discard(self) -> None:
+        """For one that came too late: all is saved, and nobody will look for the log."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._log, dir_fd=self._directory)
 
 
 def bits_bytes(meta: TableMeta) -> int:

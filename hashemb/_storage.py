@@ -311,6 +311,9 @@ class TableFiles:
                 if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
                     return None
                 self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
+                if int(self.control["saving"][0]) != until:
+                    self._target.discard()
+                    return None
             return self._target.saving
         except OSError as error:
             self._give_up_saving(error.errno or errno.EIO)

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ def take_snapshot(
         )
         history = history.append(info.point).of(meta.id)
         for log in _logs(building):  # begun, and left empty, by a writer who came when all was saved
-            os.unlink(log)
+            remove_if_there(log)
         finish_table(building, meta, _control_of_copy(point, info.id))
         write_file(os.path.join(building, "history.json"), history.encode())
         write_file(os.path.join(building, "snapshot.json"), info.encode())
@@ -221,10 +221,11 @@ def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:
     entry = np.dtype([("row", "<u8"), *((name, rows[name]) for name in names)])
     with _blocks.OpenArrays(directory, ["blocks"]) as fds:
         for log in _logs(directory):
-            for saved in _blocks.read_records(log, entry):
-                epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
-                _write_rows(directory, meta, names, saved[epochs != 0])
-            os.unlink(log)
+            with suppress(FileNotFoundError):  # empty, of a writer who came when all was saved, and went
+                for saved in _blocks.read_records(log, entry):
+                    epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
+                    _write_rows(directory, meta, names, saved[epochs != 0])
+                os.unlink(log)
 
 
 def _logs(directory: str) -> list[str]:

@@ -58,8 +58,8 @@ def attempt(scenario: Scenario, n: int, mode: int, variant: int) -> int:
         scenario.again()
     scenario.check_done()
     scenario.finish()
-    if error is not None or KINDS[kind] != "open":  # a removal begins by opening
-        check_leftovers(scenario.root, KINDS[kind], MODES[mode])
+    if error is not None or kind < 0 or KINDS[kind] != "open":  # a removal begins by opening
+        check_leftovers(scenario.root, KINDS[kind] if kind >= 0 else "", MODES[mode] if kind >= 0 else "")
     return kind
 
 

@@ -86,7 +86,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
     "_report": set(),
     "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
-    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan"} | {"delta"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "delta"},
     "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
     | {"_scan", "verify"},
     "__init__": {

@@ -101,7 +101,7 @@ cdef extern from "table.h" nogil:
     int he_update_lock_rows(const he_plan *p, int lock_fd) noexcept
     uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
     void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
-    int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) noexcept
+    int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch) noexcept
     int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
     int he_gate_enter(const he_control *c, int fd) noexcept

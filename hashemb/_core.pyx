@@ -195,7 +195,8 @@ cdef class Core:
         with nogil:
             for i in range(p.num_threads):
                 if error == 0:
-                    error = he_save_rows(&saving.saving, p.shares[i].rows, p.shares[i].num_rows)
+                    error = he_save_rows(
+                        &saving.saving, p.shares[i].rows, p.shares[i].num_rows, p.shares[i].stale)
 
     cdef stale_blocks(self):
         cdef he_plan *p = &self.current

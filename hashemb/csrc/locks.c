@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <time.h>
 
+#include "portability.h"
 #include "table.h"
 
 /* kind: F_RDLCK, F_WRLCK or F_UNLCK. length 0: to the end of all files. 0, or an errno: EAGAIN where it is held by
@@ -15,11 +16,22 @@ int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) {
     return errno == EACCES ? EAGAIN : errno;
 }
 
+/* Waits like he_lock, but awake at first: what is waited for is usually given up within a tenth of a millisecond, and to be
+ * woken takes as long. */
+int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
+    int error = EAGAIN;
+    for (int i = 0; i < 64 && error == EAGAIN; i++) {
+        error = he_lock(fd, kind, begin, length, 0);
+        for (int j = 0; j < 32 && error == EAGAIN; j++) he_pause();
+    }
+    return error == EAGAIN ? he_lock(fd, kind, begin, length, 1) : error;
+}
+
 /* For the middle of a batch, which cannot be given up: waits through signals and through a lack of lock records. */
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
     const struct timespec pause = {0, 1000000};
     int error;
-    while ((error = he_lock(fd, kind, begin, length, 1)))
+    while ((error = he_lock_soon(fd, kind, begin, length)))
         if (error != EINTR) nanosleep(&pause, NULL);
 }
 

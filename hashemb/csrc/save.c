@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -99,7 +100,7 @@ static int write_epochs(const he_saving *s, int64_t begin, int64_t end, const ui
 
 static int lock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     int error;
-    while ((error = he_lock(s->lock_fd, F_WRLCK, HE_LOCK_BLOCKS + begin, end - begin, 1)) == EINTR) continue;
+    while ((error = he_lock_soon(s->lock_fd, F_WRLCK, HE_LOCK_BLOCKS + begin, end - begin)) == EINTR) continue;
     return error;
 }
 
@@ -203,46 +204,46 @@ static void prefetch_row(const he_saving *s, uint64_t row) {
         he_prefetch_range(s->data[f] + row * (uint64_t)s->row_bytes[f], s->row_bytes[f], HE_NEAR);
 }
 
-/* Takes from `rows`, at *i on, those that are not saved: a group, whose blocks are no further apart than a stripe. */
-static int64_t take_group(const he_saving *s, const uint64_t *rows, int64_t n, int64_t *i, uint64_t *group, int64_t *low,
-                          int64_t *high) {
+static int by_number(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The rows that are not saved yet, ascending: few locks then cover many of them. */
+static int64_t unsaved_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *unsaved) {
     int64_t count = 0;
-    *low = *high = 0;
-    for (; *i < n && count < HE_ROWS_PER_LOG; ++*i) {
-        const uint64_t row = rows[*i];
-        if (*i + 16 < n) he_prefetch(&s->bits[rows[*i + 16] / 64], HE_NEAR);
-        if (is_saved(s, row)) continue;
-        const int64_t block = (int64_t)(row >> s->block_shift);
-        const int64_t lower = count ? HE_MIN(*low, block) : block, upper = count ? HE_MAX(*high, block) : block;
-        if (upper - lower >= HE_STRIPE_BLOCKS) break;
-        prefetch_row(s, row);
-        group[count++] = row;
-        *low = lower;
-        *high = upper;
+    for (int64_t i = 0; i < n; i++) {
+        if (i + 16 < n) he_prefetch(&s->bits[rows[i + 16] / 64], HE_NEAR);
+        if (!is_saved(s, rows[i])) unsaved[count++] = rows[i];
     }
+    qsort(unsaved, (size_t)count, sizeof(*unsaved), by_number);
     return count;
 }
 
-/* Saves those of the rows, which a writer is about to change, that are not saved yet. Returns 0 or an errno. */
-static int save_some(const he_saving *s, const uint64_t *rows, int64_t n) {
-    uint64_t group[HE_ROWS_PER_LOG];
-    int64_t low, high;
+/* Ascending rows, in groups whose blocks are no further apart than a stripe. */
+static int save_sorted(const he_saving *s, const uint64_t *rows, int64_t n) {
     int error = 0;
-    for (int64_t i = 0; i < n && !error;) {
-        const int64_t count = take_group(s, rows, n, &i, group, &low, &high);
-        if (!count) break;
+    for (int64_t i = 0, end; i < n && !error; i = end) {
+        const int64_t low = (int64_t)(rows[i] >> s->block_shift);
+        for (end = i; end < n && end - i < HE_ROWS_PER_LOG; end++) {
+            if ((int64_t)(rows[end] >> s->block_shift) - low >= HE_STRIPE_BLOCKS) break;
+            prefetch_row(s, rows[end]);
+        }
+        const int64_t high = (int64_t)(rows[end - 1] >> s->block_shift);
         if ((error = lock_blocks(s, low, high + 1))) break;
-        error = log_rows(s, group, count);
+        error = log_rows(s, rows + i, end - i);
         unlock_blocks(s, low, high + 1);
     }
     if (error) give_up(s, error);
     return error;
 }
 
-int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
-    const int64_t beginning = own_beginning(n);
-    int error = save_some(s, rows + beginning, n - beginning);
-    return error ? error : save_some(s, rows, beginning);
+/* Saves those of the rows, which a writer is about to change, that are not saved yet; `scratch` holds n numbers. Returns 0
+ * or an errno. */
+int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch) {
+    const int64_t count = unsaved_rows(s, rows, n, scratch), beginning = own_beginning(count);
+    int error = save_sorted(s, scratch + beginning, count - beginning);
+    return error ? error : save_sorted(s, scratch, beginning);
 }
 
 /* ---- the owner of the snapshot ---- */

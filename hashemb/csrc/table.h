@@ -185,7 +185,7 @@ typedef struct {
 
 /* save.c; 0 or an errno. */
 void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
-int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n);
+int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 
 /* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time),
@@ -198,6 +198,7 @@ int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
 #define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the next exact batch to lock rows */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
+int he_lock_soon(int fd, int kind, int64_t begin, int64_t length);
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
 int he_gate_enter(const he_control *c, int fd);
 void he_gate_leave(int fd);

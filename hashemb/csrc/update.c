@@ -241,9 +241,9 @@ static int64_t span_end(const he_plan *p, int share, int64_t end) {
 int he_update_lock_rows(const he_plan *p, int lock_fd) {
     const int last = p->num_threads - 1;
     const int64_t end = span_end(p, last, group_end(p, &p->shares[last], 0));
-    int error = he_lock(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1, 1);
+    int error = he_lock_soon(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1);
     if (error) return error;
-    error = he_lock(lock_fd, F_WRLCK, HE_LOCK_ROWS, end, 1);
+    error = he_lock_soon(lock_fd, F_WRLCK, HE_LOCK_ROWS, end);
     he_lock(lock_fd, F_UNLCK, HE_LOCK_ENTRY, 1, 0);
     return error;
 }

@@ -22,9 +22,10 @@
 #include "portability.h"
 #include "table.h"
 
-static int write_all(int fd, const char *data, int64_t n, int64_t at) {
+/* All n bytes, to or from byte `at` of the file. 0 or an errno. */
+static int transfer(int fd, char *data, int64_t n, int64_t at, int writing) {
     while (n > 0) {
-        ssize_t done = pwrite(fd, data, (size_t)n, at);
+        ssize_t done = writing ? pwrite(fd, data, (size_t)n, at) : pread(fd, data, (size_t)n, at);
         if (done < 0 && errno == EINTR) continue;
         if (done <= 0) return done ? errno : EIO;
         data += done;
@@ -34,17 +35,9 @@ static int write_all(int fd, const char *data, int64_t n, int64_t at) {
     return 0;
 }
 
-static int read_all(int fd, char *data, int64_t n, int64_t at) {
-    while (n > 0) {
-        ssize_t done = pread(fd, data, (size_t)n, at);
-        if (done < 0 && errno == EINTR) continue;
-        if (done <= 0) return done ? errno : EIO;
-        data += done;
-        at += done;
-        n -= done;
-    }
-    return 0;
-}
+static int write_all(int fd, const char *data, int64_t n, int64_t at) { return transfer(fd, (char *)(uintptr_t)data, n, at, 1); }
+
+static int read_all(int fd, char *data, int64_t n, int64_t at) { return transfer(fd, data, n, at, 0); }
 
 /* Blocks [begin, end) of every file. */
 static int copy_run(const he_saving *s, int64_t begin, int64_t end) {

@@ -3,11 +3,11 @@
     python examples/frappe_deep.py [DIRECTORY] [--models DeepFM DCNv2] [--seeds 0 1 2] [--set optimizer.weight_decay=0]
 
 Everything that can be set is in frappe_deep.json beside this file; --set changes single values of every model for one
-run. --tune never reads the test file: it is how the settings were found. DIRECTORY is that of frappe.py. BARS reports, on the
-test file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
+run. --tune never reads the test file: it is how the settings were found. DIRECTORY is that of frappe.py. BARS reports,
+on the test file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
 
-The learning rates are divided by ten when the validation AUC has not risen for an epoch, and training stops when that has not
-helped `patience` times in a row, as in BARS. Test figures are those of the epoch with the best validation AUC.
+The learning rates are divided by ten when the validation AUC has not risen for an epoch, and training stops when that
+has not helped `patience` times in a row, as in BARS. Test figures are those of the epoch with the best validation AUC.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: boo
 def fit(
     model: torch.nn.Module, settings: Settings, data: Data, rng: np.random.Generator, *, verbose: bool
 ) -> dict[str, float]:
-    """Epochs over the training file; after each the validation file, and the test file if the AUC is the best so far."""
+    """Epochs of training, each followed by the validation file, and by the test file if the AUC is the best so far."""
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["tower_lr"])
     table = model.embedding.table
     best, idle = {"valid_auc": 0.0}, 0
@@ -64,7 +64,7 @@ def fit(
         figures = evaluate(model, data["valid"], "valid")
         if verbose:
             seconds = time.perf_counter() - started
-            print(f"  {epoch:>3} {figures['valid_auc']:.5f} {figures['valid_logloss']:.4f} {seconds:6.1f} s", flush=True)
+            print(f"{epoch:>5} {figures['valid_auc']:.5f} {figures['valid_logloss']:.4f} {seconds:.1f} s", flush=True)
         if figures["valid_auc"] > best["valid_auc"]:
             test = evaluate(model, data["test"], "test") if "test" in data else {}
             best, idle = {"epoch": epoch, **figures, **test}, 0

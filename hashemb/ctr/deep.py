@@ -183,13 +183,36 @@ def predict_proba(model: torch.nn.Module, keys: Any, *, batch_size: int = 8192) 
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
+class _Dropout(torch.nn.Module):
+    """`torch.nn.Dropout` from eight random bits an element, the share rounded to a 256th.
+
+    On a CPU torch draws one number after the other: with its own, dropout takes almost half of a tower's time.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        if not 0.0 <= share <= 255.5 / 256:
+            raise ValueError(f"dropout must be in [0, 1) and leave at least a 256th, got {share!r}")
+        self.num_kept = round(256 * (1.0 - share))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        is_kept = words.view(torch.uint8)[: x.numel()].view(x.shape) < self.num_kept
+        return x * (is_kept.to(x.dtype) * (256 / self.num_kept))
+
+    def extra_repr(self) -> str:
+        return f"{1 - self.num_kept / 256:g}"
+
+
 def _tower(width: int, hidden_units: Sequence[int], dropout: float, batch_norm: bool) -> torch.nn.Sequential:
     layers: list[torch.nn.Module] = []
     for units in hidden_units:
         layers.append(torch.nn.Linear(width, units))
         layers += [torch.nn.BatchNorm1d(units)] if batch_norm else []
         layers.append(torch.nn.ReLU())
-        layers += [torch.nn.Dropout(dropout)] if dropout else []
+        layers += [_Dropout(dropout)] if dropout else []
         width = units
     return torch.nn.Sequential(*layers)
 

@@ -6,8 +6,8 @@ Everything that can be set is in frappe_deep.json beside this file; --set change
 run. --tune never reads the test file: it is how the settings were found. DIRECTORY is that of frappe.py. BARS reports,
 on the test file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
 
-The learning rates are divided by ten when the validation AUC has not risen for an epoch, and training stops when that
-has not helped `patience` times in a row, as in BARS. Test figures are those of the epoch with the best validation AUC.
+Both learning rates, the table's and the tower's, fall in a straight line from their first value to 0 over all epochs.
+Test figures are those of the epoch with the best validation AUC.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from frappe import default_directory, load
 import hashemb
 from hashemb.ctr import deep
 from hashemb.ctr.metrics import auc, logloss
+from hashemb.torch import TableOptimizer
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]
 Settings = dict[str, Any]
 
 
 def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: bool = False) -> dict[str, float]:
-    """Learn until the validation AUC stops rising; the figures of the best epoch."""
+    """A table and a model of these settings, trained; the figures of the epoch with the best validation AUC."""
     torch.manual_seed(seed)
     table = hashemb.create(
         path,
@@ -55,45 +57,39 @@ def fit(
     model: torch.nn.Module, settings: Settings, data: Data, rng: np.random.Generator, *, verbose: bool
 ) -> dict[str, float]:
     """Epochs of training, each followed by the validation file, and by the test file if the AUC is the best so far."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings["tower_lr"])
-    table = model.embedding.table
-    best, idle = {"valid_auc": 0.0}, 0
+    optimizer, tables = torch.optim.Adam(model.parameters(), lr=settings["tower_lr"]), TableOptimizer(model)
+    num_batches = -(-len(data["train"][1]) // settings["batch_size"])
+    total = settings["epochs"] * num_batches
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / total) for o in (optimizer, tables)]
+    best: dict[str, float] = {"valid_auc": 0.0}
     started = time.perf_counter()
-    for epoch in range(1, settings["max_epochs"] + 1):
-        learn(model, optimizer, data["train"], settings["batch_size"], rng)
+    for epoch in range(1, settings["epochs"] + 1):
+        for loss in losses(model, data["train"], settings["batch_size"], rng):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tables.step()
+            for schedule in schedules:
+                schedule.step()
         figures = evaluate(model, data["valid"], "valid")
         if verbose:
             seconds = time.perf_counter() - started
             print(f"{epoch:>5} {figures['valid_auc']:.5f} {figures['valid_logloss']:.4f} {seconds:.1f} s", flush=True)
         if figures["valid_auc"] > best["valid_auc"]:
             test = evaluate(model, data["test"], "test") if "test" in data else {}
-            best, idle = {"epoch": epoch, **figures, **test}, 0
-            continue
-        idle += 1
-        if idle > settings["patience"]:
-            break
-        table.lr *= settings["plateau_factor"]
-        for group in optimizer.param_groups:
-            group["lr"] *= settings["plateau_factor"]
+            best = {"epoch": epoch, **figures, **test}
     return best | {"seconds": time.perf_counter() - started}
 
 
-def learn(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    examples: tuple[np.ndarray, np.ndarray],
-    batch_size: int,
-    rng: np.random.Generator,
-) -> None:
-    """One epoch. `backward` updates the table's rows, `optimizer` everything else."""
+def losses(
+    model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], batch_size: int, rng: np.random.Generator
+) -> Iterator[torch.Tensor]:
+    """The mean logistic loss of each batch of an epoch in random order."""
     keys, labels = examples
     order = rng.permutation(len(labels))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(keys[batch]), torch.from_numpy(labels[batch]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        yield torch.nn.functional.binary_cross_entropy_with_logits(model(keys[batch]), torch.from_numpy(labels[batch]))
 
 
 def evaluate(model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], name: str) -> dict[str, float]:
@@ -143,7 +139,7 @@ def main(arguments: list[str]) -> None:
     models = read_settings(options.settings, options.changes)
     if options.smoke:
         data = {name: (keys[:20_000], labels[:20_000]) for name, (keys, labels) in data.items()}
-        models = {name: settings | {"max_epochs": 2} for name, settings in models.items()}
+        models = {name: settings | {"epochs": 2} for name, settings in models.items()}
     names = ["valid_auc", *(["test_auc", "test_logloss"] if "test" in data else []), "epoch", "seconds"]
     print(f"{'':<16}" + "".join(f"{name:>14}" for name in names))
     for name in options.models or models:

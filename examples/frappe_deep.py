@@ -39,11 +39,12 @@ Settings = dict[str, Any]
 def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: bool = False) -> dict[str, float]:
     """A table and a model of these settings, trained; the figures of the epoch with the best validation AUC."""
     torch.manual_seed(seed)
+    optimizer = dict(settings["optimizer"])
     table = hashemb.create(
         path,
         num_embeddings=settings["num_embeddings"],
         embedding_dim=settings["embedding_dim"],
-        optimizer=hashemb.Adagrad(**settings["optimizer"]),
+        optimizer=getattr(hashemb, optimizer.pop("class"))(**optimizer),
         init=hashemb.Normal(settings["init_std"]),
         seed=seed,
     )

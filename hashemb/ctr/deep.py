@@ -38,6 +38,8 @@ class DeepFM(torch.nn.Module):
         Share of each layer's outputs that are dropped in training, in [0, 1).
     batch_norm : bool
         Whether each layer's sums are normalised over the batch.
+    l2 : float
+        Of the embeddings, as for `hashemb.torch.Embedding`.
 
     Attributes
     ----------
@@ -76,11 +78,12 @@ class DeepFM(torch.nn.Module):
         hidden_units: Sequence[int] = (400, 400, 400),
         dropout: float = 0.0,
         batch_norm: bool = True,
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
         if table.embedding_dim < 2:
             raise ValueError(f"DeepFM needs rows of 1 + rank >= 2 elements, the table has {table.embedding_dim}")
-        self.embedding = hashemb.torch.Embedding(table)
+        self.embedding = hashemb.torch.Embedding(table, l2=l2)
         self.num_fields = num_fields
         width = num_fields * (table.embedding_dim - 1)
         self.tower = _tower(width, hidden_units, dropout, batch_norm)
@@ -111,7 +114,7 @@ class DCNv2(torch.nn.Module):
         Keys in an example.
     num_cross_layers : int
         L layers make the polynomial of degree L + 1.
-    hidden_units, dropout, batch_norm
+    hidden_units, dropout, batch_norm, l2
         As for `DeepFM`. No hidden units: cross layers alone.
 
     References
@@ -139,9 +142,10 @@ class DCNv2(torch.nn.Module):
         hidden_units: Sequence[int] = (400, 400, 400),
         dropout: float = 0.0,
         batch_norm: bool = True,
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
-        self.embedding = hashemb.torch.Embedding(table)
+        self.embedding = hashemb.torch.Embedding(table, l2=l2)
         self.num_fields = num_fields
         width = num_fields * table.embedding_dim
         self.crosses = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(num_cross_layers))

@@ -24,6 +24,7 @@ class Call:
     offsets: Array | None = None
     pooling: str = "sum"
     weights: Array | None = None
+    l2: float = 0.0
 
     def as_sums(self) -> tuple[Array, Array]:
         """(bag sizes, weights) with which pooling "sum" gives the same result."""
@@ -59,6 +60,7 @@ class Gradients:
     def apply(self) -> None:
         """One update of the table; without gradients none. If it fails, the gradients stay."""
         pieces = [(leaf.call, leaf.grad.detach().numpy()) for leaf in self.leaves if leaf.grad is not None]
+        pieces += [self._penalty(call) for call, _ in pieces if call.l2]
         if len(pieces) == 1:
             [(call, grads)] = pieces
             self.table.update(
@@ -67,6 +69,11 @@ class Gradients:
         elif pieces:
             self._apply_together(pieces)
         self.clear()
+
+    def _penalty(self, call: Call) -> tuple[Call, Array]:
+        """The gradient of ``l2 / 2 * |v|²``, summed over the distinct keys of a look-up."""
+        keys = np.unique(call.keys)
+        return Call(keys), np.float32(call.l2) * self.table.lookup(keys)
 
     def _apply_together(self, pieces: list[tuple[Call, Array]]) -> None:
         keys = np.concatenate([call.keys.reshape(-1) for call, _ in pieces])

@@ -11,6 +11,7 @@ module, so that a pass that fails leaves nothing behind.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import weakref
@@ -47,11 +48,13 @@ class TableModule(torch.nn.Module):
     dtype results have, so that `requires_grad_`, `double`, `bfloat16` and the like do here what they do elsewhere.
     """
 
-    def __init__(self, table: EmbeddingTable, padding_idx: int | None) -> None:
+    def __init__(self, table: EmbeddingTable, padding_idx: int | None, l2: float) -> None:
         super().__init__()
         if not isinstance(table, EmbeddingTable):
             raise TypeError(f"table must be a hashemb.EmbeddingTable, got {type(table).__name__} {table!r}")
-        self.table, self.padding_idx = table, padding_idx
+        if not 0.0 <= l2 < math.inf:
+            raise ValueError(f"l2 must be finite and >= 0, got {l2!r}")
+        self.table, self.padding_idx, self.l2 = table, padding_idx, float(l2)
         self.embedding_dim = table.embedding_dim
         self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=table.mode == "r+")
         self._reference = {"path": os.path.abspath(table.path), "id": hashemb.info(table.path).id}
@@ -136,8 +139,9 @@ class TableModule(torch.nn.Module):
         self._passes = weakref.WeakValueDictionary()
 
     def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.table.path!r}, {self.table.num_embeddings}, {self.embedding_dim}{padding}"
+        options = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        options += f", l2={self.l2:g}" if self.l2 else ""
+        return f"{self.table.path!r}, {self.table.num_embeddings}, {self.embedding_dim}{options}"
 
 
 class Embedding(TableModule):
@@ -149,6 +153,9 @@ class Embedding(TableModule):
         Of mode "r+" to learn; of mode "r" the module is frozen.
     padding_idx : int, optional
         A key whose vector is 0 and never learns.
+    l2 : float
+        Adds ``l2 / 2 * |v|²`` to the loss for each distinct key of a look-up. Unlike the table's own `weight_decay` it
+        goes through the optimiser as a gradient does, and concerns the rows of the batch only.
 
     Attributes
     ----------
@@ -181,8 +188,8 @@ class Embedding(TableModule):
     >>> table.close()
     """
 
-    def __init__(self, table: EmbeddingTable, *, padding_idx: int | None = None) -> None:
-        super().__init__(table, padding_idx)
+    def __init__(self, table: EmbeddingTable, *, padding_idx: int | None = None, l2: float = 0.0) -> None:
+        super().__init__(table, padding_idx, l2)
 
     def forward(self, keys: Any) -> Tensor:
         """Vectors of keys.
@@ -208,8 +215,8 @@ class Embedding(TableModule):
         array = _array(keys)
         kept = self._is_kept(array)
         if kept is None:
-            return self._vectors(Call(array))
-        vectors = self._vectors(Call(array[kept]))
+            return self._vectors(Call(array, l2=self.l2))
+        vectors = self._vectors(Call(array[kept], l2=self.l2))
         empty = vectors.new_zeros((*array.shape, self.embedding_dim))
         return empty.index_put((torch.from_numpy(kept),), vectors)
 
@@ -228,6 +235,8 @@ class EmbeddingBag(TableModule):
         Whether `offsets` ends with the number of keys.
     padding_idx : int, optional
         A key that is left out of every bag.
+    l2 : float
+        As for `Embedding`.
 
     Notes
     -----
@@ -254,8 +263,9 @@ class EmbeddingBag(TableModule):
         mode: str = "mean",
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        l2: float = 0.0,
     ) -> None:
-        super().__init__(table, padding_idx)
+        super().__init__(table, padding_idx, l2)
         if mode not in ("mean", "sum", "sqrtn"):
             raise ValueError(f"mode must be 'mean', 'sum' or 'sqrtn', got {mode!r}")
         self.mode, self.include_last_offset = mode, include_last_offset
@@ -292,8 +302,8 @@ class EmbeddingBag(TableModule):
             ends = np.concatenate([[0], np.cumsum(kept)])[ends]
             array, weights = array[kept], None if weights is None else weights[torch.from_numpy(kept)]
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-            return self._pool_by_torch(self._vectors(Call(array)), weights, np.diff(ends))
-        return self._vectors(Call(array, ends, self.mode, None if weights is None else _array(weights)))
+            return self._pool_by_torch(self._vectors(Call(array, l2=self.l2)), weights, np.diff(ends))
+        return self._vectors(Call(array, ends, self.mode, None if weights is None else _array(weights), self.l2))
 
     def _bags(self, keys: Array, offsets: Any) -> tuple[Array, Array]:
         """The keys in one dimension, and the offsets of their bags with the last one included."""

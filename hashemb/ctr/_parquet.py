@@ -6,9 +6,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from hashemb.ctr._extras import require
-from hashemb.ctr._source import Block, Fault, Options, Reject, find_label, infer_schema, parse_labels
-from hashemb.ctr.fields import Kind, Schema
+from hashemb.ctr._kinds import looks_like_count
+from hashemb.ctr._labels import Fault, find_label, first_label_values, parse_labels
+from hashemb.ctr._source import Block, Options, Reject, infer_schema
+from hashemb.ctr.batches import Batch
+from hashemb.ctr.fields import Kind
 
 __all__ = ["ParquetSource"]
 
@@ -28,10 +34,15 @@ class ParquetSource:
         self._size = os.path.getsize(path)
         self._rows_read = 0
         types = {field.name: field.type for field in self._file.schema_arrow}
-        self.label = find_label(path, list(types), self._first_values, options)
+        self.label = find_label(path, list(types), self._first_values, options.label, options.schema or {})
+        first_labels = None if self.label is None or options.schema else self._first_values(self.label)
+        self.label_values = first_label_values(path, self.label, first_labels, options)
         if options.schema is not None:
             types = {name: type_ for name, type_ in types.items() if name in options.schema}
         kinds = {name: _kind(path, name, type_) for name, type_ in types.items() if name != self.label}
+        if first_labels is not None:
+            labels, _ = parse_labels(first_labels, self.label_values)
+            kinds |= {name: "count" for name, kind in kinds.items() if kind == "integer" and self._is_count(name, labels)}
         self.schema = infer_schema(path, kinds, self.label, options, text=False)
 
     @property
@@ -48,24 +59,29 @@ class ParquetSource:
         """Close the file."""
         self._file.close()
 
-    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+    def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
         """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
         wanted = [*schema, *([] if self.label is None else [self.label])]
-        for batch in self._batches(wanted):
+        for batch in self._record_batches(wanted):
             labels, faults = None, list[Fault]()
             if self.label is not None:
-                labels, faults = parse_labels(batch.column(self.label))
+                labels, faults = parse_labels(batch.column(self.label), self.label_values)
             for row, reason in faults:
                 reject(self._rows_read + 1 + row, reason)
             self._rows_read += batch.num_rows
             columns = {name: _canonical(batch.column(name)) for name in schema}
-            yield Block(labels, columns).without(row for row, _ in faults)
+            yield Block(labels, columns).batch(schema, without=(row for row, _ in faults))
 
-    def _batches(self, columns: list[str]) -> Iterator[Any]:
+    def _record_batches(self, columns: list[str]) -> Iterator[Any]:
         try:
             yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
         except OSError as error:
             raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
+
+    def _is_count(self, column: str, labels: npt.NDArray[np.float32]) -> bool:
+        values = self._first_values(column)
+        is_plain = require("pyarrow").types.is_integer(values.type)  # neither a dictionary nor booleans
+        return is_plain and looks_like_count(values, labels)
 
     def _first_values(self, column: str) -> Any:
         batch = next(self._file.iter_batches(_BATCH_ROWS, columns=[column]), None)

@@ -13,12 +13,22 @@ from typing import Any
 
 from hashemb.ctr._extras import require
 
-__all__ = ["STDIN", "Stream", "line_blocks"]
+__all__ = ["STDIN", "Stream", "line_blocks", "without_compression_suffix"]
 
 STDIN = "-"
-_MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _READ_BYTES = 1 << 18
+
+
+def without_compression_suffix(name: str) -> str:
+    """`name` as it would be without compression.
+
+    >>> without_compression_suffix("clicks.csv.gz"), without_compression_suffix("clicks.csv")
+    ('clicks.csv', 'clicks.csv')
+    """
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _SUFFIXES else name
 
 
 class _CountedFile:
@@ -65,7 +75,7 @@ class Stream:
     Raises
     ------
     ValueError
-        The file is named .gz or .zst and is something else; or, from `read`, the compressed data is damaged or
+        The file is named .gz, .zst or .bz2 and is something else; or, from `read`, the compressed data is damaged or
         ends early. The message names the file.
     """
 
@@ -147,7 +157,7 @@ def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Ite
     while data := _read_fully(stream, block_bytes):
         cut = data.rfind(b"\n") + 1
         if cut:
-            yield _unix(rest + data[:cut])
+            yield _unix(b"".join((rest, memoryview(data)[:cut])))
             rest = b""
         rest = (rest + data[cut:])[: max_line_bytes + 2]  # room for one \r and one byte too many
     if rest:

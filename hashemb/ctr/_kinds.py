@@ -1,0 +1,2 @@
+"""placeholder"""
+def looks_like_count(a, b): return False

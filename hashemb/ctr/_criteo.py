@@ -41,6 +41,8 @@ Rows = npt.NDArray[np.int64]
 class CriteoSource:
     """A stream of Criteo lines; whether they have a label is what most of the first 100 lines say."""
 
+    format = "criteo"
+
     def __init__(self, stream: Stream, options: Options) -> None:
         if options.label not in (None, CRITEO_LABEL) and options.schema is None:
             raise ValueError(f"{stream.name}: a Criteo file has no column {options.label!r} for the label")

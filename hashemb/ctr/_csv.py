@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr._extras import require
-from hashemb.ctr._labels import find_label, first_label_values, is_missing, parse_labels, shown
 from hashemb.ctr._kinds import looks_like_count
+from hashemb.ctr._labels import find_label, first_label_values, is_missing, parse_labels, shown
 from hashemb.ctr._source import Block, Options, Reject, first_per_row, infer_schema
 from hashemb.ctr._streams import Stream
 from hashemb.ctr.batches import Batch
@@ -37,6 +37,8 @@ _NOT_UTF8 = "\ufdd0"
 class CsvSource:
     """A stream of CSV records below a header."""
 
+    format = "csv"
+
     def __init__(self, stream: Stream, options: Options) -> None:
         self.name = stream.name
         self._stream = stream
@@ -48,8 +50,8 @@ class CsvSource:
         self.label = find_label(self.name, self._names, columns.__getitem__, options.label, options.schema or {})
         first_labels = None if self.label is None else columns[self.label]
         self.label_values = first_label_values(self.name, self.label, first_labels, options)
-        labels = None if first_labels is None else parse_labels(first_labels, self.label_values)[0]
-        kinds = {name: _infer_kind(column, labels) for name, column in columns.items() if name != self.label}
+        size = stream.size_bytes
+        kinds = {name: _infer_kind(column, size) for name, column in columns.items() if name != self.label}
         self.schema = infer_schema(self.name, kinds, self.label, options, text=True)
 
     @property
@@ -217,17 +219,14 @@ def _delimiter(head: bytes) -> str:
     return max(",\t;|", key=lambda mark: header.count(mark.encode()))
 
 
-def _infer_kind(column: Any, labels: npt.NDArray[np.float32] | None) -> Kind | None:
+def _infer_kind(column: Any, file_bytes: int | None) -> Kind | None:
     """The narrowest kind that all values of a text column fit; None if it has no values."""
-    if not (len(column) - column.null_count):
+    integers = _numbers(column, "integer")
+    if integers is not None and integers.null_count == len(integers):
         return None
-    for kind in ("integer", "float"):
-        numbers = _numbers(column, kind)
-        if numbers is not None and numbers.null_count == len(numbers):
-            return None
-        if numbers is not None:
-            return "count" if kind == "integer" and looks_like_count(numbers, labels) else kind
-    return "string"
+    if integers is not None:
+        return "count" if looks_like_count(integers, file_bytes) else "integer"
+    return "string" if _numbers(column, "float") is None else "float"
 
 
 def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:

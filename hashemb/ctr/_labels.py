@@ -121,8 +121,8 @@ def first_label_values(name: str, label: str | None, column: Any, options: Optio
     return choose_label_values(f"{name}: the label column {label!r}", counts, options.positive)
 
 
-def _two_values(where: str, counts: Mapping[Any, int], own_meaning: Collection[object]) -> list[str]:
-    """The values that matter, two at most, as text: those that occur once in a while beside two others are no labels."""
+def _two_values(where: str, counts: Mapping[Any, int], own_meaning: set[object]) -> list[str]:
+    """The values that matter, two at most, as text; what occurs once in a while beside two others is no label."""
     seen: Counter[object] = Counter()
     texts: dict[object, str] = {}
     for value, count in counts.items():

@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from hashemb.ctr._extras import require
 from hashemb.ctr._kinds import looks_like_count
 from hashemb.ctr._labels import Fault, find_label, first_label_values, parse_labels
@@ -23,6 +20,8 @@ _BATCH_ROWS = 1 << 14
 
 class ParquetSource:
     """A Parquet file. Booleans are read as integers 0 and 1."""
+
+    format = "parquet"
 
     def __init__(self, path: str, options: Options) -> None:
         self.name = path
@@ -40,9 +39,8 @@ class ParquetSource:
         if options.schema is not None:
             types = {name: type_ for name, type_ in types.items() if name in options.schema}
         kinds = {name: _kind(path, name, type_) for name, type_ in types.items() if name != self.label}
-        if first_labels is not None:
-            labels, _ = parse_labels(first_labels, self.label_values)
-            kinds |= {name: "count" for name, kind in kinds.items() if kind == "integer" and self._is_count(name, labels)}
+        if options.schema is None:
+            kinds |= {name: "count" for name, kind in kinds.items() if kind == "integer" and self._is_count(name)}
         self.schema = infer_schema(path, kinds, self.label, options, text=False)
 
     @property
@@ -78,10 +76,10 @@ class ParquetSource:
         except OSError as error:
             raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
 
-    def _is_count(self, column: str, labels: npt.NDArray[np.float32]) -> bool:
+    def _is_count(self, column: str) -> bool:
         values = self._first_values(column)
         is_plain = require("pyarrow").types.is_integer(values.type)  # neither a dictionary nor booleans
-        return is_plain and looks_like_count(values, labels)
+        return is_plain and looks_like_count(values, self._size)
 
     def _first_values(self, column: str) -> Any:
         batch = next(self._file.iter_batches(_BATCH_ROWS, columns=[column]), None)

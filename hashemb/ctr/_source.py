@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr._extras import require
 from hashemb.ctr._labels import Fault, LabelValues
 from hashemb.ctr.batches import Batch
 from hashemb.ctr.fields import CRITEO_SCHEMA, Kind, Schema, encode
@@ -51,6 +50,7 @@ class Source(Protocol):
     """One input of any format."""
 
     name: str
+    format: str
     label: str | None
     label_values: LabelValues | None
     schema: dict[str, Kind]  # every field that the input has, with the kind it would be read as
@@ -95,7 +95,7 @@ def infer_schema(
 def _kind(name: str, column: str, seen: Kind | None, usual: Kind | None, options: Options, text: bool) -> Kind:
     if column in options.categorical:
         if seen == "float" and not text:
-            raise ValueError(f"{name}: categorical= takes columns of text and integers, and {column!r} holds {seen} values")
+            raise ValueError(f"{name}: categorical= takes text and integers, and {column!r} holds {seen} values")
         return "integer" if seen in ("integer", "count") else "string"
     if column in options.numeric:
         if seen == "string":

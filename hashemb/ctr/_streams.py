@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from hashemb.ctr._extras import require
 
-__all__ = ["STDIN", "Stream", "line_blocks", "without_compression_suffix"]
+__all__ = ["STDIN", "Stream", "file_size", "line_blocks", "without_compression_suffix"]
 
 STDIN = "-"
 _MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _READ_BYTES = 1 << 18
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
+    if path == STDIN:
+        return None
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def without_compression_suffix(name: str) -> str:
@@ -82,6 +91,7 @@ class Stream:
     def __init__(self, path: str) -> None:
         self.name = "<stdin>" if path == STDIN else path
         self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else io.FileIO(path))
+        self.size_bytes = file_size(path)
         self._ahead = b""
         try:
             self.codec = self._recognise(path)

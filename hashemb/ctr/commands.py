@@ -7,21 +7,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, get_args
 
 import hashemb
 from hashemb.ctr._extras import require
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
+from hashemb.ctr.first_look import Plan, default_table, look, reading_text
 from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
-from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
+from hashemb.ctr.model_dir import Format, ModelCard, load_model, training_lock
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
-from hashemb.ctr.trainer import Trainer, check_paths, is_stream, open_source
+from hashemb.ctr.trainer import Columns, Trainer, check_paths
 
 if TYPE_CHECKING:
     import typer
@@ -67,16 +68,23 @@ def _default(name: str) -> str:
     return f"[new model: {DEFAULTS[name]}]"
 
 
-Files = Annotated[list[Path], typer.Argument(help="Criteo TSV, CSV or Parquet; .gz and .zst are read as they are.")]
+def _names(texts: list[str] | None) -> tuple[str, ...]:
+    return tuple(name.strip() for text in texts or () for name in text.split(",") if name.strip())
+
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(help="Criteo TSV, CSV, Parquet, libsvm, libffm or VW text; .gz, .zst, .bz2 are read as they are."),
+]
 Table = Annotated[Path, typer.Option("--table", "-t", help="Directory of the model.")]
 Count = _parser(parse_count)
 DataFormat = Annotated[
     Any,
     typer.Option(
         "--format",
-        parser=_parser(_one_of("auto", "criteo", "csv", "parquet")),
+        parser=_parser(_one_of(*get_args(Format))),
         metavar="NAME",
-        help="criteo, csv or parquet. [default: by name and contents]",
+        help=f"{', '.join(get_args(Format)[1:])}. [default: by name and contents]",
     ),
 ]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
@@ -92,7 +100,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def train(
     files: Files,
-    table: Table,
+    table: Annotated[
+        Path | None, typer.Option("--table", "-t", help="Directory of the model. [default: NAME.model, after the file]")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help=f"Latent factors; 0: logistic regression. {_default('rank')}")
     ] = None,
@@ -120,11 +130,19 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")
+        int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256; 32 if small]")
     ] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Times to learn each file, earlier runs included.")] = 1,
+    passes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Times to learn each file, earlier runs included. [new model: 1; up to 5 if small]"),
+    ] = None,
     data_format: DataFormat = None,
     label: Label = None,
+    positive: Annotated[
+        str | None, typer.Option(metavar="VALUE", help="Label that means 1. [of two values, the one that sorts second]")
+    ] = None,
+    numeric: Annotated[list[str] | None, typer.Option(metavar="NAMES", help="Columns of integers that measure.")] = None,
+    categorical: Annotated[list[str] | None, typer.Option(metavar="NAMES", help="Columns to take as ids.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")] = False,
     progress: Annotated[
         Any,
@@ -151,17 +169,26 @@ def train(
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
-    if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
-        open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
+    table = table or default_table(files)
+    columns = Columns(_names(numeric), _names(categorical), positive)
+    first, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
+    if not table.exists():  # leave no new model behind for a file that can't be read
+        plan = look(first, files, columns)
     checkpoints = _resume(table, snapshots, deltas, console)
     model, card = open_or_create(table, options)
     with closing(model.table), training_lock(table):
+        if not card.schema:
+            card.schema, card.label, card.label_values = first.schema, first.label, first.label_values
+            card.passes, card.batch_size = plan.passes, plan.batch_size
+            for line in reading_text(card, plan):
+                say(console, line)
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
+        passes = passes or card.passes
         trainer = Trainer(
             table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
-            checkpoints=checkpoints)  # fmt: skip
+            columns=columns, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ __all__ = [
     "write_card",
 ]
 
-Format = Literal["auto", "criteo", "csv", "parquet"]
+Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 
 MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
@@ -107,8 +107,10 @@ class ModelCard:
         all others. Empty until then.
     data_format, label : str, str or None
         Format that the data is read as, and the column that is the label.
-    batch_size : int
-        Examples per update.
+    label_values : sequence of two str, or None
+        What means 0 and what means 1 in that column; None: 0 and 1.
+    batch_size, passes : int
+        Examples per update, and how often files are learned unless another number is asked for.
     table_step : int
         The table's step when this card was written; more updates than that in the table mean that it was trained
         without the card following.
@@ -124,7 +126,9 @@ class ModelCard:
     schema: dict[str, Kind] = field(default_factory=dict)
     data_format: Format = "auto"
     label: str | None = None
+    label_values: Sequence[str] | None = None
     batch_size: int = 256
+    passes: int = 1
     table_step: int = 0
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)

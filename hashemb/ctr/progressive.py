@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr.batches import Batch
 from hashemb.ctr.metrics import StreamingMetrics
 
 __all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValidator", "Schedule"]
@@ -125,9 +126,13 @@ class ProgressiveValidator:
         self._clock = clock
         self._mark = (clock(), self.metrics.examples)
 
-    def learn(self, keys: npt.NDArray[Any], labels: npt.NDArray[np.float32]) -> list[ProgressRow]:
+    def learn(self, batch: Batch) -> list[ProgressRow]:
         """Score a batch, learn it, and return the rows that fell due within it."""
-        probabilities = self.model.learn(keys, labels)
+        labels = batch.labels
+        if labels is None:
+            raise ValueError("a batch without labels can't be learned")
+        parts = batch.features() if batch.weights is None else {**batch.features(), "weights": batch.weights}
+        probabilities = self.model.learn(batch.keys, labels, **parts)
         rate = self._rate(len(labels))
         rows: list[ProgressRow] = []
         start = 0

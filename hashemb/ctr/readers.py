@@ -7,19 +7,18 @@ across pieces and files. What a malformed line looks like is up to the source; i
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Literal, Union, cast, get_args
 
 from hashemb.ctr._criteo import CriteoSource, count_good_lines
 from hashemb.ctr._csv import CsvSource
-from hashemb.ctr._examples import ExampleFormat, ExampleSource, recognise
 from hashemb.ctr._labels import LabelValues
 from hashemb.ctr._parquet import ParquetSource
 from hashemb.ctr._report import BadLine, ReadReport
 from hashemb.ctr._source import Options, Reject, Source
-from hashemb.ctr._streams import STDIN, Stream, without_compression_suffix
+from hashemb.ctr._sparse_text import ExampleFormat, ExampleSource, recognise
+from hashemb.ctr._streams import STDIN, Stream, file_size, without_compression_suffix
 from hashemb.ctr.batches import Batch, rebatch
 from hashemb.ctr.fields import Kind, Schema, check_schema
 
@@ -60,8 +59,8 @@ def open_reader(
         ``"-"`` is standard input (text formats only). Text may be compressed with gzip, zstd or bzip2.
     format : {"auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"}
         ``"criteo"``: tab-separated, no header, label, I1..I13, C1..C26; 39 columns when there is no label.
-        ``"csv"``: with a header; separated by commas, tabs, semicolons or bars. ``"vw"``: Vowpal Wabbit's text. The last
-        three give ragged batches. ``"auto"`` goes by suffix where there is a known one, else by content.
+        ``"csv"``: with a header; separated by commas, tabs, semicolons or bars. ``"vw"``: Vowpal Wabbit's text. The
+        last three give ragged batches. ``"auto"`` goes by suffix where there is a known one, else by content.
     label : str, optional
         Column that holds the label. By default the column named ``label`` or ``click`` (in any case), else the first
         column if its first values are all 0/1 or false/true; without any of these, `Batch.labels` is None.
@@ -156,6 +155,8 @@ class Reader:
     schema : dict of str to str
         Kind of each field, in the order of the key columns. It can be stored as JSON and given to `open_reader`.
         Where batches have `Batch.fields`, it grows when a field appears for the first time.
+    format : str
+        Format of the file last opened; "" if all are empty.
     label : str or None
         Column that the labels of the file last opened come from; None if it has none. Give it to `open_reader`
         together with `schema`, which turns guessing off.
@@ -169,9 +170,10 @@ class Reader:
         self, paths: Sequence[str], format: Format, options: Options, *, batch_size: int, strict: bool, start: int
     ) -> None:
         self.report = ReadReport()
-        sizes = [size for path in paths if (size := _file_size(path)) is not None]
+        sizes = [size for path in paths if (size := file_size(path)) is not None]
         self.bytes_total = sum(sizes) if len(sizes) == len(paths) else None
-        self._format = format
+        self.format = ""
+        self._wanted_format = format
         self._options = options
         self._strict = strict
         self._bytes_done = 0
@@ -229,10 +231,10 @@ class Reader:
     def _open_next(self) -> None:
         """Open the next file that is not empty, if there is one; the first fixes the schema."""
         while self._paths and self._source is None:
-            self._source = _open_source(self._paths.pop(0), self._format, self._options)
+            self._source = _open_source(self._paths.pop(0), self._wanted_format, self._options)
         if self._source is None:
             return
-        self.label = self._source.label
+        self.label, self.format = self._source.label, self._source.format
         if self._options.schema is None:
             self.schema, self.label_values = self._source.schema, self._source.label_values
             if not self.schema:
@@ -295,14 +297,6 @@ def _open_source(path: str, format: Format, options: Options) -> Source | None:
     except BaseException:
         stream.close()
         raise
-
-
-def _file_size(path: str) -> int | None:
-    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
-    if path == STDIN:
-        return None
-    status = os.stat(path)
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _text_source(stream: Stream, format: Format, options: Options) -> Source:

@@ -42,6 +42,7 @@ def open_for_scoring(
         format=data_format or card.data_format,
         label=label or card.label,
         schema=card.schema or None,
+        label_values=card.label_values,
         batch_size=card.batch_size,
         strict=strict,
     )
@@ -51,7 +52,7 @@ def score(model: FactorizationMachine, reader: Reader) -> Generator[ScoreBatch, 
     """Score what `reader` reads, a batch at a time."""
     with closing(read_ahead(reader)) as batches:
         for batch in batches:
-            yield ScoreBatch(model.predict_proba(batch.keys), batch.labels)
+            yield ScoreBatch(model.predict_proba(batch.keys, **batch.features()), batch.labels)
 
 
 def write_probabilities(file: IO[str], probabilities: npt.NDArray[np.float32]) -> None:

@@ -1,10 +1,10 @@
 r"""Text with any number of features a line: libsvm (``y index:value``), libffm (``y field:index:value``) and
 Vowpal Wabbit (``y importance 'tag|namespace:scale feature:value``).
 
-A feature's key is that of its index (an integer; libsvm, libffm) or of the bytes of its name (Vowpal Wabbit), salted by its
-field or namespace; in libsvm there is none, and no salt. Fields are numbered as they first appear, and the schema
-keeps them in that order. All parsing is done in C; here are the fields that it meets for the first time, and words for
-what it could not read.
+A feature's key is that of its index (an integer; libsvm, libffm) or of the bytes of its name (Vowpal Wabbit), salted
+by its field or namespace; in libsvm there is none, and no salt. Fields are numbered as they first appear, and the
+schema keeps them in that order. All parsing is done in C; here are the fields that it meets for the first time, and
+words for what it could not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr import _tokens
-from hashemb.ctr._labels import LabelValues, choose_label_values, shown
+from hashemb.ctr._labels import choose_label_values, shown
 from hashemb.ctr._source import Options, Reject
 from hashemb.ctr._streams import Stream, line_blocks
 from hashemb.ctr.batches import Batch
@@ -81,8 +81,9 @@ class ExampleSource:
             raise ValueError(f"{stream.name}: a {format} file has no column {options.label!r} for the label")
         named = [*options.numeric, *options.categorical]
         if named:
-            raise ValueError(f"{stream.name}: a {format} file has no columns, {named[0]!r} among them, to choose kinds for")
-        self.name, self.format = stream.name, format
+            raise ValueError(f"{stream.name}: a {format} file has no column {named[0]!r} to choose a kind for")
+        self.name, self._format = stream.name, format
+        self.format: str = format
         self._stream = stream
         text = _whole_lines(stream.peek(_HEAD_BYTES))
         head = _look_at(text, format)
@@ -103,7 +104,7 @@ class ExampleSource:
 
     def accepts(self, field: str, kind: Kind) -> bool:
         """Whether the field can be read as `kind`."""
-        return kind == _KINDS[self.format]
+        return kind == _KINDS[self._format]
 
     def close(self) -> None:
         """Close the file."""
@@ -123,7 +124,8 @@ class ExampleSource:
         try:
             return {float(text): float(meaning) for meaning, text in enumerate(self.label_values)}
         except ValueError:
-            raise ValueError(f"{self.name}: labels of a {self.format} file are numbers, not {self.label_values}") from None
+            found = " and ".join(shown(text) for text in self.label_values)
+            raise ValueError(f"{self.name}: labels of a {self.format} file are numbers, not {found}") from None
 
     def _parse(
         self, block: bytes, first_line: int, schema: dict[str, Kind], fields: _tokens.FieldTable, reject: Reject
@@ -147,7 +149,7 @@ class ExampleSource:
                 continue
             if len(schema) >= MAX_FIELDS:
                 raise ValueError(f"{self.name}:{first_line + line}: more than {MAX_FIELDS} fields, {name!r} among them")
-            schema[name] = _KINDS[self.format]
+            schema[name] = _KINDS[self._format]
             fields.append(name.encode())
 
     def _reject(self, block: bytes, faults: Faults, first_line: int, reject: Reject) -> None:
@@ -169,7 +171,8 @@ def recognise(head: bytes) -> ExampleFormat | None:
     lines = _whole_lines(head).split(b"\n")[:_SNIFF_LINES]
     lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
     for format, pattern in _LINES.items():
-        if lines and pattern.match(lines[0]) and 2 * sum(pattern.match(line) is not None for line in lines) > len(lines):
+        matches = [pattern.match(line) is not None for line in lines]
+        if matches and matches[0] and 2 * sum(matches) > len(lines):
             return format
     return None
 

@@ -93,7 +93,8 @@ class ExampleSource:
             where = f"{self.name}: the label"
             self.label_values = choose_label_values(where, head.words, options.positive, ("-1", "0", "1"))
         self._meanings = self._label_meanings() if head.labelled else None
-        self.schema: dict[str, Kind] = dict(options.schema or ({"": "integer"} if format == "libsvm" else {}))
+        fields = options.schema or ([""] if format == "libsvm" else [])
+        self.schema: dict[str, Kind] = dict.fromkeys(fields, _KINDS[format])
         for _ in self._parse(text, 1, self.schema, _field_table(self.schema), lambda line, reason: None):
             pass
 

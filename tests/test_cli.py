@@ -136,9 +136,9 @@ def test_predict_writes_one_probability_a_line(clicks: Path, trained: Path, tmp_
     printed = np.array(out.split(), np.float32)
     model, _ = load_model(trained)
     with model.table, open_reader(clicks, batch_size=10_000) as reader:
-        labels, keys = next(reader)
-        np.testing.assert_array_equal(printed, model.predict_proba(keys))
-    assert auc(labels, printed) > 0.6
+        batch = next(reader)
+        np.testing.assert_array_equal(printed, model.predict_proba(batch.keys))
+    assert auc(batch.labels, printed) > 0.6
     assert hashemb.info(trained).step == before
 
 

@@ -26,7 +26,7 @@ from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, CountBuckets, Kind, 
 __all__ = ["MAX_LINE_BYTES", "CriteoSource", "count_good_lines", "line_fault"]
 
 MAX_LINE_BYTES: int = _tokens.MAX_CRITEO_LINE_BYTES
-_BLOCK_BYTES = 1 << 18  # with the keys made of it, well inside a second-level cache
+_BLOCK_BYTES = 1 << 17  # with the keys made of it, well inside a second-level cache
 _SNIFF_LINES = 100
 _TAB = b"\t"
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1

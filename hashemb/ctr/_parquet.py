@@ -16,6 +16,7 @@ from hashemb.ctr.fields import Kind
 __all__ = ["ParquetSource"]
 
 _BATCH_ROWS = 1 << 14
+_SMALL_DICTIONARY_BYTES = 1 << 18
 
 
 class ParquetSource:
@@ -27,7 +28,9 @@ class ParquetSource:
         self.name = path
         pa, parquet = require("pyarrow"), require("pyarrow.parquet")
         try:
-            self._file = parquet.ParquetFile(path)
+            with parquet.ParquetFile(path) as file:
+                names = _small_dictionaries(file)
+            self._file = parquet.ParquetFile(path, read_dictionary=names)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not readable as Parquet: {error}") from error
         self._size = os.path.getsize(path)
@@ -86,6 +89,21 @@ class ParquetSource:
         return require("pyarrow").nulls(0) if batch is None else batch.column(0)
 
 
+def _small_dictionaries(file: Any) -> list[str]:
+    """Columns of text that are stored as codes of a dictionary of moderate size, by the first row group: to be hashed
+    as they are, a value once a batch. Longer ones would cost more than the text itself."""
+    if not file.metadata.num_row_groups:
+        return []
+    chunks = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    return [
+        chunk.path_in_schema
+        for chunk in chunks
+        if chunk.physical_type == "BYTE_ARRAY"
+        and chunk.has_dictionary_page
+        and 0 < chunk.data_page_offset - chunk.dictionary_page_offset <= _SMALL_DICTIONARY_BYTES
+    ]
+
+
 def _kind(path: str, column: str, type_: Any) -> Kind | None:
     types = require("pyarrow").types
     if types.is_dictionary(type_):
@@ -115,8 +133,7 @@ def _canonical(column: Any) -> Any:
     type_ = column.type
     if pa.types.is_dictionary(type_):
         values = _canonical(column.dictionary)
-        # A dictionary can be much longer than the batch that points into it.
-        if len(values) <= len(column) and not values.null_count:
+        if not values.null_count:
             return pa.DictionaryArray.from_arrays(column.indices, values)
         return _canonical(column.dictionary_decode())
     if pa.types.is_boolean(type_):
@@ -125,6 +142,7 @@ def _canonical(column: Any) -> Any:
         return pa.nulls(len(column), pa.string())
     if not _is_text(type_):
         return column
-    column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
+    if not str(type_).startswith(("string", "binary", "large_")) or "view" in str(type_):
+        column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
     empty = pc.equal(pc.binary_length(column), 0)
     return pc.if_else(empty, pa.scalar(None, column.type), column) if pc.any(empty).as_py() else column

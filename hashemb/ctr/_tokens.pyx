@@ -141,11 +141,11 @@ cdef class CriteoTokenizer:
             Lines in the block.
         """
         _check_lines(text)
-        cdef int64_t size = len(text), rows, num_odd, most = tok_criteo_max_rows(size)
+        cdef const uint8_t *data = text
+        cdef int64_t size = len(text), rows, num_odd, num_lines = tok_count_lines(data, size)
+        cdef int64_t most = min(num_lines, tok_criteo_max_rows(size))
         cdef cnp.ndarray labels = np.empty(most if labelled else 0, np.float32)
         cdef cnp.ndarray keys = np.empty((most, self.num_keys), np.uint64)
-        cdef const uint8_t *data = text
-        cdef int64_t num_lines = tok_count_lines(data, size)
         cdef cnp.ndarray odd = np.empty((num_lines, 3), np.int64)
         cdef float *to_labels = <float *>cnp.PyArray_DATA(labels)
         cdef uint64_t *to_keys = <uint64_t *>cnp.PyArray_DATA(keys)

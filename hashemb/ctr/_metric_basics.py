@@ -34,7 +34,7 @@ def _check_all(rule: str, values: Floats, good: npt.NDArray[np.bool_]) -> None:
         raise ValueError(f"{rule}, got {values[first]} at index {first}")
 
 
-def entropy(positives: float, examples: int) -> float:
+def entropy(positives: float, examples: float) -> float:
     """Log loss of the best constant, in nats."""
     rate = ratio(positives, examples)
     return 0.0 - sum(q * math.log(q) for q in (rate, 1.0 - rate) if q != 0.0)

@@ -53,7 +53,7 @@ def wilson_interval(rate: float, count: float) -> tuple[float, float]:
     shrink = 1.0 / (1.0 + _Z95**2 / count)
     centre = (rate + _Z95**2 / (2.0 * count)) * shrink
     half = _Z95 * math.sqrt(rate * (1.0 - rate) / count + (_Z95 / (2.0 * count)) ** 2) * shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
 
 
 def calibration_bins(

@@ -130,7 +130,10 @@ def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tup
     before = np.cumsum(negatives) - negatives - (np.cumsum(negatives_of) - negatives_of)[tie_groups]
     ordered = np.bincount(tie_groups, positives * (before + 0.5 * negatives))
     pairs = negatives_of * positives_of
-    return np.where(pairs > 0.0, ordered / np.where(pairs > 0.0, pairs, 1.0), math.nan), negatives_of + positives_of
+    areas = np.full(len(pairs), math.nan)
+    np.divide(ordered, pairs, out=areas, where=pairs > 0.0)
+    impressions: Floats = np.bincount(groups, w).astype(np.float64, copy=False)
+    return areas, impressions
 
 
 def logloss(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:

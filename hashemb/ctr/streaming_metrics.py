@@ -190,7 +190,8 @@ class StreamingMetrics:
 
 
 def _histogram(bins: npt.NDArray[np.int64], weights: Floats) -> Floats:
-    return np.bincount(bins, weights, minlength=2 * _NUM_BINS).reshape(2, _NUM_BINS)
+    counts: Floats = np.bincount(bins, weights, minlength=2 * _NUM_BINS).astype(np.float64, copy=False)
+    return counts.reshape(2, _NUM_BINS)
 
 
 def _packed(values: Floats, dtype: str) -> str:

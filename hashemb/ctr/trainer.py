@@ -189,7 +189,7 @@ class Trainer:
         try:
             for batch in batches:
                 assert batch.labels is not None
-                rows = self.validator.learn(batch.keys, batch.labels)
+                rows = self.validator.learn(batch)
                 position.rows += len(batch.labels)
                 self.examples += len(batch.labels)
                 done = self._bytes_finished + reader.bytes_read

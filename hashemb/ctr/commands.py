@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, get_args
 
 import hashemb
 from hashemb.ctr._extras import require
@@ -17,6 +17,7 @@ from hashemb.ctr.demo import run_demo
 from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
+from hashemb.ctr.negatives import Correction, NegativeSampling, agreed_sampling
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
@@ -132,6 +133,21 @@ def train(
             parser=_parser(_schedule), metavar="N|powers", help="Print a row every N examples. [default: powers of 2]"
         ),
     ] = None,
+    negative_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the negatives to learn from; predictions stay calibrated."),
+    ] = None,
+    negative_correction: Annotated[
+        Any,
+        typer.Option(
+            parser=_parser(_one_of(*get_args(Correction))),
+            metavar="NAME",
+            help=f"What corrects for it: {' or '.join(get_args(Correction))}. [new model: predictions]",
+        ),
+    ] = None,
+    label_delay: Annotated[
+        int, typer.Option(min=0, help="Examples after which a label is known, and learned. Scored at once.")
+    ] = 0,
     save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")] = 60.0,
     snapshots: Annotated[
         Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")
@@ -148,6 +164,7 @@ def train(
         rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
         optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
+    agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
@@ -159,9 +176,12 @@ def train(
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
+        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if model.table.step else None
+        sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
+        card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         trainer = Trainer(
-            table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
-            checkpoints=checkpoints)  # fmt: skip
+            table, model, card, files, passes=passes, strict=strict, schedule=progress, label_delay=label_delay,
+            save_seconds=save_every, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 
@@ -211,7 +231,7 @@ def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any
         file = stack.enter_context(_output(output))
         advance = stack.enter_context(progress_bar(_console(stderr=True), "scoring", reader.bytes_total))
         count = 0
-        for batch in stack.enter_context(closing(score(model, reader))):
+        for batch in stack.enter_context(closing(score(model, reader, card.negatives()))):
             write_probabilities(file, batch.probabilities)
             count += len(batch.probabilities)
             advance(reader.bytes_read, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 __all__ = ["MAX_ROWS", "LearningCurve", "ProgressRow"]
@@ -70,10 +70,9 @@ class LearningCurve:
             self._rows = merged + self._rows[2 * len(merged) :]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows as JSON holds them: what is not a number is null."""
-        return [
-            {name: None if value != value else value for name, value in asdict(row).items()} for row in self._rows
-        ]
+        """The rows as JSON holds them: what is not a number is null, and the speed, which is of one run, left out."""
+        rows = [replace(row, examples_per_second=math.nan) for row in self._rows]
+        return [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]
 
     @classmethod
     def from_json(cls, rows: Iterable[dict[str, Any]]) -> LearningCurve:

@@ -18,7 +18,7 @@ from hashemb.ctr._power_law import draws, splitmix
 if TYPE_CHECKING:
     from hashemb.ctr.readers import Batch
 
-__all__ = ["Correction", "NegativeSampling"]
+__all__ = ["Correction", "NegativeSampling", "agreed_sampling"]
 
 Correction = Literal["predictions", "weights"]
 Float32Array = npt.NDArray[np.float32]
@@ -89,6 +89,28 @@ class NegativeSampling:
             return probabilities
         p = probabilities.astype(np.float64)
         return (p / (p + (1.0 - p) / self.rate)).astype(np.float32)
+
+
+def agreed_sampling(
+    learned_with: NegativeSampling | None, rate: float | None, correction: Correction | None
+) -> NegativeSampling:
+    """The sampling to go on with, from what a model has learned with (None: nothing yet) and what is asked for.
+
+    Raises
+    ------
+    ValueError
+        What is asked for is not what the model has learned with: its predictions could not be corrected.
+    """
+    known = learned_with or NegativeSampling(1.0)
+    asked = NegativeSampling(
+        known.rate if rate is None else rate, correction or known.correction, seed=known.seed
+    )
+    if learned_with is not None and asked != known:
+        raise ValueError(
+            f"the model has learned {known.rate:.6g} of the negatives, corrected by {known.correction}; that can't "
+            f"become {asked.rate:.6g}, corrected by {asked.correction}: leave the option out, or name another table"
+        )
+    return asked
 
 
 def _selected(batch: Batch, kept: npt.NDArray[np.bool_]) -> Batch:

@@ -133,28 +133,35 @@ class RowNorms(NamedTuple):
     as_stored: bool
 
 
-def row_norms(table: EmbeddingTable, *, max_rows: int = 1 << 16) -> RowNorms:
-    """Norms of the rows touched: of all, or of about `max_rows` from blocks evenly spaced over those written.
+def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int = 1 << 16) -> RowNorms:
+    """Norms of the rows touched: of all, or of at most `max_rows` in at most `max_blocks` of the blocks written.
 
-    Reads the marks of written blocks, and those blocks; never-written ones, holes in the files, are left alone.
+    Both are evenly spaced. Reads the marks of written blocks and those blocks, by default at most 64 MiB of rows;
+    blocks never written, holes in the files, are left alone.
     """
     with open(Path(table.path, "meta.json"), encoding="utf-8") as file:
         block_rows = int(json.load(file)["block_rows"])
     written = _written_blocks(table.path)
-    wanted = max(1, max_rows // block_rows)
-    sampled = len(written) > wanted
-    if sampled:
-        written = written[np.linspace(0, len(written) - 1, wanted).astype(np.int64)]
-    rows = (written[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
+    blocks = _evenly(written, max_blocks)
+    rows = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
     rows = rows[rows < table.num_embeddings]
     stored = table.weight[rows]
-    touched = stored.view(f"u{stored.dtype.itemsize}").any(axis=1)
+    touched = np.flatnonzero(stored.view(f"u{stored.dtype.itemsize}").any(axis=1))
+    chosen = _evenly(touched, max_rows)
+    sampled = len(blocks) < len(written) or len(chosen) < len(touched)
     if table.num_hashes == 1:
-        vectors = table.lookup(_keys_of_rows(rows[touched], table.num_embeddings, table.seed))
+        vectors = table.lookup(_keys_of_rows(rows[chosen], table.num_embeddings, table.seed))
     else:
-        vectors = _as_float32(stored[touched])
+        vectors = _as_float32(stored[chosen])
     as_stored = table.num_hashes > 1 and table.optimizer.weight_decay > 0.0
     return RowNorms(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), sampled, as_stored)
+
+
+def _evenly(numbers: I64, most: int) -> I64:
+    """All of them, or so many at equal distances."""
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
 
 
 def _written_blocks(path: str | os.PathLike[str]) -> I64:

@@ -82,6 +82,34 @@ DataFormat = Annotated[
 ]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
 
+OptimizerName = Annotated[
+    str | None,
+    typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of("float32", "float16", "bfloat16")),
+        metavar="NAME",
+        help=f"float32, float16 or bfloat16. {_default('dtype')}",
+    ),
+]
+NegativeRate = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of the negatives to learn from. Predictions stay calibrated."),
+]
+NegativeCorrection = Annotated[
+    Any,
+    typer.Option(
+        parser=_parser(_one_of(*get_args(Correction))),
+        metavar="NAME",
+        help=f"What corrects for it: {' or '.join(get_args(Correction))}. [new model: predictions]",
+    ),
+]
+LabelDelay = Annotated[
+    int, typer.Option(min=0, help="Examples after which a label is known, and learned. They are scored at once.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -101,24 +129,14 @@ def train(
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; may change later. [new model: adagrad 0.04]")] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
-    ] = None,
+    optimizer: OptimizerName = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
     initial_accumulator: Annotated[
         float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
     ] = None,
     init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
     num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=_parser(_one_of("float32", "float16", "bfloat16")),
-            metavar="NAME",
-            help=f"float32, float16 or bfloat16. {_default('dtype')}",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
     batch_size: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")
@@ -133,21 +151,9 @@ def train(
             parser=_parser(_schedule), metavar="N|powers", help="Print a row every N examples. [default: powers of 2]"
         ),
     ] = None,
-    negative_rate: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Share of the negatives to learn from; predictions stay calibrated."),
-    ] = None,
-    negative_correction: Annotated[
-        Any,
-        typer.Option(
-            parser=_parser(_one_of(*get_args(Correction))),
-            metavar="NAME",
-            help=f"What corrects for it: {' or '.join(get_args(Correction))}. [new model: predictions]",
-        ),
-    ] = None,
-    label_delay: Annotated[
-        int, typer.Option(min=0, help="Examples after which a label is known, and learned. Scored at once.")
-    ] = 0,
+    negative_rate: NegativeRate = None,
+    negative_correction: NegativeCorrection = None,
+    label_delay: LabelDelay = 0,
     save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")] = 60.0,
     snapshots: Annotated[
         Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import expit
 
 import hashemb
-from hashemb.ctr.metrics import StreamingMetrics, calibration
+from hashemb.ctr.metrics import calibration
 from hashemb.ctr.negatives import NegativeSampling
 from hashemb.ctr.progressive import ProgressiveValidator
 from hashemb.ctr.readers import Batch
@@ -47,7 +47,7 @@ def impressions() -> Batch:
 
 def learn(batch: Batch, path: Path, negatives: NegativeSampling | None) -> tuple[ProgressiveValidator, np.ndarray]:
     """Learn 50,000 impressions; the validator, and raw predictions of the 10,000 that follow."""
-    optimizer = hashemb.Adagrad(lr=0.05, initial_accumulator_value=5.0)
+    optimizer = hashemb.Adagrad(lr=0.02, initial_accumulator_value=1.0)
     with hashemb.create(path, num_embeddings=2**18, embedding_dim=1, optimizer=optimizer, init=hashemb.Zeros()) as t:
         validator = ProgressiveValidator(WeightedLogisticRegression(t), negatives=negatives)
         for i in range(0, 50_000, 250):
@@ -60,7 +60,7 @@ def test_corrected_probabilities_are_calibrated(impressions: Batch, correction: 
     negatives = NegativeSampling(0.1, correction)
     validator, raw = learn(impressions, tmp_path / "t", negatives)
     labels = impressions.labels[50_000:]
-    assert calibration(labels, negatives.corrected(raw)) == pytest.approx(1.0, abs=0.12)
+    assert calibration(labels, negatives.corrected(raw)) == pytest.approx(1.0, abs=0.08)
     uncorrected = calibration(labels, raw)
     if correction == "predictions":
         assert uncorrected > 4.0, "what would be predicted without the correction"
@@ -80,9 +80,6 @@ def test_progressive_metrics_are_those_of_all_examples(impressions: Batch, tmp_p
         assert metrics.weight == pytest.approx(50_000, rel=0.02)
         assert metrics.positives == everything.metrics.positives
         assert metrics.logloss == pytest.approx(everything.metrics.logloss, rel=0.06)
-        assert metrics.calibration == pytest.approx(1.0, abs=0.15)
-        naive = StreamingMetrics()  # without the weights: as if one in five were clicked
-        naive.update([1.0] * int(metrics.positives), [0.5] * int(metrics.positives))
         assert metrics.examples < 15_000
 
 
@@ -90,7 +87,7 @@ def test_unweighted_learning_is_not_calibrated(impressions: Batch, tmp_path: Pat
     """The weights are what does it: learned with a weight of 1, the same examples give odds ten times too high."""
     negatives = NegativeSampling(0.1)
     kept = negatives.select(impressions, 0)
-    optimizer = hashemb.Adagrad(lr=0.05, initial_accumulator_value=5.0)
+    optimizer = hashemb.Adagrad(lr=0.02, initial_accumulator_value=1.0)
     with hashemb.create(tmp_path / "t", num_embeddings=2**18, embedding_dim=1, optimizer=optimizer) as table:
         model = WeightedLogisticRegression(table)
         for i in range(0, len(kept.labels), 250):

@@ -7,6 +7,7 @@ none: from the number of rows touched.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hashemb import EmbeddingTable
     from hashemb.ctr.readers import Batch
 
-__all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "row_norms"]
+__all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "expected_rate", "row_norms"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -43,6 +44,20 @@ class FieldCollisions(NamedTuple):
     def rate(self) -> float:
         """Share of the keys; 0 without keys."""
         return self.sharing_keys / self.distinct_keys if self.distinct_keys else 0.0
+
+
+def expected_rate(distinct_keys: int, num_embeddings: int, num_hashes: int = 1) -> float:
+    """Share of so many keys that are expected to share every row of theirs with another one of them.
+
+    ``(1 - (1 - 1/n)**(k (D - 1)))**k``, for D keys and k hashes into n rows.
+
+    >>> round(expected_rate(1000, 1000), 3), expected_rate(1, 1000), round(expected_rate(1000, 1000, 2), 3)
+    (0.632, 0.0, 0.747)
+    """
+    if distinct_keys < 2 or num_embeddings == 1:
+        return float(distinct_keys > 1)
+    shared = -math.expm1(num_hashes * (distinct_keys - 1) * math.log1p(-1.0 / num_embeddings))
+    return float(shared**num_hashes)
 
 
 class KeyCensus:

@@ -87,6 +87,8 @@ class RunFacts:
     evaluation : Evaluation or None
         Of the data given.
     stats : TableStats
+    num_hashes : int
+        Rows per key.
     norms : RowNorms
     memory : list of MemoryPoint
         This model first, then those it is compared with.
@@ -100,6 +102,7 @@ class RunFacts:
     learning: StreamingMetrics
     evaluation: Evaluation | None
     stats: hashemb.TableStats
+    num_hashes: int
     norms: RowNorms
     memory: list[MemoryPoint]
 
@@ -154,6 +157,7 @@ def gather(
         learning=learning,
         evaluation=evaluation,
         stats=stats,
+        num_hashes=hashemb.info(run).num_hashes,
         norms=norms,
         memory=[_point(run, stats.disk_bytes, evaluation.metrics if evaluation else learning), *others],
     )

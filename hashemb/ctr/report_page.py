@@ -12,6 +12,7 @@ from hashemb.ctr.calibration_bins import CalibrationBin, expected_calibration_er
 from hashemb.ctr.console import format_bytes
 from hashemb.ctr.learning_curve import ProgressRow
 from hashemb.ctr.metrics import StreamingMetrics
+from hashemb.ctr.occupancy import expected_rate
 from hashemb.ctr.report_facts import RunFacts
 from hashemb.ctr.report_figures import (
     MAX_BARS,
@@ -37,7 +38,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 48rem; color: var(--ink); backg
        font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 a { color: var(--first); } nav ul { padding-left: 1.2rem; }
-figure { margin: 1rem 0; } figure svg { display: block; width: 100%; height: auto; font-family: inherit; }
+figure { margin: 1rem 0; } figure svg { display: block; width: 100%; max-width: 36rem; height: auto; }
 figcaption { font-size: .9rem; }
 .scroll { overflow-x: auto; } .scroll:focus { outline: 2px solid var(--first); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
@@ -45,6 +46,7 @@ caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, table.text td { text-align: left; } thead th { background: var(--soft); }
 table.text td { overflow-wrap: anywhere; } tbody th { font-weight: 400; }
+@media (max-width: 30rem) { table { font-size: .8rem; } th, td { padding: .25rem .3rem; } }
 summary { cursor: pointer; padding: .3rem 0; }
 """
 
@@ -168,11 +170,13 @@ def _collisions(facts: RunFacts) -> Iterator[str]:
     if not fields:
         yield _text("Which fields they are in is known only of data: give some.")
         return
+    distinct = sum(field.distinct_keys for field in fields)
+    expected = expected_rate(distinct, stats.num_embeddings, facts.num_hashes)
     shown = f", the {MAX_BARS} largest fields" if len(fields) > MAX_BARS else ""
     yield _figure(
-        collision_figure(fields, stats.collision_rate),
+        collision_figure(fields, expected),
         f"Share of each field's keys in the data given that share every row with another of its keys{shown}; the line "
-        f"is what is expected for any key of the model, {stats.collision_rate:.2%}.",
+        f"is what is expected of {distinct:,} distinct keys, {expected:.2%}.",
     )
     cells = [(f.field, f"{f.distinct_keys:,}", f"{f.sharing_keys:,}", f"{f.rate:.2%}") for f in fields]
     yield _table("Counted on the data given", ("field", "distinct keys", "sharing", "share"), cells)

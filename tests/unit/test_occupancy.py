@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb.ctr.occupancy import KeyCensus, row_norms
+from hashemb.ctr.occupancy import KeyCensus, expected_rate, row_norms
 from hashemb.ctr.readers import Batch
 
 
@@ -52,6 +52,7 @@ def test_what_is_expected_is_what_is_counted(tmp_path: Path) -> None:
         counted = census.collisions(table)
         rate = sum(field.sharing_keys for field in counted) / sum(field.distinct_keys for field in counted)
         assert rate == pytest.approx(table.stats().collision_rate, abs=0.06)
+        assert rate == pytest.approx(expected_rate(340, 1000), abs=0.06)
         assert 0.2 < rate < 0.4
 
 

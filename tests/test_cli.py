@@ -207,7 +207,7 @@ def test_inspect_plain_table(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["train", "{data}"], 2, "Missing option '--table'"),
+        (["train", "-"], 1, "standard input has no name to call the model by: say where it goes with --table"),
         (["train", "--table", "{new}"], 2, "Missing argument"),
         (["train", "{data}", "-t", "{new}", "--rank", "-1"], 2, "'--rank'"),
         (["train", "{data}", "-t", "{new}", "--rank", "x"], 2, "'--rank'"),

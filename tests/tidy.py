@@ -120,7 +120,7 @@ OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
 MAY_ALSO_IMPORT = {"cli": {"ctr"}, "__main__": {"cli"}}
 #: Loaded by the command line once it has found these extras.
-EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}}
+EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}, "ctr.arguments": {"typer"}}
 
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else of `os` reaches for files.

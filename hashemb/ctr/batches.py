@@ -1,4 +1,4 @@
-"""Batches of examples: consecutive rows of the input, as a matrix of keys or ragged, and how they are cut and joined."""
+"""Batches of examples, consecutive rows of the input as a matrix of keys or ragged: how they are cut and joined."""
 
 from __future__ import annotations
 

@@ -26,6 +26,11 @@ class Plan(NamedTuple):
     passes: int = 1
     examples: int | None = None
 
+    def settle(self, card: ModelCard, looked_at: ModelCard) -> None:
+        """Write into the card of a new model how `looked_at` says to read, and this."""
+        card.schema, card.label, card.label_values = looked_at.schema, looked_at.label, looked_at.label_values
+        card.batch_size, card.passes = self.batch_size, self.passes
+
 
 def default_table(files: Sequence[Path]) -> Path:
     """The model's directory where none is named: ``<stem>.model`` in the working directory.

@@ -75,8 +75,10 @@ def test_what_a_file_holds(tmp_path: Path, format: str) -> None:
 PIECES = {
     "libsvm": [b"1", b"-1", b"0", b"2", b"+1", b" ", b"\t", b":", b"12", b"0.5", b"-", b"1e-3", b"#", b"x", b"9" * 19],
     "libffm": [b"1", b"0", b" ", b":", b"7", b"0:1:1", b"f:2:0.5", b"1:", b"#", b"1e40", b"\xff", b"1e-400"],
-    "vw": [b"1", b"-1", b" ", b"|", b":", b"a", b"b c", b"'t", b"1.5", b"|u x", b"-2", b"\t", b"\xff", b"1e39", b"|n:2"],
-}
+    "vw": [
+        b"1", b"-1", b" ", b"|", b":", b"a", b"b c", b"'t", b"1.5", b"|u x", b"-2", b"\t", b"\xff", b"1e39", b"|n:2",
+    ],
+}  # fmt: skip
 
 
 @settings(max_examples=700, deadline=None)
@@ -153,7 +155,8 @@ REFUSED = {
         (b"1 a:1", "index must be an integer of at most 18 digits, found 'a'"),
         (b"1 :1", "index must be an integer of at most 18 digits, found ''"),
         (b"1 1234567890123456789:1", "index must be an integer of at most 18 digits, found '1234567890123456789'"),
-        (b"1 1:nan", "value must be a finite number, found 'nan'"), (b"1 1:", "value must be a finite number, found ''"),
+        (b"1 1:nan", "value must be a finite number, found 'nan'"),
+        (b"1 1:", "value must be a finite number, found ''"),
         (b"1 1:1e39", "value must be a finite number, found '1e39'"),
         (b"1 qid:3 1:1", "index must be an integer of at most 18 digits, found 'qid'"),
     ],
@@ -308,7 +311,7 @@ def test_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (lambda: _tokens.tokenize_examples(b"1 1:1", "libsvm", _tokens.FieldTable(), None, 99), "must end a line"),
         (lambda: _tokens.tokenize_examples(b"1\n", "libsvm", _tokens.FieldTable(), None, 99), "needs one field"),
-        (lambda: _tokens.tokenize_examples(b"1\n", "vw", _tokens.FieldTable(), None, 99, 1), "no line begins at byte 1"),
+        (lambda: _tokens.tokenize_examples(b"1\n", "vw", _tokens.FieldTable(), None, 99, 1), "no line begins at"),
     ],
 )
 def test_tokeniser_arguments(call: Any, message: str) -> None:

@@ -1,6 +1,6 @@
 """A batch of examples as the models' kernels want it, in either form, or a clear error.
 
-The matrix form has one key per field and example; the ragged form, `offsets`, any number of keys, each with a field of its own.
+The matrix form has one key per field and example; the ragged form, `offsets`, any number of keys, each with its field.
 All checks are done before anything is looked up or learned.
 """
 

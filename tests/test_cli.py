@@ -93,6 +93,26 @@ def test_all_options_reach_the_table(clicks: Path, tmp_path: Path) -> None:
     assert (info.seed, info.init, info.step) == (9, hashemb.Uniform(0.05), 30)
 
 
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("lr", "logistic regression"),
+        ("fwfm", "field-weighted factorization machine of rank 15 over 39 fields"),
+        ("ffm", "field-aware factorization machine of rank 4 over 39 fields"),
+    ],
+)
+def test_models_by_name(clicks: Path, tmp_path: Path, capsys: Any, name: str, description: str) -> None:
+    table = str(tmp_path / "T")
+    assert cli.main(["train", str(clicks), "-t", table, "--model", name, "--rows", "2^14"]) == 0
+    out = capsys.readouterr().out
+    assert f"{description}, 16,384 rows" in out.splitlines()[0]
+    assert out.splitlines()[-2].startswith("3,000 examples")
+    assert cli.main(["inspect", table]) == 0
+    assert description in capsys.readouterr().out
+    assert cli.main(["predict", str(clicks), "-t", table]) == 0
+    assert len(capsys.readouterr().out.split()) == 3000
+
+
 def test_training_again_says_what_to_do(clicks: Path, trained: Path, capsys: Any) -> None:
     capsys.readouterr()
     step = hashemb.info(trained).step
@@ -211,6 +231,8 @@ def test_inspect_plain_table(tmp_path: Path, capsys: Any) -> None:
         (["train", "--table", "{new}"], 2, "Missing argument"),
         (["train", "{data}", "-t", "{new}", "--rank", "-1"], 2, "'--rank'"),
         (["train", "{data}", "-t", "{new}", "--rank", "x"], 2, "'--rank'"),
+        (["train", "{data}", "-t", "{new}", "--model", "tree"], 2, "'tree' is not one of lr, fm, fwfm, ffm"),
+        (["train", "{data}", "-t", "{new}", "--model", "lr", "--rank", "4"], 1, "a model lr can't have rank 4"),
         (["train", "{data}", "-t", "{new}", "--rows", "0"], 2, "'0' is not a count >= 1 such as 4194304, 2^22"),
         (["train", "{data}", "-t", "{new}", "--rows", "many"], 2, "'many' is not a count"),
         (["train", "{data}", "-t", "{new}", "--batch-size", "0.5"], 2, "'0.5' is not a count"),
@@ -234,6 +256,7 @@ def test_inspect_plain_table(tmp_path: Path, capsys: Any) -> None:
         (["train", "{data}", "-t", "{new}/deep"], 1, "does not exist"),
         (["train", "{data}", "-t", "{empty}"], 1, "not a hashemb table"),
         (["train", "{data}", "-t", "{trained}", "--rank", "7"], 1, "was made with rank 3, not 7"),
+        (["train", "{data}", "-t", "{trained}", "--model", "ffm"], 1, "was made with model fm, not ffm"),
         (["train", "{data}", "-t", "{trained}", "--rows", "77"], 1, "was made with rows 16384, not 77"),
         (["predict", "{data}", "-t", "{nowhere}"], 1, "nowhere: no model here (model.json not found)"),
         (["predict", "{data}", "-t", "{plain}"], 1, "no model here (model.json not found)"),

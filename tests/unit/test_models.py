@@ -227,7 +227,7 @@ def test_bad_labels(make_table: MakeTable, labels: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
-        (np.zeros(3, np.uint64), ValueError, r"shape \(n, num_fields\), or come with offsets, got 1 dimensions: \(3,\)"),
+        (np.zeros(3, np.uint64), ValueError, r"\(n, num_fields\), or come with offsets, got 1 dimensions"),
         (np.zeros((2, 3, 1), np.uint64), ValueError, r"got 3 dimensions"),
         (np.zeros((2, 3)), TypeError, r"keys must be integers, got float64.*hash_fields"),
         (np.zeros((2, 3), bool), TypeError, r"got bool"),

@@ -93,26 +93,6 @@ def test_all_options_reach_the_table(clicks: Path, tmp_path: Path) -> None:
     assert (info.seed, info.init, info.step) == (9, hashemb.Uniform(0.05), 30)
 
 
-@pytest.mark.parametrize(
-    ("name", "description"),
-    [
-        ("lr", "logistic regression"),
-        ("fwfm", "field-weighted factorization machine of rank 15 over 39 fields"),
-        ("ffm", "field-aware factorization machine of rank 4 over 39 fields"),
-    ],
-)
-def test_models_by_name(clicks: Path, tmp_path: Path, capsys: Any, name: str, description: str) -> None:
-    table = str(tmp_path / "T")
-    assert cli.main(["train", str(clicks), "-t", table, "--model", name, "--rows", "2^14"]) == 0
-    out = capsys.readouterr().out
-    assert f"{description}, 16,384 rows" in out.splitlines()[0]
-    assert out.splitlines()[-2].startswith("3,000 examples")
-    assert cli.main(["inspect", table]) == 0
-    assert description in capsys.readouterr().out
-    assert cli.main(["predict", str(clicks), "-t", table]) == 0
-    assert len(capsys.readouterr().out.split()) == 3000
-
-
 def test_training_again_says_what_to_do(clicks: Path, trained: Path, capsys: Any) -> None:
     capsys.readouterr()
     step = hashemb.info(trained).step

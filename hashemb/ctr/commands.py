@@ -81,6 +81,32 @@ DataFormat = Annotated[
     ),
 ]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of(*MODELS)),
+        metavar="NAME",
+        help=f"lr, fm, fwfm (field-weighted FM) or ffm (field-aware). {_default('model')}",
+    ),
+]
+Rank = Annotated[
+    int | None, typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]")
+]
+NumFields = Annotated[
+    int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
+]
+OptimizerName = Annotated[
+    str | None,
+    typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of("float32", "float16", "bfloat16")),
+        metavar="NAME",
+        help=f"float32, float16 or bfloat16. {_default('dtype')}",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -94,43 +120,21 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(
     files: Files,
     table: Table,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            parser=_parser(_one_of(*MODELS)),
-            metavar="NAME",
-            help=f"lr, fm, or fwfm, ffm: field-weighted, field-aware FM. {_default('model')}",
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]"),
-    ] = None,
-    num_fields: Annotated[
-        int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
-    ] = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    num_fields: NumFields = None,
     rows: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; may change later. [new model: adagrad 0.04]")] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
-    ] = None,
+    optimizer: OptimizerName = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
     initial_accumulator: Annotated[
         float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
     ] = None,
     init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
     num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=_parser(_one_of("float32", "float16", "bfloat16")),
-            metavar="NAME",
-            help=f"float32, float16 or bfloat16. {_default('dtype')}",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
     batch_size: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from hashemb.ctr._extras import require
 from hashemb.ctr.model_dir import Format
 from hashemb.ctr.negatives import Correction
-from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, parse_count
+from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, MODELS, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 
 if TYPE_CHECKING:
@@ -98,7 +98,20 @@ LabelDelay = Annotated[
 NewTable = Annotated[
     Path | None, typer.Option("--table", "-t", help="Directory of the model. [default: NAME.model, after the file]")
 ]
-Rank = Annotated[int | None, typer.Option(min=0, help=f"Latent factors; 0: logistic regression. {_default('rank')}")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        parser=parser(one_of(*MODELS)),
+        metavar="NAME",
+        help=f"lr, fm, fwfm (field-weighted FM) or ffm (field-aware). {_default('model')}",
+    ),
+]
+Rank = Annotated[
+    int | None, typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]")
+]
+NumFields = Annotated[
+    int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
+]
 Rows = Annotated[
     int | None, typer.Option(parser=COUNT, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
 ]

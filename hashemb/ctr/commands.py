@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +25,12 @@ from hashemb.ctr.arguments import (
     Label,
     LabelDelay,
     LearningRate,
+    ModelName,
     NegativeCorrection,
     NegativeRate,
     NewTable,
     Numeric,
+    NumFields,
     NumHashes,
     OptimizerName,
     Passes,
@@ -84,7 +87,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(
     files: Files,
     table: NewTable = None,
+    model: ModelName = None,
     rank: Rank = None,
+    num_fields: NumFields = None,
     rows: Rows = None,
     lr: LearningRate = None,
     optimizer: OptimizerName = None,
@@ -115,8 +120,9 @@ def train(
     A model that exists keeps the options it was made with. Ctrl-C finishes the batch and saves.
     """
     options = ModelOptions(
-        rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
-        optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
+        model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
+        init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
+        initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
     agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
@@ -127,9 +133,10 @@ def train(
     looked_at, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
     if not table.exists():  # leave no new model behind for a file that can't be read
         plan = look(looked_at, files, columns)
+        options = replace(options, num_fields=num_fields or len(looked_at.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
-    model, card = open_or_create(table, options)
-    with closing(model.table), training_lock(table):
+    learner, card = open_or_create(table, options)
+    with closing(learner.table), training_lock(table):
         if looked_at.schema:
             plan.settle(card, looked_at)
             for line in reading_text(card, plan):
@@ -137,12 +144,12 @@ def train(
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
-        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if model.table.step else None
+        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
         sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
         card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         trainer = Trainer(
-            table, model, card, files, passes=passes or card.passes, strict=strict, schedule=progress, label_delay=label_delay,
-            save_seconds=save_every, columns=columns, checkpoints=checkpoints)  # fmt: skip
+            table, learner, card, files, passes=passes or card.passes, strict=strict, schedule=progress,
+            label_delay=label_delay, save_seconds=save_every, columns=columns, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 

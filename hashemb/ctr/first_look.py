@@ -70,6 +70,7 @@ def look(card: ModelCard, files: Sequence[Path], columns: Columns) -> Plan:
                 examples += batch.num_examples
                 if examples > SMALL_EXAMPLES:
                     return Plan()
+            card.schema = dict(reader.schema)
     passes = min(MAX_PASSES, max(1, round(ENOUGH_EXAMPLES / max(1, examples))))
     return Plan(TABLE_BATCH, passes, examples)
 

@@ -221,7 +221,7 @@ def test_paths_are_checked_first(tmp_path: Path) -> None:
         open_reader([good, tmp_path / "nowhere.tsv"])
     with pytest.raises(ValueError, match="no paths given"):
         open_reader([])
-    with pytest.raises(ValueError, match="neither Criteo lines nor CSV with a header, nor libsvm, .* say which with format="):
+    with pytest.raises(ValueError, match=r"b: neither Criteo lines nor CSV with a header, nor libsvm, .* with format="):
         open_reader(write(tmp_path / "b", b"hello\nworld\n"))
 
 

@@ -118,9 +118,9 @@ STORAGE_MODULES = {
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
-MAY_ALSO_IMPORT = {"cli": {"ctr"}, "__main__": {"cli"}}
-#: Loaded by the command line once it has found these extras.
-EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}}
+MAY_ALSO_IMPORT = {"cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}}
+#: Loaded by the command line once it has found these extras; and what subclasses the classes of an extra.
+EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}, "sklearn._base": {"sklearn"}}
 
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else of `os` reaches for files.

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import hashemb
+from hashemb.ctr.models import FieldWeightedFM
 from hashemb.sklearn._base import HashedClassifier
+from hashemb.sklearn._layout import Layout
 
-__all__ = ["HashedFMClassifier", "HashedLogisticRegression"]
+__all__ = ["HashedFMClassifier", "HashedFwFMClassifier", "HashedLogisticRegression"]
 
 
 class HashedLogisticRegression(HashedClassifier):
@@ -235,3 +237,29 @@ random_state, table, warm_start, verbose
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         return 1 + int(self.rank), hashemb.Uniform(float(self.init_scale))
+
+
+class HashedFwFMClassifier(HashedFMClassifier):
+    """Factorisation machine with a weight, learned too, for each pair of columns; for tables, not for sparse matrices.
+
+    ``logit = bias + sum_i w_i + sum_{i<j} r_ij <v_i, v_j>``. Parameters and attributes are those of
+    `HashedFMClassifier`.
+
+    References
+    ----------
+    Pan et al.: Field-weighted Factorization Machines for Click-Through Rate Prediction in Display Advertising,
+    WWW 2018.
+
+    Examples
+    --------
+    >>> from hashemb.sklearn import HashedFwFMClassifier
+    >>> taste = {"user": ["ann", "ann", "bob", "bob"] * 50, "music": ["jazz", "punk", "jazz", "punk"] * 50}
+    >>> model = HashedFwFMClassifier(random_state=0, init_scale=0.1).fit(taste, [1, 0, 0, 1] * 50)
+    >>> model.score(taste, [1, 0, 0, 1] * 50)
+    1.0
+    """
+
+    _takes_sparse = False
+
+    def _model_on(self, table: hashemb.EmbeddingTable, layout: Layout) -> Any:
+        return FieldWeightedFM(table, num_fields=layout.num_keys or 0)

@@ -14,13 +14,13 @@ import numpy.typing as npt
 from scipy.special import expit
 
 import hashemb
-from hashemb.sklearn._card import EstimatorCard
-from hashemb.sklearn._training import Trained, Training, train
-from hashemb.sklearn._kept_table import KeptTable
-from hashemb.sklearn._layout import Examples, Layout
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.options import ModelOptions, build_optimizer
 from hashemb.errors import HashembError, MissingExtraError
+from hashemb.sklearn._card import EstimatorCard
+from hashemb.sklearn._kept_table import KeptTable
+from hashemb.sklearn._layout import Examples, Layout
+from hashemb.sklearn._training import Trained, Training, train
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -44,12 +44,15 @@ _PREDICTED_TOGETHER = 16384  # examples per look-up, which bounds the memory tha
 class HashedClassifier(ClassifierMixin, BaseEstimator):
     """What the classifiers share: everything but their parameters and their model."""
 
-    _model_type: ClassVar[Any] = FactorizationMachine
     _takes_sparse: ClassVar[bool] = True
 
     def _row(self) -> tuple[int, hashemb.Uniform | hashemb.Zeros]:
         """Length and initial value of the table's rows."""
         raise NotImplementedError
+
+    def _model_on(self, table: hashemb.EmbeddingTable, layout: Layout) -> Any:
+        """The model, one of `ctr.models`."""
+        return FactorizationMachine(table)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -100,10 +103,11 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         examples, labels, weights, card = self._read(X, y, None, sample_weight, going_on=going_on, drop=True)
         random = check_random_state(self.random_state)
         kept = self._kept if going_on else self._new_table(card, random)
-        result = train(self._model(kept, "r+"), kept, examples, labels, weights, training, random, beside=self._path())
-        if not going_on and self.table is not None:
+        model, path = self._model(kept, card.layout, "r+"), self._path()
+        result = train(model, kept, examples, labels, weights, training, random, beside=path)
+        if not going_on and path is not None:
             card.write(result.kept.path)
-            result.kept.publish(self._path())
+            result.kept.publish(path)
         return self._settle(card, result)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
@@ -144,7 +148,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
             kept = self._new_table(card, random)
         else:
             kept = self._table_at_path(card, random)
-        result = train(self._model(kept, "r+"), kept, examples, labels, weights, training, random)
+        result = train(self._model(kept, card.layout, "r+"), kept, examples, labels, weights, training, random)
         return self._settle(card, result)
 
     def _training(self, **changes: Any) -> Training:
@@ -162,6 +166,8 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         else:
             listed = {"categorical": self.categorical_features, "numeric": self.numeric_features}
             layout, examples = Layout.of(X, **listed)
+        if layout.kinds is None and not self._takes_sparse:
+            raise TypeError(f"{name} tells columns apart and does not take sparse matrices: give it a table or an array")
         _check_lengths(len(examples), len(targets), layout.num_columns)
         weights = _check_weights(sample_weight, len(targets))
         if drop and weights is not None and not weights.all():
@@ -197,12 +203,12 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
     def _path(self) -> str | None:
         return None if self.table is None else os.fspath(self.table)
 
-    def _model(self, kept: KeptTable, mode: Any) -> Any:
+    def _model(self, kept: KeptTable, layout: Layout, mode: Any) -> Any:
         """A model of its own for each call: a model's buffers are not for several threads, the table is."""
         table = kept.open(mode)
         if mode == "r+" and self.lr is not None and table.lr != self.lr:
             table.lr = float(self.lr)
-        return self._model_type(table)
+        return self._model_on(table, layout)
 
     def _options(self, seed: int = 0) -> dict[str, Any]:
         """Arguments of `hashemb.create`."""
@@ -325,7 +331,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         """Log-odds of ``classes_[1]``, shape (n,). Errors as for `predict_proba`."""
         check_is_fitted(self, "classes_")
         examples = self._layout.read(X, type(self).__name__)
-        model = self._model(self._kept, "r")
+        model = self._model(self._kept, self._layout, "r")
         logits = np.empty(len(examples))
         for start in range(0, len(examples), _PREDICTED_TOGETHER):
             rows = slice(start, start + _PREDICTED_TOGETHER)

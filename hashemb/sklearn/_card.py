@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.sklearn._columns import check_kinds
-from hashemb.sklearn._layout import Layout
 from hashemb.ctr.model_dir import MODEL_FILE, read_card
 from hashemb.errors import FormatError
+from hashemb.sklearn._columns import check_kinds
+from hashemb.sklearn._layout import Layout
 
 __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
 

@@ -1,7 +1,7 @@
-"""Any table in memory -> named Arrow columns -> a kind per column -> keys.
+"""Any table in memory -> named Arrow columns -> a kind per column -> keys and values.
 
 Whatever library holds a column, it goes through Arrow, so that the same values have the same keys; and through
-`fields.encode`, so that these are the keys that the readers give the same columns of a file.
+`fields.encode`, so that categories have the keys that the readers give the same columns of a file.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+import hashemb
 from hashemb.ctr._extras import require
 from hashemb.ctr.fields import Kind, encode
+from hashemb.sklearn._splines import between_knots
 
-__all__ = ["ColumnKind", "Columns", "encode_columns", "infer_kinds", "read_columns"]
+__all__ = ["ColumnKind", "Columns", "check_kinds", "encode_columns", "infer_kinds", "num_keys", "read_columns"]
 
-ColumnKind = Literal[Kind, "mixed"]
+ColumnKind = Literal[Kind, "number", "mixed"]
 
 _ALLOWED = "each value's type: argument must be a string or a number"
 
@@ -105,12 +107,13 @@ def infer_kinds(
     categorical : names or positions of columns, optional
         Columns of floats that are ids: integers that became floats for want of a null.
     numeric : names or positions of columns, optional
-        Columns of integers, booleans or dates that measure something; floats do anyway.
+        Columns of integers or booleans that measure something; floats do anyway.
 
     Returns
     -------
-    dict of str to {"string", "integer", "count", "float", "mixed"}
-        The kinds of `fields.encode`, and "mixed" for strings and integers side by side, each hashed as what it is.
+    dict of str to {"string", "integer", "number", "mixed"}
+        Strings and integers are kinds of `fields.encode`; numbers are put between knots (`_splines`); "mixed" are
+        strings and integers side by side, each hashed as what it is.
 
     Raises
     ------
@@ -122,7 +125,7 @@ def infer_kinds(
     Examples
     --------
     >>> infer_kinds(read_columns({"user": [7, 8], "price": [0.5, 2.0], "age": [33, 34]}), numeric=["age"])
-    {'user': 'integer', 'price': 'float', 'age': 'count'}
+    {'user': 'integer', 'price': 'number', 'age': 'number'}
     """
     ids, numbers = (_listed(columns, name, value) for name, value in
                     (("categorical_features", categorical), ("numeric_features", numeric)))  # fmt: skip
@@ -135,19 +138,25 @@ def infer_kinds(
     }
 
 
-def encode_columns(columns: Columns, kinds: Mapping[str, ColumnKind]) -> npt.NDArray[np.uint64]:
-    """Keys of a table.
+def encode_columns(
+    columns: Columns, kinds: Mapping[str, ColumnKind]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32] | None]:
+    """Keys of a table, and their values where it holds numbers.
 
     Parameters
     ----------
     columns : Columns
         As many as there are kinds, in the same order; names are those of `kinds`.
     kinds : mapping of str to kind
-        What `infer_kinds` said of the table that a model was fitted on.
+        What `infer_kinds` said of the table that a model was fitted on; or a schema of `hashemb train`, which has
+        "count" and "float" for numbers in buckets.
 
     Returns
     -------
-    ndarray of uint64, shape (num_rows, num_columns)
+    keys : ndarray of uint64, shape (num_rows, width)
+        `width` as `num_keys` has it: first a key of each column that holds no numbers, then two of each that does.
+    values : ndarray of float32, shape of keys, or None
+        None: all 1.
 
     Raises
     ------
@@ -159,23 +168,50 @@ def encode_columns(columns: Columns, kinds: Mapping[str, ColumnKind]) -> npt.NDA
     Examples
     --------
     >>> import hashemb
-    >>> columns = read_columns({"user": [7, None]})
-    >>> bool(encode_columns(columns, {"user": "integer"})[0, 0] == hashemb.hash_keys(7, field="user"))
-    True
+    >>> keys, values = encode_columns(read_columns({"user": [7, None], "price": [3.0, 8.0]}),
+    ...                               {"user": "integer", "price": "number"})
+    >>> bool(keys[0, 0] == hashemb.hash_keys(7, field="user")), values.tolist()
+    (True, [[1.0, 0.5, 0.5], [1.0, 1.0, 0.0]])
     """
     arrays = {
         name: _FITTING[kind](name, array) for (name, kind), array in zip(kinds.items(), columns.arrays, strict=True)
     }
-    schema: dict[str, Kind] = {name: "string" if kind == "mixed" else kind for name, kind in kinds.items()}
+    schema: dict[str, Kind] = {}
+    for name, kind in kinds.items():
+        if kind != "number":
+            schema[name] = "string" if kind == "mixed" else kind
+    numbers = [_between_knots(name, arrays[name]) for name, kind in kinds.items() if kind == "number"]
+    keys = [pair for pair, _ in numbers]
+    if schema:
+        keys.insert(0, _encode(arrays, schema))
+    if not numbers:
+        return keys[0], None
+    ones = np.ones((columns.num_rows, len(schema)), np.float32)
+    return np.concatenate(keys, axis=1), np.concatenate([ones, *(shares for _, shares in numbers)], axis=1)
+
+
+def num_keys(kinds: Mapping[str, ColumnKind]) -> int:
+    """Keys of an example."""
+    return sum(2 if kind == "number" else 1 for kind in kinds.values())
+
+
+def _encode(arrays: dict[str, Any], schema: dict[str, Kind]) -> npt.NDArray[np.uint64]:
     try:
         return encode(arrays, schema)
     except TypeError as error:
         raise TypeError(f"{error}; {_ALLOWED}") from error
 
 
+def _between_knots(name: str, array: Any) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+    numbers = array.cast(require("pyarrow").float64()).to_numpy(zero_copy_only=False)  # null becomes NaN
+    knots, shares = between_knots(numbers)
+    missing = np.repeat(np.isnan(numbers)[:, None], 2, axis=1)
+    return hashemb.hash_keys(np.ma.MaskedArray(knots, missing), field=name), shares
+
+
 def check_kinds(kinds: Any) -> dict[str, ColumnKind]:
     """A copy of what `infer_kinds` returned and JSON has held since; `ValueError` if it is nothing of the sort."""
-    known = (*get_args(Kind), "mixed")
+    known = (*get_args(Kind), "number", "mixed")
     if not isinstance(kinds, dict) or not kinds or not all(kind in known for kind in kinds.values()):
         raise ValueError(f"not a kind for each column, of {', '.join(known)}: {kinds!r}")
     return dict(kinds)
@@ -323,9 +359,9 @@ def _kind(name: str, array: Any, *, is_id: bool, is_number: bool) -> ColumnKind:
     base = _base_kind(array)
     if is_number and base in ("string", "mixed"):
         raise TypeError(f"column {name!r} is in numeric_features and holds {_described(array)}: convert it first")
-    if is_number and base == "integer":
-        return "count"
-    return "integer" if is_id and base == "float" else base
+    if is_number or (base == "number" and not is_id):
+        return "number"
+    return "integer" if is_id and base == "number" else base
 
 
 def _base_kind(array: Any) -> ColumnKind:
@@ -336,7 +372,7 @@ def _base_kind(array: Any) -> ColumnKind:
     if types.is_null(type_):
         return "mixed"
     if types.is_floating(type_):
-        return "float"
+        return "number"
     return "integer" if types.is_integer(type_) or types.is_boolean(type_) else "string"
 
 
@@ -354,12 +390,12 @@ def _must_be(kinds: tuple[str, ...], what: str) -> Callable[[str, Any], Any]:
 
 
 _strings = _must_be(("string",), "strings")
-_integers = _must_be(("integer", "float"), "integers")
-_numbers = _must_be(("integer", "float"), "numbers")
+_integers = _must_be(("integer", "number"), "integers")
+_numbers = _must_be(("integer", "number"), "numbers")
 
 
 def _as_it_is(name: str, array: Any) -> Any:
-    if not isinstance(array, list) and _base_kind(array) == "float":
+    if not isinstance(array, list) and _base_kind(array) == "number":
         raise TypeError(f"column {name!r} held integers, strings or nothing when the model was fitted, now floats")
     return array
 
@@ -367,7 +403,7 @@ def _as_it_is(name: str, array: Any) -> Any:
 def _whole_numbers(name: str, array: Any) -> Any:
     """Ids, also those that became floats for want of a null."""
     array = _integers(name, array)
-    if _base_kind(array) != "float":
+    if _base_kind(array) != "number":
         return array
     values = array.to_numpy(zero_copy_only=False)
     missing = np.isnan(values)
@@ -399,5 +435,6 @@ _FITTING: dict[ColumnKind, Callable[[str, Any], Any]] = {
     "integer": _whole_numbers,
     "count": _counts,
     "float": _decoded,
+    "number": _decoded,
     "mixed": _as_it_is,
 }

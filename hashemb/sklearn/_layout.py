@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from hashemb.sklearn._columns import ColumnKind, Columns, encode_columns, infer_kinds, read_columns
+from hashemb.sklearn._columns import ColumnKind, Columns, encode_columns, infer_kinds, num_keys, read_columns
 
 __all__ = ["Examples", "Layout"]
 
@@ -26,24 +26,28 @@ class Examples:
 
     Parameters
     ----------
-    keys : ndarray of uint64, shape (n, num_columns), or scipy.sparse CSR matrix
+    keys : ndarray of uint64, shape (n, num_keys), or scipy.sparse CSR matrix
+        Of a matrix the column indices are keys, the data values.
+    values : ndarray of float32, shape of keys, optional
+        Default: all 1.
     """
 
-    def __init__(self, keys: Any) -> None:
+    def __init__(self, keys: Any, values: npt.NDArray[np.float32] | None = None) -> None:
         self._keys = keys
+        self._values = values
 
     def __len__(self) -> int:
         return int(self._keys.shape[0])
 
     def take(self, rows: npt.NDArray[np.int64]) -> Examples:
         """These rows alone, copied."""
-        return Examples(self._keys[rows])
+        return Examples(self._keys[rows], None if self._values is None else self._values[rows])
 
     def batch(self, rows: slice | npt.NDArray[np.int64]) -> dict[str, Any]:
         """The rows as arguments of a model's `learn` and `predict_logits`."""
         part = self._keys[rows]
         if not sparse.issparse(part):
-            return {"keys": part}
+            return {"keys": part} if self._values is None else {"keys": part, "values": self._values[rows]}
         return {
             "keys": part.indices.astype(np.uint64),
             "offsets": part.indptr.astype(np.int64),
@@ -68,6 +72,11 @@ class Layout:
     kinds: dict[str, ColumnKind] | None = None
     named: bool = False
 
+    @property
+    def num_keys(self) -> int | None:
+        """Keys of each example; None where they differ."""
+        return None if self.kinds is None else num_keys(self.kinds)
+
     @classmethod
     def of(
         cls, table: Any, *, categorical: Collection[Any] | None = None, numeric: Collection[Any] | None = None
@@ -80,7 +89,7 @@ class Layout:
             return layout, layout._sparse(table)
         columns = read_columns(table)
         kinds = infer_kinds(columns, categorical=categorical, numeric=numeric)
-        return cls(len(kinds), kinds, columns.named), Examples(encode_columns(columns, kinds))
+        return cls(len(kinds), kinds, columns.named), Examples(*encode_columns(columns, kinds))
 
     def read(self, table: Any, owner: str) -> Examples:
         """Examples of later data. `owner` is the estimator's name, for messages.
@@ -101,7 +110,7 @@ class Layout:
         columns = read_columns(table)
         self._check_names(columns, owner)
         self._check_count(len(columns.arrays), owner)
-        return Examples(encode_columns(columns, self.kinds))
+        return Examples(*encode_columns(columns, self.kinds))
 
     def _sparse(self, matrix: Any) -> Examples:
         if matrix.dtype.kind == "c":

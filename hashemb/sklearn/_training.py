@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr.models import logistic_loss
 from hashemb.sklearn._kept_table import KeptTable
 from hashemb.sklearn._layout import Examples
-from hashemb.ctr.models import logistic_loss
 
 __all__ = ["Trained", "Training", "train"]
 

@@ -22,18 +22,19 @@ class HashedLogisticRegression(HashedClassifier):
     ----------
     rows : int, default=2**20
         Of the table. Values that hash to one row share a weight: `table_.stats()` says how many do.
-    max_iter : int, default=10
+    max_iter : int, default=20
         Passes over the data in `fit`; the largest number of them with `early_stopping`.
     batch_size : int, default=32
         Examples per update.
     lr : float, optional
-        Learning rate. Default: 0.3 with Adagrad. Of a table that exists already: the one it has.
+        Learning rate. Default: 0.05 with Adagrad, else as `hashemb train`; of a table that exists already, the one
+        that it has.
     weight_decay : float, default=0.0
         Each update multiplies all weights by ``1 - lr * weight_decay``, exactly, at no cost for those not in the
         batch.
     optimizer : {"adagrad", "rowwise-adagrad", "sgd", "ftrl"}, default="adagrad"
     initial_accumulator : float, optional
-        What Adagrad's sums of squares start at; the larger, the smaller the first steps. Default: 1.
+        What Adagrad's sums of squares start at; the larger, the smaller the first steps. Default: 1 with Adagrad.
     num_hashes : int, default=1
         Rows per value; a value's weight is their sum.
     dtype : {"float32", "float16", "bfloat16"}, default="float32"
@@ -42,10 +43,10 @@ class HashedLogisticRegression(HashedClassifier):
         Columns whose type says the wrong thing; see below.
     shuffle : bool, default=True
         Whether `fit` takes the examples in another random order in each pass.
-    early_stopping : bool, default=False
+    early_stopping : bool or "auto", default="auto"
         Hold out `validation_fraction` of the examples (of each class; without `shuffle` the last ones), stop when
         their log loss has not fallen by more than `tol` in `n_iter_no_change` passes, and keep the weights of the
-        best pass.
+        best pass. "auto": from 10,000 examples on.
     validation_fraction : float, default=0.1
     n_iter_no_change : int, default=2
     tol : float, default=1e-4
@@ -75,18 +76,18 @@ class HashedLogisticRegression(HashedClassifier):
     Notes
     -----
     **X** is a pandas or polars DataFrame, an Arrow table, a mapping of columns, a matrix or a list of rows. A column
-    is, by its type: of ids (integers, booleans, dates and times: every value has a weight), of categories (strings,
-    bytes, categoricals), or of measured numbers (floats, decimals: every bucket 6 to 12 % wide has one,
-    `ctr.fields.bucketize_floats`). `numeric_features` are integers to put into buckets
-    (`ctr.fields.bucketize_counts`), `categorical_features` floats that are ids. A missing value is a value. Columns of a
-    matrix are named x0, x1, …; the same values under the same name have the same weights whatever holds them.
-    Types are taken from the first data; a column that later holds another kind is an error.
+    is one of categories (strings, bytes, categoricals), of ids (integers, booleans, dates and times) or of measured
+    numbers (floats, decimals), by its type. Each category and id has a weight; so has each power of two, and a number's
+    weight is interpolated between the two that it lies between. `numeric_features` are integers that measure something,
+    `categorical_features` floats that are ids. A missing value is a value, and has a weight. Columns without names are
+    called x0, x1, …; the same values under the same name have the same keys whatever holds them. What a column holds
+    is taken from the first data; another kind of values later is an error.
 
     **Sparse X**: column indices are keys and data are values; the logit is ``bias + sum_i w_i x_i``.
 
-    **Processes and threads**: a table at a path is shared. `from_table` attaches to it, read-only until it learns;
-    a pickle refers to the path, and predicts what the table holds by then. A pickle of an estimator without a path holds the
-    table's contents. Predictions may be made from any number of threads, beside one that learns.
+    **Processes and threads**: a table at a path is shared. `from_table` attaches to it, read-only until it learns; a
+    pickle refers to the path, and predicts what the table holds by then. A pickle of an estimator without a path
+    holds the table's contents. Predictions may be made from any number of threads, also beside one that learns.
 
     Two classes only. Losses are summed over a batch, not averaged.
 
@@ -104,7 +105,7 @@ class HashedLogisticRegression(HashedClassifier):
         self,
         *,
         rows: int = 2**20,
-        max_iter: int = 10,
+        max_iter: int = 20,
         batch_size: int = 32,
         lr: float | None = None,
         weight_decay: float = 0.0,
@@ -115,7 +116,7 @@ class HashedLogisticRegression(HashedClassifier):
         categorical_features: Any = None,
         numeric_features: Any = None,
         shuffle: bool = True,
-        early_stopping: bool = False,
+        early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 2,
         tol: float = 1e-4,
@@ -168,7 +169,7 @@ random_state, table, warm_start, verbose
 
     Notes
     -----
-    It learns from few examples by heart: `early_stopping` finds when to end.
+    It learns by heart in a few passes where values are many and examples few: `early_stopping` finds when to end.
 
     References
     ----------
@@ -188,7 +189,7 @@ random_state, table, warm_start, verbose
         rank: int = 8,
         init_scale: float = 0.01,
         rows: int = 2**20,
-        max_iter: int = 10,
+        max_iter: int = 20,
         batch_size: int = 32,
         lr: float | None = None,
         weight_decay: float = 0.0,
@@ -199,7 +200,7 @@ random_state, table, warm_start, verbose
         categorical_features: Any = None,
         numeric_features: Any = None,
         shuffle: bool = True,
-        early_stopping: bool = False,
+        early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 2,
         tol: float = 1e-4,

@@ -38,6 +38,9 @@ __all__ = ["HashedClassifier"]
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
+#: Larger steps than for streams of clicks (`options.DEFAULT_RATES`), smaller than small data alone would have:
+#: docs/sklearn.md has the measurements.
+_ADAGRAD = {"lr": 0.05, "initial_accumulator": 1.0}
 _PREDICTED_TOGETHER = 16384  # examples per look-up, which bounds the memory that a prediction takes
 
 
@@ -167,7 +170,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
             listed = {"categorical": self.categorical_features, "numeric": self.numeric_features}
             layout, examples = Layout.of(X, **listed)
         if layout.kinds is None and not self._takes_sparse:
-            raise TypeError(f"{name} tells columns apart and does not take sparse matrices: give it a table or an array")
+            raise TypeError(f"{name} tells columns apart: it takes tables and arrays, no sparse matrices")
         _check_lengths(len(examples), len(targets), layout.num_columns)
         weights = _check_weights(sample_weight, len(targets))
         if drop and weights is not None and not weights.all():
@@ -213,8 +216,9 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
     def _options(self, seed: int = 0) -> dict[str, Any]:
         """Arguments of `hashemb.create`."""
         dim, init = self._row()
+        defaults = _ADAGRAD if self.optimizer == "adagrad" else {}
         rates = {
-            name: None if (value := getattr(self, name)) is None else float(value)
+            name: defaults.get(name) if (value := getattr(self, name)) is None else float(value)
             for name in ("lr", "weight_decay", "initial_accumulator")
         }
         return {

@@ -87,9 +87,7 @@ def read_columns(table: Any) -> Columns:
         raise ValueError(f"Found array with 0 feature(s) (shape=({rows}, 0)) while a minimum of 1 is required.")
     for name, array in zip(columns.names, columns.arrays, strict=True):
         if len(array) != columns.num_rows:
-            raise ValueError(
-                f"column {name!r} has {len(array)} values but {columns.names[0]!r} has {columns.num_rows}"
-            )
+            raise ValueError(f"column {name!r} has {len(array)} values but {columns.names[0]!r} has {columns.num_rows}")
     return columns
 
 

@@ -1,6 +1,7 @@
 """What the columns of a fitted estimator's input stand for, and inputs turned into batches of keys.
 
-A layout is fixed by the first data and kept with the model: later data must have the same columns, and get the same keys.
+A layout is fixed by the first data and kept with the model: later data must have the same columns, and the same values
+get the same keys.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 _SCORED_TOGETHER = 16384
+_MANY = 10_000  # examples from which "auto" stops early, as in scikit-learn's gradient boosting
 _LEAST_PROBABILITY = 2.0**-52
 
 
@@ -31,7 +32,7 @@ class Training:
     max_iter: int
     batch_size: int
     shuffle: bool
-    early_stopping: bool
+    early_stopping: bool | Literal["auto"]
     validation_fraction: float
     n_iter_no_change: int
     tol: float
@@ -45,6 +46,8 @@ class Training:
                 raise TypeError(f"{parameter} must be an int, got {type(value).__name__} {value!r}")
             if value < 1:
                 raise ValueError(f"{parameter} must be at least 1, got {value}")
+        if self.early_stopping not in (True, False, "auto"):
+            raise ValueError(f'early_stopping must be True, False or "auto", got {self.early_stopping!r}')
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         if not self.tol >= 0.0:
@@ -130,7 +133,8 @@ def train(
 def _split(labels: Float32Array, training: Training, random: np.random.RandomState) -> tuple[Indices, Indices]:
     """Examples to learn and to hold out: a random part of each class, or, not to be shuffled, the last ones."""
     rows = np.arange(len(labels))
-    if not training.early_stopping:
+    early_stopping = len(rows) >= _MANY if training.early_stopping == "auto" else training.early_stopping
+    if not early_stopping:
         return rows, rows[:0]
     fraction = training.validation_fraction
     if training.shuffle:
@@ -173,9 +177,7 @@ def _learn(
     return _mean(-np.log(np.maximum(given, _LEAST_PROBABILITY)), weights, order)
 
 
-def _loss(
-    model: Any, examples: Examples, labels: Float32Array, weights: Float32Array | None, rows: Indices
-) -> float:
+def _loss(model: Any, examples: Examples, labels: Float32Array, weights: Float32Array | None, rows: Indices) -> float:
     parts = [rows[start : start + _SCORED_TOGETHER] for start in range(0, len(rows), _SCORED_TOGETHER)]
     logits = np.concatenate([model.predict_logits(**examples.batch(part)) for part in parts])
     return _mean(logistic_loss(logits, labels[rows]), weights, rows)

@@ -121,7 +121,7 @@ PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
 #: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {"cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics"}}
 #: Loaded by the command line once it has found these extras; and what derives from the classes of an extra.
-EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}, "sklearn._base": {"sklearn"}}
+EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}, "sklearn._base": {"sklearn"}, "sklearn._checks": {"sklearn"}}
 
 CYTHON_MODULES = {"_core", "ctr._maths"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}

@@ -7,6 +7,7 @@ How columns become keys is in `_columns`, what they are to a fitted model in `_l
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,9 +25,10 @@ from hashemb.sklearn._training import Trained, Training, train
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.utils import assert_all_finite, check_random_state, column_or_1d
-    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted
+
+    from hashemb.sklearn._checks import as_labels, check_classes, check_lengths, check_targets, check_weights
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "ctr") from error
 
@@ -163,7 +165,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
     ) -> tuple[Examples, Float32Array, Float32Array | None, EstimatorCard]:
         """All that a call was given, checked and encoded. With `drop`, without the examples of weight 0."""
         name = type(self).__name__
-        targets = _check_targets(y, name)
+        targets = check_targets(y, name)
         if going_on:
             layout, examples = self._layout, self._layout.read(X, name)
         else:
@@ -171,13 +173,13 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
             layout, examples = Layout.of(X, **listed)
         if layout.kinds is None and not self._takes_sparse:
             raise TypeError(f"{name} tells columns apart: it takes tables and arrays, no sparse matrices")
-        _check_lengths(len(examples), len(targets), layout.num_columns)
-        weights = _check_weights(sample_weight, len(targets))
+        check_lengths(len(examples), len(targets), layout.num_columns)
+        weights = check_weights(sample_weight, len(targets))
         if drop and weights is not None and not weights.all():
             rows = np.flatnonzero(weights)
             examples, targets, weights = examples.take(rows), targets[rows], weights[rows]
-        known = _check_classes(targets, self.classes_ if going_on else None, classes)
-        return examples, _as_labels(targets, known), weights, EstimatorCard(name, known, layout)
+        known = check_classes(targets, self.classes_ if going_on else None, classes)
+        return examples, as_labels(targets, known), weights, EstimatorCard(name, known, layout)
 
     def _settle(self, card: EstimatorCard, result: Trained) -> Self:
         """Take what was learned: up to here the estimator is as it was before the call."""
@@ -217,7 +219,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         """Arguments of `hashemb.create`."""
         dim, init = self._row()
         defaults = _ADAGRAD if self.optimizer == "adagrad" else {}
-        rates = {
+        rates: dict[str, Any] = {
             name: defaults.get(name) if (value := getattr(self, name)) is None else float(value)
             for name in ("lr", "weight_decay", "initial_accumulator")
         }
@@ -257,8 +259,8 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
             return True
         if path is None or not os.path.lexists(path):
             return False
+        self._check_agreement(hashemb.info(path))
         self._attach_to(path)
-        self._check_agreement()
         return True
 
     def _attach_to(self, path: str) -> None:
@@ -269,20 +271,19 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         self._know(card)
         self._kept = KeptTable(path)
 
-    def _check_agreement(self) -> None:
-        """The table at the path against the parameters; `lr` may differ, and the table's seed is its own."""
-        table = self._kept.open()
+    def _check_agreement(self, info: hashemb.TableInfo) -> None:
+        """The table at the path against the parameters; its rate is changed later, its seed is its own."""
         wanted = self._options()
-        for name in ("num_embeddings", "embedding_dim", "num_hashes", "dtype", "init"):
-            if getattr(table, name) != wanted[name]:
+        for name in ("num_embeddings", "embedding_dim", "num_hashes", "dtype", "init", "optimizer"):
+            made, asked = getattr(info, name), wanted[name]
+            if name == "optimizer" and type(made) is type(asked):
+                rate = "alpha" if isinstance(made, hashemb.FTRL) else "lr"
+                asked = replace(asked, **{rate: getattr(made, rate)})
+            if made != asked:
                 raise ValueError(
-                    f"{table.path} was made with {name} {getattr(table, name)}, not {wanted[name]}: "
-                    f"{type(self).__name__}.from_table takes the table's parameters"
+                    f"{info.path} was made with {name} {made}, not {asked}: {type(self).__name__}.from_table takes "
+                    "the table's parameters"
                 )
-        made = (table.optimizer.kind, table.optimizer.weight_decay)
-        asked = (wanted["optimizer"].kind, wanted["optimizer"].weight_decay)
-        if made != asked:
-            raise ValueError(f"{table.path} was made with optimizer and weight decay {made}, not {asked}")
 
     @classmethod
     def from_table(cls, path: str | os.PathLike[str], **params: Any) -> Self:
@@ -389,63 +390,3 @@ def _params_of(info: hashemb.TableInfo, params: dict[str, Any]) -> dict[str, Any
         "init_scale": getattr(info.init, "scale", None),
     }
     return {name: value for name, value in found.items() if name in params}
-
-
-def _check_targets(y: Any, name: str) -> Array:
-    if y is None:
-        raise ValueError(f"This {name} estimator requires y to be passed, but the target y is None.")
-    targets: Array = column_or_1d(y, warn=True)
-    if targets.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported: y holds {targets.dtype} values")
-    assert_all_finite(targets, input_name="y")
-    check_classification_targets(targets)
-    return targets
-
-
-def _check_lengths(num_examples: int, num_targets: int, num_columns: int) -> None:
-    if num_examples == 0:
-        raise ValueError(f"Found array with 0 sample(s) (shape=(0, {num_columns})) while a minimum of 1 is required.")
-    if num_examples != num_targets:
-        raise ValueError(f"X has {num_examples} samples but y has {num_targets}: they must be of one length")
-
-
-def _check_weights(sample_weight: Any, n: int) -> Float32Array | None:
-    if sample_weight is None:
-        return None
-    weights = np.asarray(sample_weight, np.float32)
-    if weights.shape != (n,):
-        raise ValueError(f"sample_weight must have shape ({n},), one per sample, got {weights.shape}")
-    usable = np.isfinite(weights) & (weights >= 0.0)
-    if not usable.all():
-        first = int(np.argmin(usable))
-        raise ValueError(f"sample_weight must be finite and >= 0, got {weights[first]} at index {first}")
-    if n and not weights.any():
-        raise ValueError(f"all {n} values of sample_weight are zero: nothing to learn")
-    return weights
-
-
-def _check_classes(targets: Array, fitted: Array | None, declared: Any) -> Array:
-    """The two labels: those that the model knows, else those that are declared, else those in the data."""
-    classes = np.unique(targets if declared is None else column_or_1d(declared))
-    if fitted is not None:
-        if declared is not None and not np.array_equal(classes, fitted):
-            raise ValueError(f"classes={classes.tolist()} differ from those of the first call, {fitted.tolist()}")
-        classes = fitted
-    elif len(classes) == 1:
-        raise ValueError(
-            f"The data contains only one class, {classes.tolist()[0]!r}, and a classifier needs two: in partial_fit, "
-            "name both with classes="
-        )
-    elif len(classes) > 2:
-        raise ValueError(
-            "Only binary classification is supported. The type of the target is multiclass: it has "
-            f"{len(classes)} classes"
-        )
-    unknown = np.setdiff1d(targets, classes)
-    if len(unknown):
-        raise ValueError(f"y holds the label {unknown.tolist()[0]!r}, the classes are {classes.tolist()}")
-    return classes
-
-
-def _as_labels(targets: Array, classes: Array) -> Float32Array:
-    return (targets == classes[1]).astype(np.float32)

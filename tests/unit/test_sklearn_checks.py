@@ -19,7 +19,11 @@ if "expected_failed_checks" not in inspect.signature(parametrize_with_checks).pa
     pytest.skip("scikit-learn before 1.6 has other checks", allow_module_level=True)
 
 SMALL = {"rows": 4096}
-ESTIMATORS = [HashedLogisticRegression(**SMALL), HashedFMClassifier(rank=4, **SMALL), HashedFwFMClassifier(rank=4, **SMALL)]
+ESTIMATORS = [
+    HashedLogisticRegression(**SMALL),
+    HashedFMClassifier(rank=4, **SMALL),
+    HashedFwFMClassifier(rank=4, **SMALL),
+]
 
 FLOAT32 = "a weight of 3 and three copies differ in the last bits of float32 sums; test_sklearn.py has it to 1e-4"
 

@@ -20,6 +20,7 @@ __all__ = ["KeptTable", "table_options"]
 
 _CREATE_OPTIONS = ("num_embeddings", "embedding_dim", "dtype", "optimizer", "init", "num_hashes", "seed")
 _TABLE_NAME = "table.emb"
+_CHECKPOINT_NAME = "checkpoint.delta"
 
 
 def table_options(table: hashemb.EmbeddingTable | hashemb.TableInfo) -> dict[str, Any]:
@@ -100,21 +101,33 @@ class KeptTable:
         if finalizer is not None:
             finalizer()
 
-    def save(self, path: str) -> None:
-        """Write all that the table holds, optimiser state too, to one new file."""
-        self.open("r+").export_delta(None, path, state=True)
+    def checkpoint(self) -> None:
+        """Remember what the table holds now, if it is private; one that others may have open can't be set back."""
+        if self._owned is None:
+            return
+        path = os.path.join(self._owned, _CHECKPOINT_NAME)
+        if os.path.exists(path):
+            os.unlink(path)
+        self._save(path)
 
-    def restored(self, path: str, *, beside: str | None = None) -> KeptTable:
-        """A private table with what `save` wrote to `path`."""
+    def at_checkpoint(self, *, beside: str | None = None) -> KeptTable:
+        """A private table with what this one held at its last checkpoint; this one, if it has none."""
+        path = os.path.join(self._owned or "", _CHECKPOINT_NAME)
+        if self._owned is None or not os.path.exists(path):
+            return self
         kept = KeptTable.create(table_options(self.open()), beside=beside)
         hashemb.apply_delta(kept.open("r+"), path)
         return kept
+
+    def _save(self, path: str) -> None:
+        """Write all that the table holds, optimiser state too, to one new file."""
+        self.open("r+").export_delta(None, path, state=True)
 
     def pack(self) -> dict[str, Any]:
         """The table as a value: compressed, in memory, in time and space linear in the blocks ever written."""
         with tempfile.TemporaryDirectory(prefix="hashemb-") as place:
             path = os.path.join(place, "all.delta")
-            self.save(path)
+            self._save(path)
             with open(path, "rb") as file:
                 content = zlib.compress(file.read(), 1)
         return {"options": table_options(self.open()), "content": content}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,28 +103,23 @@ def train(
     have open can't be set back, and keeps those of the last pass.
     """
     learned, held_out = _split(labels, training, random)
-    result = Trained(kept)
-    best, since_best = np.inf, 0
-    with tempfile.TemporaryDirectory(prefix="hashemb-") as place:
-        saved = os.path.join(place, "best.delta")
-        for iteration in range(1, training.max_iter + 1):
-            began = time.perf_counter()
-            order = random.permutation(learned) if training.shuffle else learned
-            result.losses.append(_learn(model, examples, labels, weights, order, training.batch_size))
-            if len(held_out):
-                result.validation_losses.append(_loss(model, examples, labels, weights, held_out))
-            _report(training, iteration, len(learned), result, time.perf_counter() - began)
-            if not len(held_out) or result.validation_losses[-1] < best - training.tol:
-                result.best_iteration, since_best = iteration, 0
-                if len(held_out):
-                    best = result.validation_losses[-1]
-                    _save(kept, saved)
-                continue
-            since_best += 1
-            if since_best == training.n_iter_no_change:
-                break
-        if os.path.exists(saved) and result.best_iteration < len(result.losses):
-            result.kept = kept.restored(saved, beside=beside)
+    result, best = Trained(kept), np.inf
+    for iteration in range(1, training.max_iter + 1):
+        began = time.perf_counter()
+        order = random.permutation(learned) if training.shuffle else learned
+        result.losses.append(_learn(model, examples, labels, weights, order, training.batch_size))
+        if len(held_out):
+            result.validation_losses.append(_loss(model, examples, labels, weights, held_out))
+        _report(training, iteration, len(learned), result, time.perf_counter() - began)
+        if not len(held_out):
+            result.best_iteration = iteration
+        elif result.validation_losses[-1] < best - training.tol:
+            result.best_iteration, best = iteration, result.validation_losses[-1]
+            kept.checkpoint()
+        elif iteration - result.best_iteration == training.n_iter_no_change:
+            break
+    if result.best_iteration < len(result.losses):
+        result.kept = kept.at_checkpoint(beside=beside)
     return result
 
 
@@ -148,13 +141,6 @@ def _split(labels: Float32Array, training: Training, random: np.random.RandomSta
             f"{len(rows) - len(held_out)} to learn: give more data, or early_stopping=False"
         )
     return np.setdiff1d(rows, held_out), np.sort(held_out)
-
-
-def _save(kept: KeptTable, path: str) -> None:
-    if kept.is_private:
-        if os.path.exists(path):
-            os.unlink(path)
-        kept.save(path)
 
 
 def _learn(

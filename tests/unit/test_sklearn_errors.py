@@ -59,7 +59,7 @@ BAD_DATA: list[tuple[Any, Any, type[Exception], str]] = [
     ([0, 1, 0, 1], [0, 1, np.inf, 1], ValueError, "got inf at index 2"),
     ([0, 1, 0, 1], [0, 0, 0, 0], ValueError, "all 4 values of sample_weight are zero"),
     ([0, 1, 0, 1], [0, 1, 0, 1], ValueError, "contains only one class"),
-    (np.array(["2024", "2025"] * 2, "M8[Y]").astype(object), None, TypeError, "cannot be written to estimator.json"),
+    (np.array(["2024-01-01", "2025-01-01"] * 2, "M8[D]"), None, TypeError, "cannot be written to estimator.json"),
 ]
 
 

@@ -136,7 +136,8 @@ def _check_values(values: Any, shape: tuple[int, ...]) -> Float32Array:
     finite = np.isfinite(x)
     if not finite.all():
         first = int(np.argmin(finite))
-        raise ValueError(f"values must be finite, got {x[first]} at index {np.unravel_index(first, shape)}")
+        index = tuple(map(int, np.unravel_index(first, shape)))
+        raise ValueError(f"values must be finite, got {x[first]} at index {index}")
     return x
 
 

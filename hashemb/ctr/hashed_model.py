@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ _CHUNK_BYTES = 1 << 20  # of vectors between look-up and maths: half of a common
 _LINE_BYTES = 64
 
 
-class HashedModel(ABC):
+class HashedModel:
     """What the models have in common: examples in, probabilities out, gradients to the table.
 
     An example is a set of keys, each with a field and a value x. It comes in one of two forms:
@@ -72,11 +71,6 @@ class HashedModel(ABC):
     def __repr__(self) -> str:
         fields = "" if self.num_fields is None else f"num_fields={self.num_fields}, "
         return f"{type(self).__name__}({fields}rank={self.rank}, table={self.table!r})"
-
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """The model in a few words, for people."""
 
     def _reserved(self) -> npt.NDArray[np.uint64]:
         """The reserved keys, that of the bias first."""

@@ -99,10 +99,6 @@ class FactorizationMachine(HashedModel):
             )
         super().__init__(table)
 
-    @property
-    def description(self) -> str:
-        return f"factorization machine of rank {self.rank}" if self.rank else "logistic regression"
-
 
 class FieldWeightedFM(HashedModel):
     """Factorisation machine in which each pair of fields has a weight of its own.
@@ -154,10 +150,6 @@ class FieldWeightedFM(HashedModel):
         f = np.arange(num_fields)
         high, low = np.maximum(f[:, None], f), np.minimum(f[:, None], f)
         self._pair_of = high * (high + 1) // 2 + low
-
-    @property
-    def description(self) -> str:
-        return f"field-weighted factorization machine of rank {self.rank} over {self.num_fields} fields"
 
     def pair_weights(self) -> Float32Array:
         """The weights r of pairs of fields as they are in the table now, float32 (num_fields, num_fields)."""
@@ -231,10 +223,6 @@ class FieldAwareFM(HashedModel):
                 f"{table.embedding_dim}"
             )
         super().__init__(table)
-
-    @property
-    def description(self) -> str:
-        return f"field-aware factorization machine of rank {self.rank} over {self.num_fields} fields"
 
 
 def _check_num_fields(num_fields: int) -> int:

@@ -264,10 +264,10 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         return True
 
     def _attach_to(self, path: str) -> None:
-        info, card = hashemb.info(path), EstimatorCard.read(path)
-        made_by = card.estimator or ("HashedLogisticRegression" if info.embedding_dim == 1 else "HashedFMClassifier")
-        if made_by != type(self).__name__:
-            raise HashembError(f"{path} holds a {made_by}, not a {type(self).__name__}")
+        hashemb.info(path)  # no table at all: the usual errors
+        card = EstimatorCard.read(path)
+        if card.estimator != type(self).__name__:
+            raise HashembError(f"{path} holds a {card.estimator}, not a {type(self).__name__}")
         self._know(card)
         self._kept = KeptTable(path)
 

@@ -24,6 +24,12 @@ __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
 
 ESTIMATOR_FILE = "estimator.json"
 _FORMAT = 1
+#: By kind of model and whether it has factors.
+_ESTIMATORS = {
+    ("factorization_machine", False): "HashedLogisticRegression",
+    ("factorization_machine", True): "HashedFMClassifier",
+    ("field_weighted_fm", True): "HashedFwFMClassifier",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class EstimatorCard:
     Attributes
     ----------
     estimator : str
-        Name of the class; empty where `hashemb train` made the table.
+        Name of the class; of a model that `hashemb train` made and no class is for, what it is.
     classes : ndarray, shape (2,)
         Labels, sorted; the second is the one whose probability the model gives.
     layout : Layout
@@ -113,4 +119,5 @@ class EstimatorCard:
             ) from None
         if not card.schema:
             raise FormatError(f"{os.fspath(directory)}: {MODEL_FILE} names no fields yet: the model has seen no data")
-        return cls("", np.array([0, 1]), Layout(len(card.schema), check_kinds(dict(card.schema)), named=True))
+        estimator = _ESTIMATORS.get((card.kind, card.rank > 0), card.description)
+        return cls(estimator, np.array([0, 1]), Layout(len(card.schema), check_kinds(dict(card.schema)), named=True))

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ pytest.importorskip("pyarrow")
 from sklearn.exceptions import NotFittedError
 
 import hashemb
+from hashemb.ctr.model_dir import load_model
+from hashemb.ctr.options import ModelOptions, open_or_create
+from hashemb.ctr.progressive import EveryN
+from hashemb.ctr.readers import open_reader
+from hashemb.ctr.trainer import Trainer
 from hashemb.errors import FormatError, HashembError, ReadOnlyTableError
 from hashemb.sklearn import HashedFMClassifier, HashedFwFMClassifier, HashedLogisticRegression
 
@@ -150,6 +156,36 @@ def test_a_table_is_not_taken_for_what_it_is_not(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             HashedFMClassifier.from_table(path)
         card.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "kind"), [("lr", 0, HashedLogisticRegression), ("fwfm", 3, HashedFwFMClassifier)]
+)
+def test_a_trained_model_of_the_command_line_is_an_estimator(
+    model: str, rank: int, kind: type[Estimator], tmp_path: Path
+) -> None:
+    table, y = clicks(300)
+    lines = [f"{int(label)},{user},{site},{price!r}" for label, user, site, price in
+             zip(y, table["user"], table["site"], table["price"].tolist(), strict=True)]  # fmt: skip
+    (tmp_path / "data.csv").write_text("\n".join(["click,user,site,price", *lines]) + "\n")
+    train_file(tmp_path / "m.emb", tmp_path / "data.csv", model, rank)
+    with open_reader(tmp_path / "data.csv", batch_size=300) as reader:
+        keys = next(iter(reader)).keys
+    trained, _ = load_model(tmp_path / "m.emb")
+    estimator = kind.from_table(tmp_path / "m.emb")
+    np.testing.assert_array_equal(estimator.decision_function(table), trained.predict_logits(keys))
+    assert estimator.classes_.tolist() == [0, 1]
+    assert estimator.partial_fit(table, y.astype(int)).score(table, y) > 0.6
+    trained.table.close()
+
+
+def train_file(directory: Path, data: Path, model: str, rank: int) -> None:
+    fresh, card = open_or_create(directory, ModelOptions(model=model, rank=rank, rows=4096, num_fields=3))
+    trainer = Trainer(directory, fresh, card, [data], schedule=EveryN(100))
+    with closing(trainer.model.table), closing(trainer.run()) as run:
+        for _ in run:
+            pass
+        trainer.save()
 
 
 def test_files_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:

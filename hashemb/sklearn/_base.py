@@ -78,7 +78,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : DataFrame, Arrow table, mapping of columns, array or scipy.sparse matrix, shape (n, n_features)
-            See the class. Its keys are held in memory, 8 bytes a value, during the call.
+            See the class. Its keys are held in memory, 8 bytes a category (12 beside numbers) and 24 a number.
         y : array_like, shape (n,)
             Two distinct labels of any type.
         sample_weight : array_like of float, shape (n,), optional
@@ -206,7 +206,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         return self._kept.open()
 
     def _path(self) -> str | None:
-        return None if self.table is None else os.fspath(self.table)
+        return None if self.table is None else os.path.abspath(os.fspath(self.table))
 
     def _model(self, kept: KeptTable, layout: Layout, mode: Any) -> Any:
         """A model of its own for each call: a model's buffers are not for several threads, the table is."""
@@ -248,7 +248,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         """The new table of a stream, at its path from the start."""
         kept = self._new_table(card, random)
         card.write(kept.path)
-        kept.publish(os.fspath(self.table))
+        kept.publish(os.path.abspath(os.fspath(self.table)))
         return kept
 
     def _attach(self) -> bool:
@@ -308,7 +308,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator):
         HashembError
             The table is of another kind of model.
         """
-        path = os.fspath(path)
+        path = os.path.abspath(os.fspath(path))  # a pickle may be opened elsewhere
         estimator = cls(table=path)
         estimator._attach_to(path)
         estimator.set_params(**(_params_of(hashemb.info(path), estimator.get_params()) | params))

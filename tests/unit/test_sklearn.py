@@ -189,6 +189,13 @@ def test_any_two_labels(labels: list[Any], dtype: str, tmp_path: Path) -> None:
 # ---- scikit-learn's tools ----
 
 
+def test_parameters_may_be_numpy_numbers() -> None:
+    table, y = clicks(50)
+    found = {"rows": np.int64(512), "rank": np.int32(2), "batch_size": np.int64(16), "lr": np.float32(0.25)}
+    model = HashedFMClassifier(random_state=np.random.RandomState(0), **found).fit(table, y)
+    assert (model.table_.num_embeddings, model.table_.embedding_dim, model.table_.lr) == (512, 3, 0.25)
+
+
 def test_grid_search_in_a_pipeline() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(300, 3)) + 1000.0

@@ -221,6 +221,16 @@ def test_pickles_predict_in_another_process(at_path: bool, tmp_path: Path) -> No
     assert found == [(model.decision_function(table).tolist(), "r" if at_path else "r+") for model in models]
 
 
+def test_a_relative_path_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, y = clicks(50)
+    monkeypatch.chdir(tmp_path)
+    model = HashedLogisticRegression(table="m.emb", **SMALL).partial_fit(table, y)
+    pickled = pickle.dumps(model)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(pickle.loads(pickled).decision_function(table), model.decision_function(table))
+
+
 def test_copies_of_private_tables_learn_apart() -> None:
     table, y = clicks(200)
     model = HashedLogisticRegression(**SMALL).partial_fit(table, y)

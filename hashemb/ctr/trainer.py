@@ -160,6 +160,7 @@ class Trainer:
         self.label_delay, self.save_seconds, self._clock = label_delay, save_seconds, clock
         self.columns, self.checkpoints = columns or Columns(), checkpoints
         self.bad_lines = BadLines()
+        self._reported: set[str] = set()
         self.examples = 0
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
@@ -265,7 +266,9 @@ class Trainer:
         finally:
             batches.close()
             reader.close()
-            self.bad_lines.add(reader)
+            if path not in self._reported:  # a later pass meets the same ones
+                self._reported.add(path)
+                self.bad_lines.add(reader)
             position.note_bad_lines(reader.report)
 
     def _settle(self) -> None:

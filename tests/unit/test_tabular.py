@@ -62,7 +62,7 @@ def test_numeric_columns_are_bucketed(tmp_path: Path) -> None:
     for name, message in (
         ("site", "numeric= takes columns of numbers, and 'site' holds string values"),
         ("click", "no column 'click', which numeric= names"),
-        ("nobody", "no column 'nobody', which numeric= names; it has site, click, user"),
+        ("nobody", "no column 'nobody', which numeric= names; it has site, user, age"),
     ):
         with pytest.raises(ValueError, match=message):
             open_reader(path, numeric=[name])

@@ -62,12 +62,12 @@ def test_one_command_and_no_configuration(
     out = capsys.readouterr().out
     assert "Label 'income': '>50K' is 1, '<=50K' is 0 (--positive chooses the other)." in out
     assert "Fields: 2 integer, 1 string, 1 count, 1 float (--numeric, --categorical)." in out
-    assert f"{rows:,} examples, learned 5 times in batches of 32 (--passes, --batch-size)." in out
+    assert f"{rows:,} examples, a small table: 10 passes in batches of 32 (--model, --passes, --batch-size)." in out
     assert "bad line" not in out
     card = read_card(tmp_path / "people.model")
     assert card.schema == {"age": "integer", "job": "string", "gain": "count", "hours": "integer", "rate": "float"}
     assert (card.label, list(card.label_values or ()), card.batch_size, card.passes) == (
-        "income", ["<=50K", ">50K"], 32, 5,
+        "income", ["<=50K", ">50K"], 32, 10,
     )  # fmt: skip
     ours = held_out_auc(tmp_path / "people.model", tmp_path / "held-out.csv", truth)
     assert ours >= one_hot_auc(rows, truth) - 0.01
@@ -91,13 +91,13 @@ def test_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert cli.main(command) == 0
     capsys.readouterr()
     assert cli.main(command) == 0
-    assert "Nothing to do: every file has been learned 5 times" in capsys.readouterr().out
+    assert "Nothing to do: every file has been learned 10 times" in capsys.readouterr().out
     write_table(tmp_path / "more.csv", 200, seed=3, classes=("no", "yes"))
     assert cli.main(["train", "more.csv", "--table", "people.model"]) == 0
-    assert [source.passes for source in read_card(tmp_path / "people.model").sources.values()] == [5, 5]
-    assert cli.main(["train", "more.csv", "--table", "people.model", "--positive", "no", "--passes", "9"]) == 1
+    assert [source.passes for source in read_card(tmp_path / "people.model").sources.values()] == [10, 10]
+    assert cli.main(["train", "more.csv", "--table", "people.model", "--positive", "no", "--passes", "11"]) == 1
     assert "positive 'no': the model was made with 'yes'; leave the option out" in capsys.readouterr().err
-    assert cli.main(["train", "more.csv", "--table", "people.model", "--numeric", "age", "--passes", "9"]) == 1
+    assert cli.main(["train", "more.csv", "--table", "people.model", "--numeric", "age", "--passes", "11"]) == 1
     assert "numeric 'age': the model reads it as integer; leave the option out" in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ from hashemb.ctr.fields import Kind, Schema
 __all__ = ["CsvSource"]
 
 _BLOCK_BYTES = 1 << 20
-_HEAD_BYTES = 1 << 18
+_HEAD_BYTES = 1 << 20
 
 # Invalid UTF-8 reaches Arrow as this noncharacter: its parser gives up on a stream whose ragged row it cannot
 # decode, and we want to refuse one row.

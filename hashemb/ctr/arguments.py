@@ -103,7 +103,7 @@ ModelName = Annotated[
     typer.Option(
         parser=parser(one_of(*MODELS)),
         metavar="NAME",
-        help=f"lr, fm, fwfm (field-weighted FM) or ffm (field-aware). {_default('model')}",
+        help="lr, fm, fwfm (field-weighted FM) or ffm (field-aware). [new model: fm; lr if small]",
     ),
 ]
 Rank = Annotated[
@@ -116,11 +116,11 @@ Rows = Annotated[
     int | None, typer.Option(parser=COUNT, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
 ]
 LearningRate = Annotated[
-    float | None, typer.Option("--lr", help="Learning rate; may change later. [new model: adagrad 0.04]")
+    float | None, typer.Option("--lr", help="Learning rate; may change later. [new model: adagrad 0.04; small 0.1]")
 ]
 WeightDecay = Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")]
 InitialAccumulator = Annotated[
-    float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
+    float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise or small 1]")
 ]
 InitScale = Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")]
 NumHashes = Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")]
@@ -130,7 +130,7 @@ BatchSize = Annotated[
 ]
 Passes = Annotated[
     int | None,
-    typer.Option(min=1, help="Times to learn each file, earlier runs included. [new model: 1; up to 5 if small]"),
+    typer.Option(min=1, help="Times to learn each file, earlier runs included. [new model: 1; 10 if small]"),
 ]
 Positive = Annotated[
     str | None, typer.Option(metavar="VALUE", help="Label that means 1. [of two values, the one that sorts second]")

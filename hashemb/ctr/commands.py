@@ -132,7 +132,7 @@ def train(
     columns = Columns(column_names(numeric), column_names(categorical), positive)
     looked_at, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
     if not table.exists():  # leave no new model behind for a file that can't be read
-        plan = look(looked_at, files, columns)
+        plan, options = look(looked_at, files, columns).refine(options)
         options = replace(options, num_fields=num_fields or len(looked_at.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
     learner, card = open_or_create(table, options)

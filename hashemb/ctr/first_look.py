@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from hashemb.ctr._streams import without_compression_suffix
 from hashemb.ctr.model_dir import ModelCard
+from hashemb.ctr.options import ModelOptions
 from hashemb.ctr.trainer import Columns, is_stream, open_source
 
 __all__ = ["Plan", "default_table", "look", "reading_text"]
@@ -16,7 +18,7 @@ __all__ = ["Plan", "default_table", "look", "reading_text"]
 SMALL_EXAMPLES = 50_000
 LOG_FORMATS = ("criteo", "vw")  # of streams, which come once
 LOG_BATCH, TABLE_BATCH = 256, 32
-ENOUGH_EXAMPLES, MAX_PASSES = 20_000, 5
+TABLE_PASSES, CHOSEN_MODEL_PASSES = 10, 5
 
 
 class Plan(NamedTuple):
@@ -25,6 +27,19 @@ class Plan(NamedTuple):
     batch_size: int = LOG_BATCH
     passes: int = 1
     examples: int | None = None
+
+    def refine(self, options: ModelOptions) -> tuple[Plan, ModelOptions]:
+        """For a small table logistic regression that learns fast, unless a model or how it learns was asked for.
+
+        On six of seven small tables that came within .01 of the AUC of scikit-learn's logistic regression on the same
+        keys, while factors fitted the noise (docs/cli.md); after 5 passes they have done less of that than after 10.
+        """
+        if self.examples is None:
+            return self, options
+        asked_for = (options.model, options.rank, options.optimizer, options.lr, options.initial_accumulator)
+        if any(value is not None for value in asked_for):
+            return self._replace(passes=CHOSEN_MODEL_PASSES), options
+        return self, replace(options, model="lr", lr=0.1, initial_accumulator=1.0)
 
     def settle(self, card: ModelCard, looked_at: ModelCard) -> None:
         """Write into the card of a new model how `looked_at` says to read, and this."""
@@ -71,8 +86,7 @@ def look(card: ModelCard, files: Sequence[Path], columns: Columns) -> Plan:
                 if examples > SMALL_EXAMPLES:
                     return Plan()
             card.schema = dict(reader.schema)
-    passes = min(MAX_PASSES, max(1, round(ENOUGH_EXAMPLES / max(1, examples))))
-    return Plan(TABLE_BATCH, passes, examples)
+    return Plan(TABLE_BATCH, TABLE_PASSES, examples)
 
 
 def reading_text(card: ModelCard, plan: Plan) -> Iterator[str]:
@@ -83,5 +97,5 @@ def reading_text(card: ModelCard, plan: Plan) -> Iterator[str]:
     if plan.examples is not None:
         kinds = Counter(card.schema.values())
         yield f"Fields: {', '.join(f'{count} {kind}' for kind, count in kinds.items())} (--numeric, --categorical)."
-        times = "once" if plan.passes == 1 else f"{plan.passes} times"
-        yield f"{plan.examples:,} examples, learned {times} in batches of {plan.batch_size} (--passes, --batch-size)."
+        how = f"{plan.passes} passes in batches of {plan.batch_size}"
+        yield f"{plan.examples:,} examples, a small table: {how} (--model, --passes, --batch-size)."

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, get_args
 
@@ -18,7 +19,7 @@ from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
 from hashemb.ctr.negatives import Correction, NegativeSampling, agreed_sampling
-from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
+from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, MODELS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
@@ -81,7 +82,20 @@ DataFormat = Annotated[
     ),
 ]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
-
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of(*MODELS)),
+        metavar="NAME",
+        help=f"lr, fm, fwfm (field-weighted FM) or ffm (field-aware). {_default('model')}",
+    ),
+]
+Rank = Annotated[
+    int | None, typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]")
+]
+NumFields = Annotated[
+    int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
+]
 OptimizerName = Annotated[
     str | None,
     typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
@@ -122,9 +136,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(
     files: Files,
     table: Table,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help=f"Latent factors; 0: logistic regression. {_default('rank')}")
-    ] = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    num_fields: NumFields = None,
     rows: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
     ] = None,
@@ -167,26 +181,29 @@ def train(
     A model that exists keeps the options it was made with. Ctrl-C finishes the batch and saves.
     """
     options = ModelOptions(
-        rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
-        optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
+        model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
+        init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
+        initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
     agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
     if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
-        open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
+        first = ModelCard(rank=0, data_format=data_format or "auto", label=label)
+        open_source(first, str(files[0])).close()
+        options = replace(options, num_fields=num_fields or len(first.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
-    model, card = open_or_create(table, options)
-    with closing(model.table), training_lock(table):
+    learner, card = open_or_create(table, options)
+    with closing(learner.table), training_lock(table):
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
-        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if model.table.step else None
+        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
         sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
         card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         trainer = Trainer(
-            table, model, card, files, passes=passes, strict=strict, schedule=progress, label_delay=label_delay,
+            table, learner, card, files, passes=passes, strict=strict, schedule=progress, label_delay=label_delay,
             save_seconds=save_every, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import HashedModel
 from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
@@ -79,7 +79,7 @@ class Trainer:
     ----------
     directory : path
         Model directory; hold its `training_lock`.
-    model : FactorizationMachine
+    model : HashedModel
         On the directory's table, open "r+".
     card : ModelCard
         The directory's card; updated in place.
@@ -116,7 +116,7 @@ class Trainer:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        model: FactorizationMachine,
+        model: HashedModel,
         card: ModelCard,
         paths: Sequence[str | os.PathLike[str]],
         *,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, get_args
 
 import hashemb
 from hashemb.ctr._extras import require
@@ -18,6 +18,7 @@ from hashemb.ctr.demo import run_demo
 from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
+from hashemb.ctr.negatives import Correction, NegativeSampling, agreed_sampling
 from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, MODELS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
@@ -107,6 +108,21 @@ Dtype = Annotated[
         help=f"float32, float16 or bfloat16. {_default('dtype')}",
     ),
 ]
+NegativeRate = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of the negatives to learn from. Predictions stay calibrated."),
+]
+NegativeCorrection = Annotated[
+    Any,
+    typer.Option(
+        parser=_parser(_one_of(*get_args(Correction))),
+        metavar="NAME",
+        help=f"What corrects for it: {' or '.join(get_args(Correction))}. [new model: predictions]",
+    ),
+]
+LabelDelay = Annotated[
+    int, typer.Option(min=0, help="Examples after which a label is known, and learned. They are scored at once.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -149,6 +165,9 @@ def train(
             parser=_parser(_schedule), metavar="N|powers", help="Print a row every N examples. [default: powers of 2]"
         ),
     ] = None,
+    negative_rate: NegativeRate = None,
+    negative_correction: NegativeCorrection = None,
+    label_delay: LabelDelay = 0,
     save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")] = 60.0,
     snapshots: Annotated[
         Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")
@@ -166,6 +185,7 @@ def train(
         init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
         initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
+    agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
@@ -179,9 +199,12 @@ def train(
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
+        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
+        sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
+        card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         trainer = Trainer(
-            table, learner, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
-            checkpoints=checkpoints)  # fmt: skip
+            table, learner, card, files, passes=passes, strict=strict, schedule=progress, label_delay=label_delay,
+            save_seconds=save_every, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 
@@ -231,7 +254,7 @@ def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any
         file = stack.enter_context(_output(output))
         advance = stack.enter_context(progress_bar(_console(stderr=True), "scoring", reader.bytes_total))
         count = 0
-        for batch in stack.enter_context(closing(score(model, reader))):
+        for batch in stack.enter_context(closing(score(model, reader, card.negatives()))):
             write_probabilities(file, batch.probabilities)
             count += len(batch.probabilities)
             advance(reader.bytes_read, count)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hashemb
+from hashemb.ctr._report import ReadReport
 from hashemb.ctr.fields import Kind
 from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
+from hashemb.ctr.negatives import Correction, NegativeSampling
 from hashemb.errors import FormatError, HashembError
 
 __all__ = [
@@ -64,6 +66,8 @@ class SourcePosition:
         Good rows learned in the pass under way; 0 between passes.
     rows_per_pass : int
         Good rows of the last pass that was completed.
+    bad_rows, bad_lines : int, list of str
+        Rows that could not be used when the file was last read, and the first of them, with the reasons.
     """
 
     size_bytes: int
@@ -71,6 +75,8 @@ class SourcePosition:
     passes: int = 0
     rows: int = 0
     rows_per_pass: int = 0
+    bad_rows: int = 0
+    bad_lines: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourcePosition:
@@ -88,7 +94,11 @@ class SourcePosition:
             return None
         if now.size_bytes > self.size_bytes and self.passes and not self.rows:
             return replace(now, passes=self.passes - 1, rows=self.rows_per_pass)
-        return replace(now, passes=self.passes, rows=self.rows, rows_per_pass=self.rows_per_pass)
+        return replace(self, size_bytes=now.size_bytes, digest=now.digest)
+
+    def note_bad_lines(self, report: ReadReport) -> None:
+        """Take over what the reader of the file says; it counts from the file's beginning, wherever it started."""
+        self.bad_rows, self.bad_lines = report.rows_bad, [str(line) for line in report.bad_lines]
 
 
 def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
@@ -126,6 +136,8 @@ class ModelCard:
         Absolute path -> `SourcePosition`.
     progress : dict
         Pass under way and the state of its `ProgressiveValidator`; empty before the first batch.
+    negative_rate, negative_correction : float, str
+        Share of the negatives that the model learns from, and what corrects for it; see `NegativeSampling`.
     hashemb_version : str
         Version that wrote the card.
     """
@@ -138,6 +150,8 @@ class ModelCard:
     table_step: int = 0
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    negative_rate: float = 1.0
+    negative_correction: Correction = "predictions"
     hashemb_version: str = hashemb.__version__
     kind: ModelKind = "factorization_machine"
     num_fields: int | None = None
@@ -159,6 +173,11 @@ class ModelCard:
         """Elements of a row of the model's table."""
         vectors = (self.num_fields or 0) if self.kind == "field_aware_fm" else 1
         return 1 + vectors * self.rank
+
+    def negatives(self, seed: int = 0) -> NegativeSampling | None:
+        """Which negatives the model learns from, chosen by `seed`, and its correction; None if all."""
+        sampling = NegativeSampling(self.negative_rate, self.negative_correction, seed)
+        return None if self.negative_rate == 1.0 else sampling
 
 
 def card_values(card: ModelCard) -> dict[str, Any]:
@@ -213,6 +232,7 @@ def parse_card(values: Any) -> ModelCard:
         raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
     if card.kind != "factorization_machine" and not isinstance(card.num_fields, int):
         raise ValueError(f"num_fields {card.num_fields!r} must be an integer for kind {card.kind!r}")
+    card.negatives()
     card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
     return card
 

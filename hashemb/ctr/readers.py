@@ -41,12 +41,24 @@ class Batch(NamedTuple):
     ----------
     labels : ndarray of float32, shape (n,), or None
         0 or 1; None when the source has no label column.
-    keys : ndarray of uint64, shape (n, num_fields)
+    keys : ndarray of uint64, shape (n, num_fields), or (nnz,) with offsets
         C-contiguous; column j belongs to ``reader.field_names[j]`` and is salted by that name.
+    offsets : ndarray of int64, shape (n + 1,), or None
+        Ragged examples: example i has the keys ``keys[offsets[i]:offsets[i + 1]]``.
+    values : ndarray of float32, of the shape of keys, or None
+        Feature values; None: all 1.
+    fields : ndarray of int32, shape (nnz,), or None
+        Ragged examples: field number of each key.
+    weights : ndarray of float32, shape (n,), or None
+        Importance of the examples; None: all 1.
     """
 
     labels: npt.NDArray[np.float32] | None
     keys: npt.NDArray[np.uint64]
+    offsets: npt.NDArray[np.int64] | None = None
+    values: npt.NDArray[np.float32] | None = None
+    fields: npt.NDArray[np.int32] | None = None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 def open_reader(
@@ -107,8 +119,8 @@ def open_reader(
     >>> path = pathlib.Path(tempfile.mkdtemp(), "clicks.csv")
     >>> _ = path.write_text("click,user,site\\n1,7,a.com\\n0,8,\\nx,9,b.com\\n")
     >>> with open_reader(path, batch_size=10) as reader:
-    ...     for labels, keys in reader:
-    ...         print(labels, keys.shape, keys.dtype)
+    ...     for batch in reader:
+    ...         print(batch.labels, batch.keys.shape, batch.keys.dtype)
     [1. 0.] (2, 2) uint64
     >>> reader.field_names, reader.report.rows_bad, reader.report.bad_lines[0].reason
     (['user', 'site'], 1, "label must be 0 or 1, found 'x'")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hashemb.ctr.model_dir import Format, ModelCard
 from hashemb.ctr.models import HashedModel
+from hashemb.ctr.negatives import NegativeSampling
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import Reader, open_reader
 
@@ -47,11 +48,14 @@ def open_for_scoring(
     )
 
 
-def score(model: HashedModel, reader: Reader) -> Generator[ScoreBatch, None, None]:
-    """Score what `reader` reads, a batch at a time."""
+def score(
+    model: HashedModel, reader: Reader, negatives: NegativeSampling | None = None
+) -> Generator[ScoreBatch, None, None]:
+    """Score what `reader` reads, a batch at a time; `negatives` is what `ModelCard.negatives` says."""
     with closing(read_ahead(reader)) as batches:
         for batch in batches:
-            yield ScoreBatch(model.predict_proba(batch.keys), batch.labels)
+            probabilities = model.predict_proba(batch.keys)
+            yield ScoreBatch(probabilities if negatives is None else negatives.corrected(probabilities), batch.labels)
 
 
 def write_probabilities(file: IO[str], probabilities: npt.NDArray[np.float32]) -> None:

@@ -71,6 +71,12 @@ def _say_where_we_start(trainer: Trainer, console: Console) -> None:
             f"The table has {ahead:,} updates that its last save doesn't know of: a run was killed, or another "
             "program trained it. Examples since that save are learned again.",
         )
+    if trainer.card.negative_rate < 1.0:
+        by = trainer.card.negative_correction
+        share = f"{trainer.card.negative_rate:.3g}"
+        say(console, f"Learning {share} of the negatives, corrected by {by}; figures are estimates for all examples.")
+    if trainer.label_delay:
+        say(console, f"Labels are learned {trainer.label_delay:,.0f} examples after they are scored.")
     for path, position in trainer.sources.items():
         if position.rows:
             say(console, f"Going on with {path} at row {position.rows + 1:,}")
@@ -87,7 +93,7 @@ def _say_summary(trainer: Trainer, console: Console) -> None:
         metrics = trainer.validator.metrics
         say(
             console,
-            f"{metrics.examples:,} examples, {metrics.positives:,.0f} positive. Best constant's logloss: "
+            f"{metrics.weight:,.0f} examples, {metrics.positives:,.0f} positive. Best constant's logloss: "
             f"{metrics.best_constant_logloss:.6f}; the model's: {metrics.logloss:.6f}; "
             f"calibration {metrics.calibration:.4f}",
         )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
@@ -63,6 +64,14 @@ class TrainStep:
     bytes_done: int
 
 
+class _Scored(NamedTuple):
+    """Examples of a file that have been scored, and may wait to be learned."""
+
+    position: SourcePosition
+    examples: int
+    is_end: bool = False  # of the file
+
+
 class Trainer:
     """Learns files, keeps their positions, and saves them.
 
@@ -82,6 +91,9 @@ class Trainer:
         Stop at the first bad line instead of counting it.
     schedule : Schedule, optional
         Of the progressive table.
+    label_delay : float
+        Examples after which a label is known, as for `ProgressiveValidator`. Positions are those of what has been
+        learned; what was waiting when a run stopped is read again by the next one, and not scored again.
     save_seconds : float
         Save when this long has passed since the last time.
     checkpoints : Checkpoints, optional
@@ -111,13 +123,14 @@ class Trainer:
         passes: int = 1,
         strict: bool = False,
         schedule: Schedule | None = None,
+        label_delay: float = 0.0,
         save_seconds: float = 60.0,
         checkpoints: Checkpoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory, self.model, self.card = directory, model, card
         self.passes, self.strict, self.schedule = passes, strict, schedule
-        self.save_seconds, self._clock = save_seconds, clock
+        self.label_delay, self.save_seconds, self._clock = label_delay, save_seconds, clock
         self.checkpoints = checkpoints
         self.bad_lines = BadLines()
         self.examples = 0
@@ -130,6 +143,9 @@ class Trainer:
             position.size_bytes * max(0, passes - position.passes) for position in self.sources.values()
         )
         self._bytes_finished = 0
+        self._unlearned: deque[_Scored] = deque()
+        self._settled = 0  # examples of the validator that the positions know of
+        self._first_pass_rows = _first_pass_rows(card.progress)
 
     @property
     def finished(self) -> bool:
@@ -161,23 +177,43 @@ class Trainer:
         self.card.table_step = self.model.table.step
         if self.validator is not None:
             self.card.progress = {"pass": self.pass_number, **self.validator.state()}
+            self.card.progress["waiting"] -= self._waiting_from_streams()
+            if self.pass_number > 1:
+                self.card.progress["first_pass_rows"] = self._first_pass_rows
         write_card(self.directory, self.card)
         if self.checkpoints is not None:
             self.checkpoints.take(self.model.table, self.card)
+
+    def _waiting_from_streams(self) -> int:
+        """Examples that wait to be learned and could not be read again."""
+        return sum(entry.examples for entry in self._unlearned if not entry.position.digest)
 
     def _start_pass(self, number: int) -> None:
         """Begin, or take up again, the metrics of pass `number`."""
         if self.validator is not None and self.pass_number == number:
             return
+        if self.validator is not None and self.pass_number == 1:
+            self._first_pass_rows = self.validator.curve.to_json()
         state: dict[str, Any] | None = None
         if self.validator is None and self.card.progress.get("pass") == number:
             state = self.card.progress
         self.pass_number = number
-        self.validator = ProgressiveValidator(self.model, self.schedule, state=state)
+        self._settled = 0
+        self.validator = ProgressiveValidator(
+            self.model,
+            self.schedule,
+            delay=self.label_delay,
+            negatives=self.card.negatives(self.model.table.seed),
+            state=state,
+        )
 
     def _close_pass(self, number: int) -> Iterator[TrainStep]:
         """The last row of a pass that this run has worked on."""
-        row = self.validator.last_row() if self.validator and self.pass_number == number else None
+        if self.validator is None or self.pass_number != number:
+            return
+        self.validator.finish()
+        self._settle()
+        row = self.validator.last_row()
         if row is not None:
             path = next(reversed(self.sources))
             yield TrainStep(path, number, [row], self.examples, self._bytes_finished)
@@ -189,17 +225,30 @@ class Trainer:
         try:
             for batch in batches:
                 assert batch.labels is not None
-                rows = self.validator.learn(batch.keys, batch.labels)
-                position.rows += len(batch.labels)
+                rows = self.validator.learn(batch)
+                self._unlearned.append(_Scored(position, len(batch.labels)))
+                self._settle()
                 self.examples += len(batch.labels)
                 done = self._bytes_finished + reader.bytes_read
                 yield TrainStep(path, self.pass_number, rows, self.examples, done)
-            position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
+            self._unlearned.append(_Scored(position, 0, is_end=True))
+            self._settle()
             self._bytes_finished += position.size_bytes
         finally:
             batches.close()
             reader.close()
             self.bad_lines.add(reader)
+            position.note_bad_lines(reader.report)
+
+    def _settle(self) -> None:
+        """Move the positions on by what has been learned."""
+        assert self.validator is not None
+        while self._unlearned and self._settled + self._unlearned[0].examples <= self.validator.learned:
+            position, examples, is_end = self._unlearned.popleft()
+            self._settled += examples
+            position.rows += examples
+            if is_end:
+                position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
 
 
 def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = False) -> Reader:
@@ -259,6 +308,11 @@ def _position(card: ModelCard, path: str) -> SourcePosition:
             f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"
         )
     return SourcePosition.of(path) if position is None else position
+
+
+def _first_pass_rows(progress: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = progress.get("rows" if progress.get("pass") == 1 else "first_pass_rows", [])
+    return rows
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:

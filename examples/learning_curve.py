@@ -1,14 +1,14 @@
 """How close a factorisation machine comes to the best possible log loss on a stream whose truth is known.
 
-    python examples/learning_curve.py [--impressions 10000000] [--svg docs/learning-curve.svg]
+    python examples/learning_curve.py [--impressions 8000000] [--svg docs/learning-curve.svg]
 
 The stream (`hashemb.ctr.synthetic.ImpressionStream`) never ends and never repeats itself, and says with each impression
 the probability with which it was clicked. So no held-out set is needed, and no labels to compare with: the expected log
 loss of a prediction p made before learning is ``-(q ln p + (1 - q) ln(1 - p))``, q the true probability, and that of q
 itself, its entropy, is the least there can be. Their ratio is free of the noise of clicks.
 
-`--max-vocabulary` and `--drift-period` are the stream's: how many values its largest column has, and how fast they
-come and go (0: never).
+Two streams are learned: one whose values stay, at most 10,000 of a column, and the default one, which has up to 10^8
+and replaces them all the time, so that a part of every impression is new and can't be known.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ CHUNK = 1 << 15
 BATCH_SIZE = 256
 RANK = 6  # TRUE_RANK: the truth is a factorisation machine of this rank
 NUM_EMBEDDINGS = 2**24
-LEARNING_RATE = 0.1
-INITIAL_ACCUMULATOR = 20.0
+INITIAL_ACCUMULATOR = 50.0  # the factors of rare values stay put until there is something to learn
 INIT_SCALE = 0.01
+LEARNING_RATE = 0.1  # falls as 1 / sqrt(1 + impressions / DECAY_IMPRESSIONS): with Adagrad's own 1 / sqrt, as 1 / n
+DECAY_IMPRESSIONS = 200_000
+
+STREAMS: dict[str, dict[str, int | None]] = {
+    "values stay, up to 10^4 in a column": {"max_vocabulary": 10**4, "drift_period": None},
+    "values come and go, up to 10^8 in a column": {},
+}
 
 
 class Point(NamedTuple):
@@ -72,6 +78,7 @@ def learn(model: FactorizationMachine, stream: ImpressionStream, impressions: in
     with closing(read_ahead(chunks(stream, impressions))) as parts:
         for keys, part in parts:
             count = len(part.labels)
+            model.table.lr = LEARNING_RATE / np.sqrt(1.0 + seen / DECAY_IMPRESSIONS)
             batches = range(0, count, BATCH_SIZE)
             predicted = [model.learn(keys[i : i + BATCH_SIZE], part.labels[i : i + BATCH_SIZE]) for i in batches]
             model_loss += expected_loss(part.probabilities, np.concatenate(predicted))
@@ -82,22 +89,44 @@ def learn(model: FactorizationMachine, stream: ImpressionStream, impressions: in
                 mark, model_loss, best_loss, following = seen, 0.0, 0.0, next(due, impressions)
 
 
-def draw(points: list[Point], path: Path, title: str) -> None:
-    """The curve, and below it the distance from the best possible, both over impressions on a logarithmic axis."""
+def run(name: str, impressions: int) -> list[Point]:
+    """Learn one of the streams, printing the points as they come."""
+    points: list[Point] = []
+    started = time.perf_counter()
+    print(f"{name}\n{'impressions':>13}{'model':>10}{'best':>10}{'above it':>10}{'seconds':>9}")
+    with tempfile.TemporaryDirectory(prefix="hashemb-curve-") as directory:
+        table = hashemb.create(
+            Path(directory, "fm.emb"),
+            num_embeddings=NUM_EMBEDDINGS,
+            embedding_dim=1 + RANK,
+            optimizer=hashemb.Adagrad(lr=LEARNING_RATE, initial_accumulator_value=INITIAL_ACCUMULATOR),
+            init=hashemb.Uniform(INIT_SCALE),
+        )
+        with table:
+            for point in learn(FactorizationMachine(table), ImpressionStream(seed=0, **STREAMS[name]), impressions):
+                points.append(point)
+                figures = f"{point.model:>10.5f}{point.best:>10.5f}{point.excess:>10.2%}"
+                print(f"{point.impressions:>13,}{figures}{time.perf_counter() - started:>9.0f}", flush=True)
+    return points
+
+
+def draw(curves: dict[str, list[Point]], path: Path) -> None:
+    """Expected log loss above, its distance from the best possible below, over impressions on a logarithmic axis."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    impressions = [point.impressions for point in points]
     style = {"svg.fonttype": "none", "svg.hashsalt": "hashemb", "font.family": "sans-serif"}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7, 6), layout="constrained")
+        figure = Figure(figsize=(7, 6.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
-        losses = [point.model for point in points]
-        upper.plot(impressions, losses, "o-", color="#0b62c4", ms=4, label="predicted before learning")
-        upper.plot(impressions, [point.best for point in points], "--", color="#b34700", label="true probabilities")
+        for (name, points), colour in zip(curves.items(), ("#0b62c4", "#b34700"), strict=True):
+            impressions = [point.impressions for point in points]
+            upper.plot(impressions, [point.model for point in points], "o-", color=colour, ms=3, label=name)
+            upper.plot(impressions, [point.best for point in points], ":", color=colour, label="the best possible")
+            lower.plot(impressions, [100.0 * point.excess for point in points], "o-", color=colour, ms=3, label=name)
+        lower.axhline(1.0, color="black", linestyle="--", linewidth=1, label="1 %")
+        title = f"Factorisation machine of rank {RANK}, scored before learning"
         upper.set(ylabel="expected log loss (nats)", title=title)
-        lower.plot(impressions, [100.0 * point.excess for point in points], "o-", color="#0b62c4", ms=4)
-        lower.axhline(1.0, color="#b34700", linestyle="--", label="1 %")
         lower.set(xlabel="impressions", ylabel="above the best possible (%)", xscale="log", yscale="log")
         lower.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
         for axes in (upper, lower):
@@ -108,33 +137,12 @@ def draw(points: list[Point], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--impressions", type=int, default=10_000_000)
-    parser.add_argument("--max-vocabulary", type=int, default=10**8)
-    parser.add_argument("--drift-period", type=int, default=1 << 21)
+    parser.add_argument("--impressions", type=int, default=8_000_000)
     parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
-    stream = ImpressionStream(
-        seed=0, max_vocabulary=options.max_vocabulary, drift_period=options.drift_period or None
-    )
-    optimizer = hashemb.Adagrad(lr=LEARNING_RATE, initial_accumulator_value=INITIAL_ACCUMULATOR)
-    points, started = [], time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="hashemb-curve-") as directory:
-        table = hashemb.create(
-            Path(directory, "fm.emb"),
-            num_embeddings=NUM_EMBEDDINGS,
-            embedding_dim=1 + RANK,
-            optimizer=optimizer,
-            init=hashemb.Uniform(INIT_SCALE),
-        )
-        print(f"{'impressions':>13}{'model':>10}{'best':>10}{'above it':>10}{'seconds':>9}")
-        with table:
-            for point in learn(FactorizationMachine(table), stream, options.impressions):
-                points.append(point)
-                seconds = time.perf_counter() - started
-                figures = f"{point.model:>10.5f}{point.best:>10.5f}{point.excess:>10.2%}"
-                print(f"{point.impressions:>13,}{figures}{seconds:>9.0f}", flush=True)
+    curves = {name: run(name, options.impressions) for name in STREAMS}
     if options.svg is not None:
-        draw(points, options.svg, f"A factorisation machine of rank {RANK} and the best possible")
+        draw(curves, options.svg)
         print(options.svg)
 
 

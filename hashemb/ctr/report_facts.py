@@ -143,7 +143,8 @@ def gather(
     model, card = load_model(run)
     with closing(model.table) as table:
         evaluation = evaluate(model, card, files, user=user, progress=progress, **reading) if files else None
-        settings, stats, norms = describe(run), table.stats(), row_norms(table)
+        stats, norms = table.stats(), row_norms(table)
+        settings = [fact for fact in describe(run) if fact[0] != "size, in memory"]  # of the moment, not of the model
     others = [memory_point(path, files, **reading) for path in compare]
     first = card.progress.get("rows" if card.progress.get("pass") == 1 else "first_pass_rows", ())
     learning = learning_metrics(card)

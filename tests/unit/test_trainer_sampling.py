@@ -20,6 +20,7 @@ from hashemb.ctr.model_dir import load_model, read_card
 from hashemb.ctr.negatives import NegativeSampling, agreed_sampling
 from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.progressive import EveryN
+from hashemb.ctr.readers import open_reader
 from hashemb.ctr.trainer import Trainer
 
 pytest.importorskip("pyarrow")
@@ -116,27 +117,34 @@ def test_the_card_keeps_curves_and_bad_lines(tmp_path: Path) -> None:
 # ---- on the command line ----
 
 
+def hashemb_keys(path: Path) -> np.ndarray:
+    with open_reader(path, batch_size=10_000) as reader:
+        return next(reader).keys
+
+
 @pytest.fixture
 def clicks(tmp_path: Path) -> Path:
     return write_clicks(tmp_path / "clicks.csv", 0, 6000)
 
 
-def test_negative_rate_on_the_command_line(clicks: Path, tmp_path: Path, capsys: Any) -> None:
-    """The rate is kept with the model, and what is predicted is calibrated; learning fewer takes fewer rows."""
+@pytest.mark.parametrize("correction", ["predictions", "weights"])
+def test_negative_rate_on_the_command_line(clicks: Path, tmp_path: Path, capsys: Any, correction: Any) -> None:
+    """The rate is kept with the model, and what is predicted is calibrated."""
     table = str(tmp_path / "m")
     options = ["--rank", "0", "--rows", "4096", "--batch-size", "50", "--initial-accumulator", "0.1"]
-    assert cli.main(["train", str(clicks), "-t", table, *options, "--negative-rate", "0.2", "--passes", "3"]) == 0
-    out = capsys.readouterr().out
-    assert "Learning 0.2 of the negatives, corrected by predictions" in out
+    sampling = ["--negative-rate", "0.2", "--negative-correction", correction]
+    assert cli.main(["train", str(clicks), "-t", table, *options, *sampling, "--passes", "3"]) == 0
+    assert f"Learning 0.2 of the negatives, corrected by {correction}" in capsys.readouterr().out
     assert cli.main(["predict", str(clicks), "-t", table]) == 0
     printed = np.array(capsys.readouterr().out.split(), np.float32)
     labels = np.array([line[0] == "1" for line in clicks.read_text().splitlines()[1:]], float)
     assert calibration(labels, printed) == pytest.approx(1.0, abs=0.1)
     model, card = load_model(table)
     with closing(model.table):
-        assert card.negatives() == NegativeSampling(0.2)
-    uncorrected = printed / (printed + (1 - printed) * 0.2)
-    assert calibration(labels, uncorrected) > 1.8
+        assert card.negatives() == NegativeSampling(0.2, correction)
+        raw = model.predict_proba(hashemb_keys(clicks))
+    assert calibration(labels, raw) == pytest.approx(1.0, abs=0.1) or correction == "predictions"
+    assert calibration(labels, raw) > 1.8 or correction == "weights"
 
 
 def test_the_rate_may_not_change(clicks: Path, tmp_path: Path, capsys: Any) -> None:

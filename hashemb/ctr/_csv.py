@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import codecs
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ __all__ = ["CsvSource"]
 
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 20
+_FIRST_LOOK = 100  # values that save most columns of text the attempt to read them all as numbers
+_NUMBER_ENDS = "0123456789.fyFY"  # also of inf and infinity, which Arrow reads
 
 # Invalid UTF-8 reaches Arrow as this noncharacter: its parser gives up on a stream whose ragged row it cannot
 # decode, and we want to refuse one row.
@@ -73,10 +76,21 @@ class CsvSource:
         numbers = _RecordNumbers(expected=len(self._names))
         source = require("pyarrow").PythonFile(text, mode="r")
         with self._errors():
-            batches = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+            records = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+        try:
+            yield from self._parse(records, schema, text, numbers, reject)
+        finally:
+            text.stop()
+            with suppress(require("pyarrow").ArrowInvalid):
+                for _ in records:  # so that Arrow's thread is not in the middle of a read when Python ends
+                    pass
+
+    def _parse(
+        self, records: Any, schema: Schema, text: _Utf8Guard, numbers: _RecordNumbers, reject: Reject
+    ) -> Iterator[Batch]:
         while True:
             with self._errors():
-                batch = next(batches, None)
+                batch = next(records, None)
             if batch is None:
                 break
             rows, faults = numbers.advance(batch.num_rows)
@@ -160,6 +174,8 @@ class _Utf8Guard:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._reading = threading.Lock()
+        self._stopped = False
         self.damaged = False
 
     @property
@@ -171,8 +187,17 @@ class _Utf8Guard:
         """True, as PyArrow asks."""
         return True
 
+    def stop(self) -> None:
+        """End here, after the read that is under way in Arrow's thread."""
+        with self._reading:
+            self._stopped = True
+
     def read(self, size: int) -> bytes:
         """About `size` bytes; none at the end."""
+        with self._reading:
+            return b"" if self._stopped else self._read(size)
+
+    def _read(self, size: int) -> bytes:
         text = ""
         while not text:
             data = self._stream.read(size)
@@ -221,12 +246,18 @@ def _delimiter(head: bytes) -> str:
 
 def _infer_kind(column: Any, file_bytes: int | None) -> Kind | None:
     """The narrowest kind that all values of a text column fit; None if it has no values."""
+    if not all(_may_be_number(text) for text in column[:_FIRST_LOOK].to_pylist()):
+        return "string"
     integers = _numbers(column, "integer")
     if integers is not None and integers.null_count == len(integers):
         return None
     if integers is not None:
         return "count" if looks_like_count(integers, file_bytes) else "integer"
     return "string" if _numbers(column, "float") is None else "float"
+
+
+def _may_be_number(text: str | None) -> bool:
+    return text is None or is_missing(text) or text.strip()[-1:] in _NUMBER_ENDS
 
 
 def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:

@@ -135,10 +135,14 @@ class Stream:
         return self._ahead[:size]
 
     def read(self, size: int = _READ_BYTES) -> bytes:
-        """At most `size` bytes; none at the end."""
-        data = self._ahead[:size] or self._read_plain(size)
+        """`size` bytes, fewer only at the end: who parses in blocks must not get a part of a line for one."""
+        parts = [self._ahead[:size]]
         self._ahead = self._ahead[size:]
-        return data
+        missing = size - len(parts[0])
+        while missing > 0 and (part := self._read_plain(missing)):
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
 
     def _read_plain(self, size: int) -> bytes:
         try:
@@ -164,7 +168,7 @@ def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Ite
     if stream.peek(3) == b"\xef\xbb\xbf":
         stream.read(3)
     rest = b""
-    while data := _read_fully(stream, block_bytes):
+    while data := stream.read(block_bytes):
         cut = data.rfind(b"\n") + 1
         if cut:
             yield _unix(b"".join((rest, memoryview(data)[:cut])))
@@ -172,14 +176,6 @@ def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Ite
         rest = (rest + data[cut:])[: max_line_bytes + 2]  # room for one \r and one byte too many
     if rest:
         yield _unix(rest + b"\n")
-
-
-def _read_fully(stream: Stream, size: int) -> bytes:
-    parts = []
-    while size > 0 and (part := stream.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 def _unix(block: bytes) -> bytes:

@@ -187,3 +187,27 @@ def test_kinds_that_are_asked_for(tmp_path: Path) -> None:
     stored = table_of(tmp_path / "a.parquet", {"label": [0, 1], "f": [0.5, 1.5]})
     with pytest.raises(ValueError, match="categorical= takes text and integers, and 'f' holds float values"):
         open_reader(stored, categorical=["f"])
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 12])
+def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    """What was looked at is not handed on in scraps: a scrap without the end of a line is no block for Arrow."""
+    monkeypatch.setattr("hashemb.ctr._csv._HEAD_BYTES", block_bytes)
+    monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("hashemb.ctr._streams._READ_BYTES", block_bytes // 2)
+    lines = "".join(f"{i % 2},{i},{'x' * (i % 300)}\n" for i in range(2000))
+    batch, reader = read_all(write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode()))
+    assert reader.report.rows_bad == 0
+    assert batch.keys[:, 0].tolist() == keys_of(list(range(2000)), "n")
+
+
+def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
+    """Closed before its end, by an error too: Arrow's thread has stopped reading by then."""
+    lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(40_000))
+    path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
+    with pytest.raises(RuntimeError), open_reader(path, batch_size=100) as reader:
+        next(reader)
+        raise RuntimeError
+    assert reader.bytes_total is not None
+    assert reader.bytes_read < reader.bytes_total
+    assert list(reader) == []

@@ -13,6 +13,7 @@ give the loss that nobody can beat; the first 10,000 rows of Criteo's file are t
 from __future__ import annotations
 
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ CPUS = 2
 TIMEOUT_S = 4 * 3600.0
 
 Run = tuple[Usage, Usage]  # of all rows, and of the start-up
+NOTHING = Usage(0.0, 0.0, 0, "")
 
 
 def run(settings: Settings) -> Iterator[Result]:
@@ -46,13 +48,11 @@ def run(settings: Settings) -> Iterator[Result]:
         runs = time_sides(rows, chosen, settings)
         checks = {"best_possible_logloss": ctr_data.best_logloss(rows), "start_rows": START_ROWS}
         for model in (LR, FM):
-            yield result(model, rows, chosen, runs, found, skipped, checks)
+            yield result(model, rows, chosen, runs, found, skipped, checks, settings)
 
 
 def wanted(settings: Settings, skipped: dict[str, str]) -> list[Side]:
     """Ours, and the peers that are here and asked for."""
-    import re
-
     chosen = []
     for side in sides(settings.smoke):
         if side.group.startswith("hashemb") or re.search(settings.sides, f"{side.name} {side.model}"):
@@ -73,19 +73,19 @@ def time_sides(rows: Rows, chosen: Sequence[Side], settings: Settings) -> dict[S
     """Every side in turn, A B A B …, the order reversed each time; a start-up stands beside each run."""
     runs: dict[Side, list[Run]] = {side: [] for side in chosen}
     few = rows.head(START_ROWS)
-    for side in chosen:  # what is not timed: a cache, and the programs' own files in the page cache
-        for part in (few, rows_of(side, rows)):
-            side.prepare(part)
-        launch(side, few, rows)
-        if getattr(side, "cached", False):
-            launch(side, rows_of(side, rows), rows)
+    for side in chosen:
+        for part in (few, rows_of(side, rows)) if side.prepares else ():
+            launch(side, part, rows)
+        if not settings.smoke:  # brings the program's own files into the page cache
+            launch(side, few, rows)
     for repeat in range(min(settings.repeats, MAX_REPEATS)):
         for side in chosen if repeat % 2 == 0 else reversed(chosen):
             if repeat and side.once:
                 continue
             part = rows_of(side, rows)
-            whole, start = launch(side, part, rows), launch(side, few, rows)
+            whole = launch(side, part, rows)
             side.check(part, whole)
+            start = NOTHING if settings.smoke else launch(side, few, rows)
             runs[side].append((whole, start))
     return runs
 
@@ -106,7 +106,7 @@ class Timed:
     """A side as `summaries` knows it; `share` of the rows are left after the start-up's."""
 
     def __init__(self, side: Side, rows: Rows) -> None:
-        self.name, self.group, self.note = f"{side.name}", side.group, side.note
+        self.name, self.group = side.name, side.group
         self.share = (rows_of(side, rows).count - START_ROWS) / (rows.count - START_ROWS)
 
 
@@ -116,8 +116,7 @@ def clocks_of(runs: list[Run]) -> list[Clock]:
     clocks = []
     for whole, _ in runs:
         clock = Clock()
-        clock.seconds = {"train": max(whole.wall_s - wall, 1e-3)}  # at smoke size they are hardly apart
-        clock.cpu_seconds = max(whole.cpu_s - cpu, 1e-3)
+        clock.seconds, clock.cpu_seconds = {"train": whole.wall_s - wall}, whole.cpu_s - cpu
         clocks.append(clock)
     return clocks
 
@@ -129,7 +128,7 @@ def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -
     """Each side's best setting on the rows that it is timed on, and ours on those of each of them."""
     found = []
     sizes = {rows_of(side, rows).count for side in chosen if side.has_quality}
-    for side in (side for side in chosen if side.has_quality and not getattr(side, "cached", False)):
+    for side in (side for side in chosen if side.has_quality and not side.prepares):
         ours = side.name == "hashemb"
         for count in sorted(sizes) if ours else [rows_of(side, rows).count]:
             tried = side.settings[:1] if settings.smoke else side.settings
@@ -173,6 +172,7 @@ def result(
     found: list[dict[str, Any]],
     skipped: dict[str, str],
     checks: dict[str, Any],
+    settings: Settings,
 ) -> Result:
     """All sides of one model; those of factorisation machines have Vowpal Wabbit's logistic regression too."""
     compared = [side for side in chosen if side.model == model]
@@ -188,6 +188,8 @@ def result(
         row |= usage_of(runs[side], rows_of(side, rows).count)
     here = [entry for entry in found if entry["model"] == model or entry["side"] == "VW"]
     case = {"what": model, "rows": rows.count, "fields": len(ctr_data.NAMESPACES), "cpus": len(usable_cpus(CPUS))}
+    if settings.smoke:
+        case["start-up"] = "included"
     wrong = {name: why for name, why in skipped.items() if name.endswith(model)}
     return Result("ctr", case, "example", units, table, wrong, {**checks, "quality": here})
 

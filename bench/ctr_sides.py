@@ -8,7 +8,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Quality:
     auc: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """A tool. `group` and `name` as in the harness; `rows` are those it is timed on, None: all; `once`: it is slow.
 
@@ -48,15 +48,16 @@ class Side:
     once: bool = False
     package: str | None = None
     has_quality: bool = True
-    note: str = field(default="", compare=False)
 
     def require(self) -> None:
         """`Skip` where the package is missing."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             raise Skip(f"{self.package} is not installed")
 
-    def prepare(self, rows: Rows) -> None:
-        """What is there before the clock starts."""
+    @property
+    def prepares(self) -> bool:
+        """Whether a first run, not timed, leaves something beside the rows that the others use."""
+        return False
 
     def command(self, rows: Rows, out: pathlib.Path, setting: Any, *, score: bool = False) -> list[str]:
         """Arguments of the program; everything it writes goes under `out`."""
@@ -78,16 +79,16 @@ class Side:
             raise Mismatch(f"{self.name}: learned {found} (examples, positives) of {expected}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ours(Side):
-    """``hashemb train`` as it is without options, but for the rank."""
+    """``hashemb train`` with no option but the rank (at smoke size, and fewer rows)."""
 
     source: str = "text"
 
-    def command(self, rows: Rows, out: pathlib.Path, setting: Any, *, score: bool = False) -> list[str]:
+    def command(self, rows: Rows, out: pathlib.Path, setting: str, *, score: bool = False) -> list[str]:
         rank = str(RANK if self.model == FM else 0)
         path = str(rows.text if self.source == "text" else rows.parquet)
-        return [sys.executable, "-m", "hashemb", "train", path, "--table", str(out / "t.emb"), "--rank", rank]
+        return [sys.executable, "-m", "hashemb", "train", path, "--table", str(out / "t.emb"), "--rank", rank, *setting.split()]
 
     def counts(self, usage: Usage) -> tuple[int, int]:
         return numbers(r"([\d,]+) examples, ([\d,]+) positive", usage.output)
@@ -98,14 +99,15 @@ class Ours(Side):
         return Quality(metrics.examples, metrics.logloss, metrics.auc)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VowpalWabbit(Side):
     """``python -m vowpalwabbit``, which is the command-line program; `cached`: from its binary cache of the text."""
 
     cached: bool = False
 
-    def prepare(self, rows: Rows) -> None:
-        rows.vw.with_suffix(".cache").unlink(missing_ok=True)
+    @property
+    def prepares(self) -> bool:
+        return self.cached
 
     def command(self, rows: Rows, out: pathlib.Path, setting: str, *, score: bool = False) -> list[str]:
         command = [sys.executable, "-m", "vowpalwabbit", "-d", str(rows.vw), "-b", "22", "--hash", "all"]
@@ -125,7 +127,7 @@ class VowpalWabbit(Side):
         return quality_of(rows, np.loadtxt(out / "vw.predictions", np.float64, ndmin=1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Peer(Side):
     """A program of `bench.ctr_peers`."""
 
@@ -161,16 +163,17 @@ def sides(smoke: bool) -> Sequence[Side]:
     """Everybody, ours first. Rows and grids are smaller at smoke size."""
     fewer = {"VW FM": 50_000, "scikit-learn": 100_000, "river": 20_000, "torch": 100_000, "DeepCTR-Torch": 1024}
     rows = {name: 512 if smoke else count for name, count in fewer.items()}
+    ours = ("--rows 2^14",) if smoke else ("",)
     torch_settings = {"lr": 0.04, "accumulator": 5.0}
     everybody = (
-        Ours("hashemb", LR, "hashemb"),
-        Ours("hashemb, Parquet", LR, "hashemb Parquet", source="parquet"),
+        Ours("hashemb", LR, "hashemb", ours),
+        Ours("hashemb, Parquet", LR, "hashemb Parquet", ours, source="parquet"),
         VowpalWabbit("VW", LR, "VW LR", VW_LR, package="vowpalwabbit"),
         VowpalWabbit("VW, from its cache", LR, "VW LR", VW_LR[:1], package="vowpalwabbit", cached=True),
         Peer("scikit-learn", LR, "scikit-learn", SKLEARN, rows["scikit-learn"], package="sklearn", peer="sklearn"),
         Peer("river", LR, "river", RIVER, rows["river"], package="river", peer="river"),
-        Ours("hashemb", FM, "hashemb"),
-        Ours("hashemb, Parquet", FM, "hashemb Parquet", source="parquet"),
+        Ours("hashemb", FM, "hashemb", ours),
+        Ours("hashemb, Parquet", FM, "hashemb Parquet", ours, source="parquet"),
         VowpalWabbit("VW", FM, "VW FM", VW_FM, rows["VW FM"], package="vowpalwabbit"),
         Peer("torch, batch 256", FM, "torch", ({"batch": 256, **torch_settings},), rows["torch"],
              package="torch", peer="torch"),

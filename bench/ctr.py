@@ -1,13 +1,14 @@
 """From a log to a trained model: ours against Vowpal Wabbit, scikit-learn, river and torch, on the same rows.
 
-Each side is a process of its own from start to end, on the same two CPUs; the sides run in turn. What a process takes before
-it learns is measured with the first 256 rows, also in turn, and its median subtracted. A tool that would take hours gets
-the first part of the rows, and its time is per example. Everybody but us reads Vowpal Wabbit's text, with counts in buckets
-and missing values left out, written beforehand; we read the log as it is.
+Each side is a process of its own from start to end, on the same two CPUs; the sides run in turn. What a process takes
+before it learns is measured with the first 256 rows, also in turn, and its median subtracted. A tool that would take
+hours gets the first part of the rows, and its time is per example. Everybody but us reads Vowpal Wabbit's text, with
+counts in buckets and missing values left out, written beforehand; we read the log as it is.
 
 Then each side goes over the rows once more and says what it believed of each example before it learned it: the log loss
-and AUC of one pass, of the best of its settings. Ours has one setting, the defaults. The generated rows' true probabilities
-give the loss that nobody can beat; the first 10,000 rows of Criteo's file are taken too, where they are present.
+and AUC of one pass, of the best of its settings. Ours has one setting, the defaults. The generated rows' true
+probabilities give the loss that nobody can beat; the first 10,000 rows of Criteo's file are taken too, where they are
+present.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people write with scikit-learn, river and torch: one pass over Vowpal Wabbit's text, each in a process of its own.
+"""What people write with scikit-learn, river and torch: one pass over Vowpal Wabbit's text, a process for each.
 
 ``python -m bench.ctr_peers '{"peer": …, "path": …, "settings": {…}, "predictions": …}'`` prints a line of JSON. Where
 `predictions` is a path, each example is scored before it is learned and the probabilities go there; the timed runs

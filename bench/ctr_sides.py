@@ -1,4 +1,4 @@
-"""Each tool as a command from text to a trained model, the settings that it may choose from, and how to read its losses."""
+"""Each tool as a command from text to a trained model, its settings to choose from, and how to read its losses."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Ours(Side):
     def command(self, rows: Rows, out: pathlib.Path, setting: str, *, score: bool = False) -> list[str]:
         rank = str(RANK if self.model == FM else 0)
         path = str(rows.text if self.source == "text" else rows.parquet)
-        return [sys.executable, "-m", "hashemb", "train", path, "--table", str(out / "t.emb"), "--rank", rank, *setting.split()]
+        command = [sys.executable, "-m", "hashemb", "train", path, "--table", str(out / "t.emb")]
+        return [*command, "--rank", rank, *setting.split()]
 
     def counts(self, usage: Usage) -> tuple[int, int]:
         return numbers(r"([\d,]+) examples, ([\d,]+) positive", usage.output)

@@ -1,7 +1,7 @@
 """A command in a process of its own: wall time, processor time and peak memory, of it and of what it starts.
 
-Linux carries the peak of the memory before `exec` over to the program after it, so a large parent would be charged to every
-child. The command is therefore started by a small process that imports nothing but the standard library.
+Linux carries the peak of the memory before `exec` over to the program after it, so a large parent would be charged to
+every child. The command is therefore started by a small process that imports nothing but the standard library.
 """
 
 from __future__ import annotations

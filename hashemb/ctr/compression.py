@@ -5,9 +5,9 @@ Beyond what a table has by itself (one hash, several hashes, 16-bit rows), two w
 - `FrequentRows`: values that are seen often have rows of their own, the others share what is left;
 - `QuotientRemainder`: each value has a pair of rows, which are multiplied, and hardly any two have the same pair.
 
-Both have the three things of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a model takes
-one in place of its table. Neither holds anything that is learned: that stays in the table, for every process on it.
-docs/compression.md compares them.
+Both have the three things of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a
+model takes one in place of its table. Neither holds anything that is learned: that stays in the table, for every
+process on it. docs/compression.md compares them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
 
     Notes
     -----
-    The table takes ``mulhi64(fmix64(key ^ salt), n)`` for the row. The least mixed value of row r is ``ceil(r 2**64 / n)``, and
-    `fmix64` is a bijection: its shifts and multiplications are taken back one by one. O(1) for each row.
+    The table takes ``mulhi64(fmix64(key ^ salt), n)`` for the row. The least mixed value of row r is ``ceil(r 2**64 /
+    n)``, and `fmix64` is a bijection: its shifts and multiplications are taken back one by one. O(1) for each row.
 
     Examples
     --------
@@ -146,9 +146,10 @@ class FrequentRows:
 
     References
     ----------
-    Ginart et al.: Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, ISIT 2021, for
-    the observation that popular values deserve more of the memory. Zhang et al.: Model Size Reduction Using Frequency
-    Based Double Hashing for Recommender Systems, RecSys 2020, for own rows for frequent values and hashing for the others.
+    Ginart et al.: Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, ISIT 2021,
+    for the observation that popular values deserve more of the memory. Zhang et al.: Model Size Reduction Using
+    Frequency Based Double Hashing for Recommender Systems, RecSys 2020, for own rows for frequent values and hashing
+    for the others.
 
     Examples
     --------
@@ -204,10 +205,10 @@ class FrequentRows:
 class QuotientRemainder:
     """A small table in which a key's vector is the product of two rows, ``r * (1 + q)``, element by element.
 
-    A number is known by its remainder and quotient by m, and m + D/m rows are enough to tell D numbers apart. Keys are no
-    numbers in [0, D), but 64-bit hashes: one half of the mixed bits chooses among `num_remainders` rows and the other
-    among the rest. Two of D keys have the same pair with a probability of about D / (num_remainders * num_quotients),
-    where with one hash it would be D / (num_remainders + num_quotients).
+    A number is known by its remainder and quotient by m, and m + D/m rows are enough to tell D numbers apart. Keys
+    are no numbers in [0, D), but 64-bit hashes: one half of the mixed bits chooses among `num_remainders` rows and
+    the other among the rest. Two of D keys have the same pair with a probability of about D / (num_remainders *
+    num_quotients), where with one hash it would be D / (num_remainders + num_quotients).
 
     Parameters
     ----------
@@ -254,7 +255,8 @@ class QuotientRemainder:
         self.num_remainders = table.num_embeddings // 2 if num_remainders is None else num_remainders
         if not 1 <= self.num_remainders < table.num_embeddings:
             raise ValueError(
-                f"num_remainders must be in [1, {table.num_embeddings}), the rows of the table, got {self.num_remainders}"
+                f"num_remainders must be in [1, {table.num_embeddings}), the rows of the table, "
+                f"got {self.num_remainders}"
             )
         self.num_quotients = table.num_embeddings - self.num_remainders
         keys_for_rows(table, [])  # says what is wrong with the table
@@ -273,7 +275,8 @@ class QuotientRemainder:
         """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
         r, q = self.table.lookup(keys_for_rows(self.table, self.rows(keys)))
         q += np.float32(1.0)
-        return np.multiply(r, q, out=out)
+        vectors: Float32Array = np.multiply(r, q, out=out)
+        return vectors
 
     def update(self, keys: npt.NDArray[Any], grads: npt.NDArray[Any]) -> None:
         """One optimiser step on both rows of every key; `grads` as the result of `lookup`.

@@ -1,4 +1,4 @@
-"""Small tables put together from rows of an ordinary one: their rows, their gradients, and that a model learns on them."""
+"""Small tables put together from rows of an ordinary one: their rows and gradients, and that a model learns."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_frequent_rows_are_rows_of_the_table(tmp_path: Path) -> None:
 def test_what_frequent_rows_refuse(tmp_path: Path) -> None:
     keys = np.arange(10)
     with make(tmp_path, 11) as table:
-        with pytest.raises(ValueError, match="11 keys with rows of their own .* leave no row .* table of 11"):
+        with pytest.raises(ValueError, match=r"11 keys with rows of their own .* leave no row .* table of 11"):
             FrequentRows(table, keys)
         with pytest.raises(ValueError, match="distinct, got 3 with 2 distinct"):
             FrequentRows(table, np.array([1, 1, 2]))

@@ -64,8 +64,8 @@ def limits(result: dict[str, Any]) -> list[str]:
     if "best_possible_auc" not in checks:
         return [f"Medians of {checks['seeds']} seeds, {result['case']['values']:,} distinct values.", ""]
     return [
-        f"{checks['impressions']:,} impressions, {result['case']['values']:,} distinct values. The true probabilities have "
-        f"AUC {checks['best_possible_auc']:.4f}, logloss {checks['best_possible_logloss']:.4f}.",
+        f"{checks['impressions']:,} impressions, {result['case']['values']:,} distinct values. The true probabilities "
+        f"have AUC {checks['best_possible_auc']:.4f}, logloss {checks['best_possible_logloss']:.4f}.",
         "",
     ]
 

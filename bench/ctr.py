@@ -145,8 +145,8 @@ def check_formats(found: list[dict[str, Any]]) -> None:
     """The same rows from Parquet have the same keys, so they make the same model, to the bit."""
     text = {entry["model"]: entry["logloss"] for entry in found if entry["side"] == "hashemb"}  # of all rows: the last
     for entry in found:
-        if entry["side"] == "hashemb, Parquet" and entry["logloss"] != text[entry["model"]]:
-            raise Mismatch(f"{entry['model']}: logloss {entry['logloss']} from Parquet, {text[entry['model']]} from text")
+        if entry["side"] == "hashemb, Parquet" and entry["logloss"] != (other := text[entry["model"]]):
+            raise Mismatch(f"{entry['model']}: logloss {entry['logloss']} from Parquet, {other} from text")
 
 
 def scored(side: Side, rows: Rows, count: int, setting: Any) -> dict[str, Any]:

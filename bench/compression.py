@@ -36,6 +36,7 @@ Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32]
 
 SCALES = (1, 10, 100, 1000)
+INDEX_BYTES = 4  # of `FrequentRows`, a key
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 REFERENCE = "a row for each value"
 SEEDS = 3
@@ -72,7 +73,7 @@ class Sized:
 
     @property
     def bytes(self) -> int:
-        index_bytes = 0 if self.variant.name == REFERENCE else self.own * 8
+        index_bytes = 0 if self.variant.name == REFERENCE else self.own * INDEX_BYTES
         return self.rows * self.variant.row_bytes + index_bytes
 
     @property
@@ -94,8 +95,8 @@ def sized(variant: Variant, budget_bytes: int, num_values: int) -> Sized | None:
     """The variant in the budget; None where it would have no rows to speak of. No more rows than there are values."""
     if variant.name == REFERENCE:
         return Sized(variant, num_values + 2, num_values + 1)  # and the bias, and one that nobody uses
-    own = min(int(budget_bytes * variant.own / (variant.row_bytes + 8)), num_values + 1)
-    rows = own + (budget_bytes - own * (variant.row_bytes + 8)) // variant.row_bytes
+    own = min(int(budget_bytes * variant.own / (variant.row_bytes + INDEX_BYTES)), num_values + 1)
+    rows = own + (budget_bytes - own * (variant.row_bytes + INDEX_BYTES)) // variant.row_bytes
     return Sized(variant, rows, own) if rows - own >= 4 else None
 
 

@@ -31,7 +31,7 @@ KeyArray = npt.NDArray[np.uint64]
 
 _FACTORS = (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser, last first
 _MAX_ROWS = 1 << 32  # up to which the inverse below is exact in 64 bits
-_SHARED_SALT = np.uint64(0x9E3779B97F4A7C15)
+_SALT = np.uint64(0x9E3779B97F4A7C15)
 
 
 def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
@@ -133,7 +133,7 @@ class FrequentRows:
     num_own_rows : int
         Rows 0 to `num_own_rows` belong to one key each.
     index_bytes : int
-        Memory of the index of frequent keys, 8 bytes a key: part of what the model takes.
+        Memory of the index of frequent keys, 4 bytes a key: part of what the model takes.
 
     Raises
     ------
@@ -142,6 +142,9 @@ class FrequentRows:
 
     Notes
     -----
+    The index holds 32 bits of each frequent key's hash. Another key has one of m of them with probability m / 2**32, and
+    then shares its row, as keys of a hashed table do.
+
     A look-up costs one binary search per key, O(log m), on top of the table's. Safe for concurrent look-ups.
 
     References
@@ -163,11 +166,11 @@ class FrequentRows:
 
     def __init__(self, table: EmbeddingTable, frequent: npt.NDArray[Any]) -> None:
         self.table, self.embedding_dim = table, table.embedding_dim
-        bias = hashemb.hash_keys(["bias"], field=BIAS_FIELD)
         given = np.asarray(frequent).astype(np.uint64, copy=False).ravel()
-        self._own = np.union1d(given, bias)
-        if given.size + (0 if np.isin(bias, given).all() else 1) != self._own.size:
+        if np.unique(given).size != given.size:
             raise ValueError(f"frequent keys must be distinct, got {given.size} with {np.unique(given).size} distinct")
+        bias = hashemb.hash_keys(["bias"], field=BIAS_FIELD)
+        self._own = np.unique(_halves(np.concatenate([given, bias]))[0])
         if self._own.size >= table.num_embeddings:
             raise ValueError(
                 f"{self._own.size} keys with rows of their own (the bias is one) leave no row for the others in a "
@@ -187,11 +190,11 @@ class FrequentRows:
 
     def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """The row of each key, int64, shape of `keys`."""
-        k = np.asarray(keys).astype(np.uint64, copy=False)
-        place = np.minimum(np.searchsorted(self._own, k), self._own.size - 1)
-        shared = reference.mulhi64(reference.fmix64(k ^ _SHARED_SALT), self.table.num_embeddings - self._own.size)
-        rows = np.where(self._own[place] == k, place, shared.astype(np.int64) + self._own.size)
-        return rows.astype(np.int64, copy=False)
+        high, low = _halves(keys)
+        place = np.minimum(np.searchsorted(self._own, high), self._own.size - 1)
+        shared = _scaled(low, self.table.num_embeddings - self._own.size)
+        rows: npt.NDArray[np.int64] = np.where(self._own[place] == high, place, shared + self._own.size)
+        return rows
 
     def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
         """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
@@ -263,13 +266,9 @@ class QuotientRemainder:
 
     def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """The two rows of each key, int64, shape ``(2,) + keys.shape``: remainder, quotient."""
-        mixed = reference.fmix64(np.asarray(keys).astype(np.uint64, copy=False) ^ _SHARED_SALT)
-        halves = mixed << np.uint64(32), mixed & np.uint64(0xFFFFFFFF00000000)
-        remainders, quotients = (
-            reference.mulhi64(half, count)
-            for half, count in zip(halves, (self.num_remainders, self.num_quotients), strict=True)
-        )
-        return np.stack([remainders, quotients + np.uint64(self.num_remainders)]).astype(np.int64)
+        high, low = _halves(keys)
+        quotients = _scaled(high, self.num_quotients) + self.num_remainders
+        return np.stack([_scaled(low, self.num_remainders), quotients])
 
     def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
         """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
@@ -288,6 +287,17 @@ class QuotientRemainder:
         g = np.asarray(grads, np.float32)
         q += np.float32(1.0)
         self.table.update(pair, np.stack([q * g, r * g]))
+
+
+def _halves(keys: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """The high and low 32 bits of the keys' hashes, which have nothing to do with the rows that a table would choose."""
+    mixed = reference.fmix64(np.asarray(keys).astype(np.uint64, copy=False) ^ _SALT)
+    return (mixed >> np.uint64(32)).astype(np.uint32), mixed.astype(np.uint32)
+
+
+def _scaled(half: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.int64]:
+    """``floor(half count / 2**32)``: 32 bits onto [0, count), for a count of at most 2**32."""
+    return (half.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
 
 def _unmix(x: KeyArray) -> KeyArray:

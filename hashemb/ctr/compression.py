@@ -142,8 +142,8 @@ class FrequentRows:
 
     Notes
     -----
-    The index holds 32 bits of each frequent key's hash. Another key has one of m of them with probability m / 2**32, and
-    then shares its row, as keys of a hashed table do.
+    The index holds 32 bits of each frequent key's hash. Another key has one of m of them with probability m / 2**32,
+    and then shares its row, as keys of a hashed table do.
 
     A look-up costs one binary search per key, O(log m), on top of the table's. Safe for concurrent look-ups.
 
@@ -290,7 +290,7 @@ class QuotientRemainder:
 
 
 def _halves(keys: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    """The high and low 32 bits of the keys' hashes, which have nothing to do with the rows that a table would choose."""
+    """The high and low 32 bits of the keys' hashes, independent of the row that a table would choose."""
     mixed = reference.fmix64(np.asarray(keys).astype(np.uint64, copy=False) ^ _SALT)
     return (mixed >> np.uint64(32)).astype(np.uint32), mixed.astype(np.uint32)
 

@@ -84,11 +84,13 @@ class Sized:
 
 @dataclass(frozen=True)
 class Score:
-    """What a trained model reached, and nanoseconds per example that training took."""
+    """What a trained model reached, nanoseconds per example that training took, and how it was chosen."""
 
     auc: float
     logloss: float
     train_ns: float
+    valid_auc: float = float("nan")
+    epochs: int = 1
 
 
 def sized(variant: Variant, budget_bytes: int, num_values: int) -> Sized | None:
@@ -169,7 +171,7 @@ def fit(point: Sized, data: Frappe, seed: int, directory: str, max_epochs: int =
                 best, best_epoch = (valid, auc(data.test[1], p), logloss(data.test[1], p)), epoch
             elif epoch - best_epoch >= PATIENCE:
                 break
-    return Score(best[1], best[2], seconds / (epoch + 1) / len(labels) * 1e9)
+    return Score(best[1], best[2], seconds / (epoch + 1) / len(labels) * 1e9, best[0], best_epoch + 1)
 
 
 # ---- the generated stream ----

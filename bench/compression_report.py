@@ -28,12 +28,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("no results of the bench compression in these files")
     sets = {name: [r for r in results if r["case"]["what"] == name] for name in TITLES}
     found = {name: chosen for name, chosen in sets.items() if chosen}
+    picture = options.page.with_suffix(".svg")
     lines = machine_lines(reports)
     for name, chosen in found.items():
         lines += [f"### {TITLES[name]}", "", *table(chosen), *limits(chosen[0])]
+    if not options.no_picture:
+        lines += [f"![AUC against bytes]({picture.name})", ""]
     replace_between_marks(options.page, "\n".join(lines))
     if not options.no_picture:
-        draw(found, options.page.with_suffix(".svg"))
+        draw(found, picture)
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -251,8 +251,8 @@ def variants(data: str) -> list[Variant]:
     ]
 
 
-#: With own rows in bfloat16, at 10x smaller on Frappe's validation file, rank 4 and .6 of the bytes in own rows were the
-#: best of rank 10, 6, 4 and 3 with .9, .9, .6 and .8: AUC .9436, .9531, .9567, .9561. Two hashes: rank 3 .9442, 6 .9447.
+#: With own rows in bfloat16, at 10x smaller on Frappe's validation file, rank 4 and .6 of the bytes in own rows were
+#: the best of rank 10, 6, 4, 3 with .9, .9, .6, .8: AUC .9436, .9531, .9567, .9561. Two hashes: rank 3 .9442, 6 .9447.
 SHORT = 4
 FRAPPE = Variant("", rank=10)
 STREAM = Variant("", rank=15, lr=0.04, weight_decay=0.0, initial_accumulator=5.0)

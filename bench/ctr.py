@@ -25,7 +25,7 @@ import numpy as np
 from bench import ctr_data
 from bench.ctr_data import Rows
 from bench.ctr_sides import FM, LR, START_ROWS, Side, sides
-from bench.harness import Clock, Mismatch, Result, Settings, available, summaries
+from bench.harness import OURS, Clock, Mismatch, Result, Settings, available, summaries
 from bench.process import Usage, run_command, usable_cpus
 
 ROWS = {"smoke": 2_000, "usual": 1_000_000, "full": 10_000_000}
@@ -128,9 +128,12 @@ def clocks_of(runs: list[Run]) -> list[Clock]:
 def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -> list[dict[str, Any]]:
     """Each side's best setting on the rows that it is timed on, and ours on those of each of them."""
     found = []
-    sizes = {rows_of(side, rows).count for side in chosen if side.has_quality}
-    for side in (side for side in chosen if side.has_quality and not side.prepares):
-        ours = side.name == "hashemb"
+    judged = [side for side in chosen if side.has_quality and not side.prepares]
+    if settings.smoke:  # each of the others would cost another start
+        judged = [side for side in judged if side.name in (OURS, "VW")]
+    sizes = {rows_of(side, rows).count for side in judged}
+    for side in judged:
+        ours = side.name == OURS
         for count in sorted(sizes) if ours else [rows_of(side, rows).count]:
             tried = side.settings[:1] if settings.smoke else side.settings
             entries = [scored(side, rows, count, setting) for setting in tried]
@@ -143,7 +146,7 @@ def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -
 
 def check_formats(found: list[dict[str, Any]]) -> None:
     """The same rows from Parquet have the same keys, so they make the same model, to the bit."""
-    text = {entry["model"]: entry["logloss"] for entry in found if entry["side"] == "hashemb"}  # of all rows: the last
+    text = {entry["model"]: entry["logloss"] for entry in found if entry["side"] == OURS}  # of all rows: the last
     for entry in found:
         if entry["side"] == "hashemb, Parquet" and entry["logloss"] != (other := text[entry["model"]]):
             raise Mismatch(f"{entry['model']}: logloss {entry['logloss']} from Parquet, {other} from text")

@@ -183,7 +183,7 @@ def sides(smoke: bool) -> Sequence[Side]:
         Peer("DeepCTR-Torch", FM, "torch", ({"batch": 256},), rows["DeepCTR-Torch"], once=True,
              package="deepctr_torch", has_quality=False, peer="deepctr"),
     )  # fmt: skip
-    slow = {"DeepCTR-Torch"} if smoke else set()  # ten seconds a batch
+    slow = {"DeepCTR-Torch", "torch, batch 4096"} if smoke else set()  # ten seconds a batch; the same once more
     return [side for side in everybody if side.name not in slow]
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from hashemb.ctr.demo import run_demo
 from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
-from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
+from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, MODELS, ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
@@ -80,6 +81,32 @@ DataFormat = Annotated[
     ),
 ]
 Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of(*MODELS)),
+        metavar="NAME",
+        help=f"lr, fm, fwfm (field-weighted FM) or ffm (field-aware). {_default('model')}",
+    ),
+]
+Rank = Annotated[
+    int | None, typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]")
+]
+NumFields = Annotated[
+    int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
+]
+OptimizerName = Annotated[
+    str | None,
+    typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_one_of("float32", "float16", "bfloat16")),
+        metavar="NAME",
+        help=f"float32, float16 or bfloat16. {_default('dtype')}",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -93,31 +120,21 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(
     files: Files,
     table: Table,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help=f"Latent factors; 0: logistic regression. {_default('rank')}")
-    ] = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    num_fields: NumFields = None,
     rows: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; may change later. [new model: adagrad 0.04]")] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
-    ] = None,
+    optimizer: OptimizerName = None,
     weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
     initial_accumulator: Annotated[
         float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
     ] = None,
     init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
     num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=_parser(_one_of("float32", "float16", "bfloat16")),
-            metavar="NAME",
-            help=f"float32, float16 or bfloat16. {_default('dtype')}",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
     batch_size: Annotated[
         int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")
@@ -145,22 +162,25 @@ def train(
     A model that exists keeps the options it was made with. Ctrl-C finishes the batch and saves.
     """
     options = ModelOptions(
-        rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
-        optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
+        model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
+        init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
+        initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
     if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
-        open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
+        first = ModelCard(rank=0, data_format=data_format or "auto", label=label)
+        open_source(first, str(files[0])).close()
+        options = replace(options, num_fields=num_fields or len(first.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
-    model, card = open_or_create(table, options)
-    with closing(model.table), training_lock(table):
+    learner, card = open_or_create(table, options)
+    with closing(learner.table), training_lock(table):
         card.data_format = data_format or card.data_format
         card.label = label or card.label
         card.batch_size = batch_size or card.batch_size
         trainer = Trainer(
-            table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
+            table, learner, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
             checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import hashemb
 from hashemb.ctr.console import format_bytes, progress_bar, say
 from hashemb.ctr.metrics import auc, calibration, logloss, normalized_entropy
-from hashemb.ctr.model_dir import MODEL_FILE, load_model, read_card, training_lock
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.model_dir import MODEL_FILE, build_model, load_model, read_card, training_lock
 from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.scoring import open_for_scoring, score
 from hashemb.ctr.session import run_training
@@ -254,7 +253,7 @@ def _score_table(paths: DemoPaths, table: Path) -> Floats:
     """Probabilities of the held-out impressions from a table, which may be one of weights alone."""
     card = read_card(paths.model)
     with hashemb.open(table) as opened, open_for_scoring(card, [paths.held_out]) as reader:
-        model = FactorizationMachine(opened, rank=card.rank)
+        model = build_model(opened, card)
         return np.concatenate([batch.probabilities for batch in score(model, reader)])
 
 

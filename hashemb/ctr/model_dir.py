@@ -19,13 +19,15 @@ from typing import Any, Literal
 
 import hashemb
 from hashemb.ctr.fields import Kind
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
 from hashemb.errors import FormatError, HashembError
 
 __all__ = [
     "MODEL_FILE",
     "ModelCard",
+    "ModelKind",
     "SourcePosition",
+    "build_model",
     "card_values",
     "load_model",
     "parse_card",
@@ -35,11 +37,16 @@ __all__ = [
 ]
 
 Format = Literal["auto", "criteo", "csv", "parquet"]
+ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_fm"]
 
 MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
 MODEL_FORMAT = 1
-KIND = "factorization_machine"
+KINDS = {
+    "factorization_machine": "factorization machine",
+    "field_weighted_fm": "field-weighted factorization machine",
+    "field_aware_fm": "field-aware factorization machine",
+}
 _DIGEST_BYTES = 64 * 1024
 
 
@@ -101,7 +108,10 @@ class ModelCard:
     Attributes
     ----------
     rank : int
-        Of the factorisation machine; 0 is logistic regression.
+        Of the model; 0 is logistic regression.
+    kind : {"factorization_machine", "field_weighted_fm", "field_aware_fm"}
+    num_fields : int or None
+        Of a model that tells fields apart, i.e. of the last two kinds.
     schema : dict
         Field -> kind, in the order of the key columns: how the reader made keys of the first file, and has to of
         all others. Empty until then.
@@ -129,11 +139,31 @@ class ModelCard:
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     hashemb_version: str = hashemb.__version__
+    kind: ModelKind = "factorization_machine"
+    num_fields: int | None = None
+
+    @property
+    def description(self) -> str:
+        """The model in a few words.
+
+        >>> ModelCard(rank=0).description, ModelCard(rank=4, kind="field_aware_fm", num_fields=39).description
+        ('logistic regression', 'field-aware factorization machine of rank 4 over 39 fields')
+        """
+        if self.rank == 0:
+            return "logistic regression"
+        fields = "" if self.num_fields is None else f" over {self.num_fields} fields"
+        return f"{KINDS[self.kind]} of rank {self.rank}{fields}"
+
+    @property
+    def embedding_dim(self) -> int:
+        """Elements of a row of the model's table."""
+        vectors = (self.num_fields or 0) if self.kind == "field_aware_fm" else 1
+        return 1 + vectors * self.rank
 
 
 def card_values(card: ModelCard) -> dict[str, Any]:
     """The card as JSON values; `parse_card` is the inverse."""
-    return {"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}
+    return {"format": MODEL_FORMAT, **asdict(card)}
 
 
 def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
@@ -175,19 +205,33 @@ def parse_card(values: Any) -> ModelCard:
         raise ValueError("no format number")
     if values["format"] > MODEL_FORMAT:
         raise ValueError(f"format {values['format']} is newer than this version reads ({MODEL_FORMAT})")
-    if values.get("kind") != KIND:
-        raise ValueError(f"kind {values.get('kind')!r}, expected {KIND!r}")
+    if values.get("kind") not in KINDS:
+        raise ValueError(f"kind {values.get('kind')!r}, expected one of {', '.join(KINDS)}")
     known = {f.name for f in fields(ModelCard)}
     card = ModelCard(**{name: value for name, value in values.items() if name in known})
     if not isinstance(card.rank, int) or not isinstance(card.batch_size, int):
         raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
+    if card.kind != "factorization_machine" and not isinstance(card.num_fields, int):
+        raise ValueError(f"num_fields {card.num_fields!r} must be an integer for kind {card.kind!r}")
     card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
     return card
 
 
-def load_model(
-    directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
-) -> tuple[FactorizationMachine, ModelCard]:
+def build_model(table: hashemb.EmbeddingTable, card: ModelCard) -> HashedModel:
+    """The model that the card describes, on an open table.
+
+    Raises
+    ------
+    ValueError
+        The table's rows are not of the size that this model has.
+    """
+    if card.kind == "factorization_machine":
+        return FactorizationMachine(table, rank=card.rank)
+    kind = FieldWeightedFM if card.kind == "field_weighted_fm" else FieldAwareFM
+    return kind(table, num_fields=card.num_fields or 0, rank=card.rank)
+
+
+def load_model(directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> tuple[HashedModel, ModelCard]:
     """Open a trained model.
 
     Parameters
@@ -199,8 +243,8 @@ def load_model(
 
     Returns
     -------
-    (FactorizationMachine, ModelCard)
-        Close `model.table` when done with it.
+    (HashedModel, ModelCard)
+        A `FactorizationMachine`, `FieldWeightedFM` or `FieldAwareFM`. Close `model.table` when done with it.
 
     Raises
     ------
@@ -210,7 +254,7 @@ def load_model(
     card = read_card(directory)
     table = hashemb.open(directory, mode=mode)
     try:
-        return FactorizationMachine(table, rank=card.rank), card
+        return build_model(table, card), card
     except BaseException:
         table.close()
         raise

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr.model_dir import Format, ModelCard
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import HashedModel
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import Reader, open_reader
 
@@ -47,7 +47,7 @@ def open_for_scoring(
     )
 
 
-def score(model: FactorizationMachine, reader: Reader) -> Generator[ScoreBatch, None, None]:
+def score(model: HashedModel, reader: Reader) -> Generator[ScoreBatch, None, None]:
     """Score what `reader` reads, a batch at a time."""
     with closing(read_ahead(reader)) as batches:
         for batch in batches:

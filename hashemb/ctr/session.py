@@ -62,7 +62,7 @@ def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, conso
 
 def _say_where_we_start(trainer: Trainer, console: Console) -> None:
     table = trainer.model.table
-    kind = f"factorization machine of rank {trainer.model.rank}" if trainer.model.rank else "logistic regression"
+    kind = trainer.card.description
     say(console, f"{trainer.directory}: {kind}, {table.num_embeddings:,} rows, {table.optimizer.kind}, lr {table.lr:g}")
     ahead = table.step - trainer.card.table_step
     if ahead:

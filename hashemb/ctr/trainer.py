@@ -17,7 +17,7 @@ from typing import Any
 
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import HashedModel
 from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
@@ -70,7 +70,7 @@ class Trainer:
     ----------
     directory : path
         Model directory; hold its `training_lock`.
-    model : FactorizationMachine
+    model : HashedModel
         On the directory's table, open "r+".
     card : ModelCard
         The directory's card; updated in place.
@@ -104,7 +104,7 @@ class Trainer:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        model: FactorizationMachine,
+        model: HashedModel,
         card: ModelCard,
         paths: Sequence[str | os.PathLike[str]],
         *,

@@ -38,9 +38,18 @@ maths = Extension(
     extra_link_args=["-pthread"],
 )
 
+tokens = Extension(
+    "hashemb.ctr._tokens",
+    sources=["hashemb/ctr/_tokens.pyx", CTR_CSRC + "tokens_criteo.c", CTR_CSRC + "tokens_examples.c"],
+    depends=[*glob(CTR_CSRC + "*.h"), CSRC + "murmur.h"],
+    include_dirs=[CTR_CSRC, CSRC, numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    extra_compile_args=C_FLAGS,
+)
+
 setup(
     ext_modules=cythonize(
-        [core, maths],
+        [core, maths, tokens],
         compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False,
                              "cdivision": True, "initializedcheck": False, "embedsignature": True},
     )

@@ -136,9 +136,9 @@ def test_predict_writes_one_probability_a_line(clicks: Path, trained: Path, tmp_
     printed = np.array(out.split(), np.float32)
     model, _ = load_model(trained)
     with model.table, open_reader(clicks, batch_size=10_000) as reader:
-        labels, keys = next(reader)[:2]
-        np.testing.assert_array_equal(printed, model.predict_proba(keys))
-    assert auc(labels, printed) > 0.6
+        batch = next(reader)
+        np.testing.assert_array_equal(printed, model.predict_proba(batch.keys))
+    assert auc(batch.labels, printed) > 0.6
     assert hashemb.info(trained).step == before
 
 
@@ -207,7 +207,7 @@ def test_inspect_plain_table(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["train", "{data}"], 2, "Missing option '--table'"),
+        (["train", "-"], 1, "standard input has no name to call the model by: say where it goes with --table"),
         (["train", "--table", "{new}"], 2, "Missing argument"),
         (["train", "{data}", "-t", "{new}", "--rank", "-1"], 2, "'--rank'"),
         (["train", "{data}", "-t", "{new}", "--rank", "x"], 2, "'--rank'"),

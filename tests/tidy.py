@@ -121,9 +121,14 @@ PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
 #: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {"cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics"}}
 #: Loaded by the command line once it has found these extras; and what derives from the classes of an extra.
-EXTRAS_WHEN_LOADED = {"ctr.commands": {"typer", "rich"}, "sklearn._base": {"sklearn"}, "sklearn._checks": {"sklearn"}}
+EXTRAS_WHEN_LOADED = {
+    "ctr.commands": {"typer", "rich"},
+    "ctr.arguments": {"typer"},
+    "sklearn._base": {"sklearn"},
+    "sklearn._checks": {"sklearn"},
+}
 
-CYTHON_MODULES = {"_core", "ctr._maths"}
+CYTHON_MODULES = {"_core", "ctr._maths", "ctr._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else of `os` reaches for files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ __all__ = [
     "write_card",
 ]
 
-Format = Literal["auto", "criteo", "csv", "parquet"]
+Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_fm"]
 
 MODEL_FILE = "model.json"
@@ -127,8 +127,10 @@ class ModelCard:
         all others. Empty until then.
     data_format, label : str, str or None
         Format that the data is read as, and the column that is the label.
-    batch_size : int
-        Examples per update.
+    label_values : sequence of two str, or None
+        What means 0 and what means 1 in that column; None: 0 and 1.
+    batch_size, passes : int
+        Examples per update, and how often files are learned unless another number is asked for.
     table_step : int
         The table's step when this card was written; more updates than that in the table mean that it was trained
         without the card following.
@@ -146,7 +148,9 @@ class ModelCard:
     schema: dict[str, Kind] = field(default_factory=dict)
     data_format: Format = "auto"
     label: str | None = None
+    label_values: Sequence[str] | None = None
     batch_size: int = 256
+    passes: int = 1
     table_step: int = 0
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
@@ -230,9 +234,9 @@ def parse_card(values: Any) -> ModelCard:
     card = ModelCard(**{name: value for name, value in values.items() if name in known})
     if not isinstance(card.rank, int) or not isinstance(card.batch_size, int):
         raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
+    card.negatives()
     if card.kind != "factorization_machine" and not isinstance(card.num_fields, int):
         raise ValueError(f"num_fields {card.num_fields!r} must be an integer for kind {card.kind!r}")
-    card.negatives()
     card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
     return card
 

@@ -25,9 +25,9 @@ from hashemb.ctr.metrics import StreamingMetrics
 from hashemb.ctr.negatives import NegativeSampling
 
 if TYPE_CHECKING:
-    from hashemb.ctr.readers import Batch
+    from hashemb.ctr.batches import Batch
 
-__all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValidator", "Schedule", "parts_of"]
+__all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValidator", "Schedule"]
 
 
 class Learner(Protocol):
@@ -212,7 +212,7 @@ class ProgressiveValidator:
             self._queue.append(_Waiting(kept, count, when[-1] if count else self._last_time))
             if scored_before == count:
                 return []
-            probabilities = self.model.predict_proba(kept.keys, **parts_of(kept, "offsets", "values", "fields"))
+            probabilities = self.model.predict_proba(kept.keys, **kept.features())
         return self._score(kept, probabilities, self._already(batch, scored_before))
 
     def finish(self) -> None:
@@ -260,7 +260,8 @@ class ProgressiveValidator:
         if self.negatives is not None and self.negatives.correction == "weights":
             batch = batch._replace(weights=self.negatives.importance(batch))
         assert batch.labels is not None
-        return self.model.learn(batch.keys, batch.labels, **parts_of(batch, "offsets", "values", "fields", "weights"))
+        importance: dict[str, Any] = {} if batch.weights is None else {"weights": batch.weights}
+        return self.model.learn(batch.keys, batch.labels, **batch.features(), **importance)
 
     def _already(self, batch: Batch, examples: int) -> int:
         """How many of the kept examples are among the batch's first so many."""
@@ -308,8 +309,3 @@ class ProgressiveValidator:
         )
         self.curve.add(row)
         return row
-
-
-def parts_of(batch: Batch, *names: str) -> dict[str, Any]:
-    """The parts of the batch that there are, by name."""
-    return {name: value for name in names if (value := getattr(batch, name)) is not None}

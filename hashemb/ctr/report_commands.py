@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from hashemb.ctr._extras import require
 from hashemb.ctr._writers import replacing
-from hashemb.ctr.commands import DataFormat, Label, app, typer
+from hashemb.ctr.arguments import DataFormat, Label
+from hashemb.ctr.commands import app, typer
 from hashemb.ctr.console import progress_bar
 from hashemb.ctr.report_facts import gather
 from hashemb.ctr.report_page import page

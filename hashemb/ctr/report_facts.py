@@ -18,7 +18,6 @@ from hashemb.ctr.learning_curve import LearningCurve, ProgressRow
 from hashemb.ctr.metrics import StreamingMetrics, gauc
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, load_model
 from hashemb.ctr.occupancy import FieldCollisions, KeyCensus, RowNorms, row_norms
-from hashemb.ctr.progressive import parts_of
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.scoring import open_for_scoring
 
@@ -183,7 +182,7 @@ def evaluate(
             for batch in batches:
                 if batch.labels is None:
                     raise ValueError(f"{os.fspath(files[0])}: no labels to compare predictions with")
-                probabilities = model.predict_proba(batch.keys, **parts_of(batch, "offsets", "values", "fields"))
+                probabilities = model.predict_proba(batch.keys, **batch.features())
                 probabilities = probabilities if negatives is None else negatives.corrected(probabilities)
                 metrics.update(batch.labels, probabilities, batch.weights)
                 census.add(batch)

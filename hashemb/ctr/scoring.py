@@ -43,6 +43,7 @@ def open_for_scoring(
         format=data_format or card.data_format,
         label=label or card.label,
         schema=card.schema or None,
+        label_values=card.label_values,
         batch_size=card.batch_size,
         strict=strict,
     )
@@ -54,7 +55,7 @@ def score(
     """Score what `reader` reads, a batch at a time; `negatives` is what `ModelCard.negatives` says."""
     with closing(read_ahead(reader)) as batches:
         for batch in batches:
-            probabilities = model.predict_proba(batch.keys)
+            probabilities = model.predict_proba(batch.keys, **batch.features())
             yield ScoreBatch(probabilities if negatives is None else negatives.corrected(probabilities), batch.labels)
 
 

@@ -13,7 +13,11 @@ from hashemb.ctr.trainer import Trainer, TrainStep
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hashemb.ctr.learning_curve import ProgressRow
+
 __all__ = ["run_training"]
+
+_PASSES_SHOWN = 2  # with all their rows; of later ones the last row will do
 
 
 def run_training(trainer: Trainer, console: Console) -> int:
@@ -48,16 +52,28 @@ def run_training(trainer: Trainer, console: Console) -> int:
 def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, console: Console) -> None:
     """Run the steps, printing what they bring, until they end or a stop is asked for."""
     pass_number = 0
+    last: ProgressRow | None = None
     with progress_bar(console, "training", bytes_total or None) as advance:
         for step in steps:
             if step.pass_number != pass_number:
+                _say_last(last, console)
+                last = None
                 pass_number = step.pass_number
                 _say_pass(pass_number, console)
             for row in step.rows:
-                say(console, format_row(row))
+                if pass_number > _PASSES_SHOWN:
+                    last = row
+                else:
+                    say(console, format_row(row))
             advance(step.bytes_done, step.examples)
             if stop:
                 break
+    _say_last(last, console)
+
+
+def _say_last(row: ProgressRow | None, console: Console) -> None:
+    if row is not None:
+        say(console, format_row(row))
 
 
 def _say_where_we_start(trainer: Trainer, console: Console) -> None:
@@ -83,6 +99,10 @@ def _say_where_we_start(trainer: Trainer, console: Console) -> None:
 
 
 def _say_pass(number: int, console: Console) -> None:
+    if number > _PASSES_SHOWN:
+        if number == _PASSES_SHOWN + 1:
+            say(console, "Later passes, by their last rows:")
+        return
     if number > 1:
         say(console, f"Pass {number}: these examples have been learned before; not unseen data.")
     say(console, row_header())

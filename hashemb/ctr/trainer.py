@@ -23,7 +23,7 @@ from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
 
-__all__ = ["BadLines", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
+__all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
 
 
 @dataclass
@@ -37,6 +37,30 @@ class BadLines:
         """Take over the report of a reader that is done."""
         self.count += reader.report.rows_bad
         self.first = (self.first + list(reader.report.bad_lines))[:20]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is said about the columns of the first file, as for `open_reader`; it then holds for the model."""
+
+    numeric: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    positive: str | None = None
+
+    def check_against(self, card: ModelCard) -> None:
+        """Raise a ValueError where `card` was made otherwise."""
+        for option, names, kinds in (
+            ("numeric", self.numeric, ("count", "float")),
+            ("categorical", self.categorical, ("integer", "string")),
+        ):
+            for name in names:
+                if card.schema.get(name) not in kinds:
+                    made = f"reads it as {card.schema[name]}" if name in card.schema else "has no such field"
+                    raise ValueError(f"{option} {name!r}: the model {made}; leave the option out")
+        made_with = card.label_values or ("0", "1")
+        if self.positive is not None and self.positive != made_with[1]:
+            made = f"the model was made with {made_with[1]!r}"
+            raise ValueError(f"positive {self.positive!r}: {made}; leave the option out")
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,8 @@ class Trainer:
         learned; what was waiting when a run stopped is read again by the next one, and not scored again.
     save_seconds : float
         Save when this long has passed since the last time.
+    columns : Columns, optional
+        How to read the first file ever.
     checkpoints : Checkpoints, optional
         Take one with every save, the first before anything is learned.
 
@@ -125,14 +151,16 @@ class Trainer:
         schedule: Schedule | None = None,
         label_delay: float = 0.0,
         save_seconds: float = 60.0,
+        columns: Columns | None = None,
         checkpoints: Checkpoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory, self.model, self.card = directory, model, card
         self.passes, self.strict, self.schedule = passes, strict, schedule
         self.label_delay, self.save_seconds, self._clock = label_delay, save_seconds, clock
-        self.checkpoints = checkpoints
+        self.columns, self.checkpoints = columns or Columns(), checkpoints
         self.bad_lines = BadLines()
+        self._reported: set[str] = set()
         self.examples = 0
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
@@ -220,15 +248,16 @@ class Trainer:
 
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
-        reader = open_source(self.card, path, start=position.rows, strict=self.strict)
+        reader = open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
         batches = read_ahead(reader)
         try:
             for batch in batches:
-                assert batch.labels is not None
                 rows = self.validator.learn(batch)
-                self._unlearned.append(_Scored(position, len(batch.labels)))
+                if len(reader.schema) > len(self.card.schema):
+                    self.card.schema = dict(reader.schema)
+                self._unlearned.append(_Scored(position, batch.num_examples))
                 self._settle()
-                self.examples += len(batch.labels)
+                self.examples += batch.num_examples
                 done = self._bytes_finished + reader.bytes_read
                 yield TrainStep(path, self.pass_number, rows, self.examples, done)
             self._unlearned.append(_Scored(position, 0, is_end=True))
@@ -237,7 +266,9 @@ class Trainer:
         finally:
             batches.close()
             reader.close()
-            self.bad_lines.add(reader)
+            if path not in self._reported:  # a later pass meets the same ones
+                self._reported.add(path)
+                self.bad_lines.add(reader)
             position.note_bad_lines(reader.report)
 
     def _settle(self) -> None:
@@ -251,19 +282,30 @@ class Trainer:
                 position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
 
 
-def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = False) -> Reader:
-    """Open a labelled file as the card says; the first one ever decides how all others are read.
+def open_source(
+    card: ModelCard, path: str, columns: Columns | None = None, *, start: int = 0, strict: bool = False
+) -> Reader:
+    """Open a labelled file as the card says; the first one ever decides, with `columns`, how all others are read.
 
     Raises
     ------
     ValueError
-        The file is of no known format, lacks a field that the model was trained on, or has no labels.
+        The file is of no known format, lacks a field that the model was trained on, has no labels, or labels of more
+        than two values; `columns` contradict the card.
     """
+    columns = columns or Columns()
+    if card.schema:
+        columns.check_against(card)
+        columns = Columns()
     reader = open_reader(
         [path],
         format=card.data_format,
         label=card.label,
+        numeric=columns.numeric,
+        categorical=columns.categorical,
         schema=card.schema or None,
+        positive=columns.positive,
+        label_values=card.label_values,
         batch_size=card.batch_size,
         strict=strict,
         start=start,
@@ -273,7 +315,7 @@ def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = Fa
         wanted = f"column {card.label!r}" if card.label else "label column"
         raise ValueError(f"{path}: no {wanted} to learn from; it has the fields {', '.join(reader.schema)}")
     if not card.schema:
-        card.schema, card.label = dict(reader.schema), reader.label
+        card.schema, card.label, card.label_values = dict(reader.schema), reader.label, reader.label_values
     return reader
 
 

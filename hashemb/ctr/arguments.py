@@ -116,17 +116,21 @@ Rows = Annotated[
     int | None, typer.Option(parser=COUNT, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
 ]
 LearningRate = Annotated[
-    float | None, typer.Option("--lr", help="Learning rate; may change later. [new model: adagrad 0.04; small 0.1]")
+    float | None,
+    typer.Option("--lr", help="Learning rate; may change later. [new model: adagrad 0.04, rank 0 0.06; small 0.1]"),
 ]
 WeightDecay = Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")]
 InitialAccumulator = Annotated[
-    float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise or small 1]")
+    float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5; rank 0 2; row-wise, small 1]")
 ]
 InitScale = Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")]
 NumHashes = Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")]
 Seed = Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")]
 BatchSize = Annotated[
-    int | None, typer.Option(parser=COUNT, metavar="COUNT", help="Examples per update. [new model: 256; 32 if small]")
+    int | None,
+    typer.Option(
+        parser=COUNT, metavar="COUNT", help="Examples per update. [new model: 256, at first 32; 32 if small]"
+    ),
 ]
 Passes = Annotated[
     int | None,

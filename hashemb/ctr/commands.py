@@ -131,19 +131,21 @@ def train(
     table = table or default_table(files)
     columns = Columns(column_names(numeric), column_names(categorical), positive)
     looked_at, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
-    if not table.exists():  # leave no new model behind for a file that can't be read
+    is_new = not table.exists()
+    if is_new:  # leave no new model behind for a file that can't be read
         plan, options = look(looked_at, files, columns).refine(options)
         options = replace(options, num_fields=num_fields or len(looked_at.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
     learner, card = open_or_create(table, options)
     with closing(learner.table), training_lock(table):
-        if looked_at.schema:
+        if is_new:
             plan.settle(card, looked_at)
             for line in reading_text(card, plan):
                 say(console, line)
         card.data_format = data_format or card.data_format
         card.label = label or card.label
-        card.batch_size = batch_size or card.batch_size
+        if batch_size:
+            card.batch_size, card.warm_up = batch_size, 0
         learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
         sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
         card.negative_rate, card.negative_correction = sampling.rate, sampling.correction

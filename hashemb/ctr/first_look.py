@@ -18,6 +18,7 @@ __all__ = ["Plan", "default_table", "look", "reading_text"]
 SMALL_EXAMPLES = 50_000
 LOG_FORMATS = ("criteo", "vw")  # of streams, which come once
 LOG_BATCH, TABLE_BATCH = 256, 32
+WARM_UP_EXAMPLES = 1 << 14  # of a log
 TABLE_PASSES, CHOSEN_MODEL_PASSES = 10, 5
 
 
@@ -27,6 +28,7 @@ class Plan(NamedTuple):
     batch_size: int = LOG_BATCH
     passes: int = 1
     examples: int | None = None
+    warm_up: int = WARM_UP_EXAMPLES
 
     def refine(self, options: ModelOptions) -> tuple[Plan, ModelOptions]:
         """For a small table logistic regression that learns fast, unless a model or how it learns was asked for.
@@ -44,7 +46,7 @@ class Plan(NamedTuple):
     def settle(self, card: ModelCard, looked_at: ModelCard) -> None:
         """Write into the card of a new model how `looked_at` says to read, and this."""
         card.schema, card.label, card.label_values = looked_at.schema, looked_at.label, looked_at.label_values
-        card.batch_size, card.passes = self.batch_size, self.passes
+        card.batch_size, card.passes, card.warm_up = self.batch_size, self.passes, self.warm_up
 
 
 def default_table(files: Sequence[Path]) -> Path:

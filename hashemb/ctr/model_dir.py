@@ -131,6 +131,8 @@ class ModelCard:
         What means 0 and what means 1 in that column; None: 0 and 1.
     batch_size, passes : int
         Examples per update, and how often files are learned unless another number is asked for.
+    warm_up : int
+        Examples at the beginning of the first pass that are learned in batches of `WARM_UP_BATCH`.
     table_step : int
         The table's step when this card was written; more updates than that in the table mean that it was trained
         without the card following.
@@ -157,6 +159,7 @@ class ModelCard:
     negative_rate: float = 1.0
     negative_correction: Correction = "predictions"
     hashemb_version: str = hashemb.__version__
+    warm_up: int = 0
     kind: ModelKind = "factorization_machine"
     num_fields: int | None = None
 

@@ -215,6 +215,11 @@ class ProgressiveValidator:
             probabilities = self.model.predict_proba(kept.keys, **kept.features())
         return self._score(kept, probabilities, self._already(batch, scored_before))
 
+    @property
+    def examples(self) -> int:
+        """Examples that have come in this pass and need not come again, kept or not."""
+        return self._next_example
+
     def finish(self) -> None:
         """Learn what is waiting: no more impressions come, but their labels do."""
         self._learn_known(math.inf)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hashemb.ctr.batches import Batch
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
 from hashemb.ctr.models import HashedModel
@@ -24,6 +25,8 @@ from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
 
 __all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
+
+WARM_UP_BATCH = 32
 
 
 @dataclass
@@ -252,10 +255,12 @@ class Trainer:
         batches = read_ahead(reader)
         try:
             for batch in batches:
-                rows = self.validator.learn(batch)
+                rows = []
+                for part in self._parts(batch):
+                    rows += self.validator.learn(part)
+                    self._unlearned.append(_Scored(position, part.num_examples))
                 if len(reader.schema) > len(self.card.schema):
                     self.card.schema = dict(reader.schema)
-                self._unlearned.append(_Scored(position, batch.num_examples))
                 self._settle()
                 self.examples += batch.num_examples
                 done = self._bytes_finished + reader.bytes_read
@@ -270,6 +275,18 @@ class Trainer:
                 self._reported.add(path)
                 self.bad_lines.add(reader)
             position.note_bad_lines(reader.report)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What is learned at once: small parts of the batch at the beginning of the first pass, then all of it.
+
+        A new model's first examples teach it most, and a batch learns nothing from one example for the next. Batches
+        are whole again between two steps, so that a stop changes no cut.
+        """
+        assert self.validator is not None
+        if self.pass_number > 1 or self.validator.examples >= self.card.warm_up:
+            return [batch]
+        starts = range(0, batch.num_examples, WARM_UP_BATCH)
+        return [batch.examples(start, min(start + WARM_UP_BATCH, batch.num_examples)) for start in starts]
 
     def _settle(self) -> None:
         """Move the positions on by what has been learned."""

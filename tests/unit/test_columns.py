@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +204,16 @@ def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
-    """Closed before its end: Arrow's thread has stopped reading by then."""
-    lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(40_000))
+    """An error while Arrow's thread reads ahead ends Python as any error does, without a crash in that thread."""
+    lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(60_000))
     path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
-    with open_reader(path, batch_size=100) as reader:
-        next(reader)
-    assert reader.bytes_total is not None
-    assert reader.bytes_read < reader.bytes_total
-    assert list(reader) == []
+    program = (
+        "from hashemb.ctr.readers import open_reader\n"
+        f"with open_reader({str(path)!r}, batch_size=100) as reader:\n"
+        "    next(reader)\n"
+        "    raise RuntimeError('left')\n"
+    )
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == "RuntimeError: left"

@@ -50,6 +50,15 @@ cdef extern from "maths.h" nogil:
     int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) noexcept
     int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields) noexcept
 
+    ctypedef struct hm_scores:
+        int64_t num_bins
+        double logit_limit, eps, loss, probabilities
+        double *histogram
+        double *squares
+
+    int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights,
+                          int64_t n) noexcept
+
 KINDS = {"fm": HM_FM, "fwfm": HM_FWFM, "ffm": HM_FFM}
 BLOCK_EXAMPLES = HM_BLOCK
 
@@ -189,6 +198,39 @@ def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):
     cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
     with nogil:
         hm_sigmoid(source, n, target)
+
+
+def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, weights, cnp.ndarray histogram not None,
+               squares, *, double logit_limit, double eps):
+    """Adds scores to a histogram over their logits; returns their weighted log loss and sum of probabilities.
+
+    Parameters
+    ----------
+    labels, probabilities, weights : ndarray of float64, shape (n,)
+        Weights may be None: 1.
+    histogram, squares : ndarray of float64, shape (2, num_bins)
+        For each label sums of weights, and of their squares where that is not None, in bins of equal width between
+        -logit_limit and logit_limit.
+    logit_limit, eps : float
+        Probabilities are clipped to [eps, 1 - eps], logits to the limits.
+
+    Returns
+    -------
+    (float, float) or None
+        None where a label is not 0 or 1, a probability not in [0, 1] or a weight negative or not finite: then nothing has
+        been added.
+    """
+    cdef int64_t n = cnp.PyArray_SIZE(labels), size = cnp.PyArray_SIZE(histogram), bad
+    cdef hm_scores s
+    s.num_bins, s.logit_limit, s.eps, s.loss, s.probabilities = size // 2, logit_limit, eps, 0.0, 0.0
+    s.histogram = <double *>data_of(histogram, cnp.NPY_FLOAT64, 2 * s.num_bins, "histogram")
+    s.squares = <double *>data_of(squares, cnp.NPY_FLOAT64, size, "squares")
+    cdef const double *y = <const double *>data_of(labels, cnp.NPY_FLOAT64, n, "labels")
+    cdef const double *p = <const double *>data_of(probabilities, cnp.NPY_FLOAT64, n, "probabilities")
+    cdef const double *w = <const double *>data_of(weights, cnp.NPY_FLOAT64, n, "weights")
+    with nogil:
+        bad = hm_add_scores(&s, y, p, w, n)
+    return None if bad >= 0 else (s.loss, s.probabilities)
 
 
 def get_isa():

@@ -7,9 +7,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Floats", "checked", "entropy", "ratio"]
+__all__ = ["Floats", "as_floats", "checked", "entropy", "ratio"]
 
 Floats = npt.NDArray[np.float64]
+
+
+def as_floats(values: npt.ArrayLike) -> Floats:
+    """As a contiguous array of float64."""
+    return np.asarray(values, np.float64, order="C")
 
 
 def checked(

@@ -199,8 +199,8 @@ class ProgressiveValidator:
         if batch.labels is None:
             raise ValueError("a batch without labels can't be learned")
         count = len(batch.labels)
-        when = self._checked_times(times, count)
-        self._learn_known(when[0] if count else -math.inf)
+        first_time, last_time = self._span(times, count)
+        self._learn_known(first_time)
         kept = batch if self.negatives is None else self.negatives.select(batch, self._next_example)
         self._next_example += count
         scored_before = min(self._scored_before, count)
@@ -209,7 +209,7 @@ class ProgressiveValidator:
             probabilities = self._learn(kept)
             self.learned += count
         else:
-            self._queue.append(_Waiting(kept, count, when[-1] if count else self._last_time))
+            self._queue.append(_Waiting(kept, count, last_time))
             if scored_before == count:
                 return []
             probabilities = self.model.predict_proba(kept.keys, **kept.features())
@@ -240,9 +240,15 @@ class ProgressiveValidator:
             "waiting": self.waiting + self._scored_before,
         }
 
-    def _checked_times(self, times: npt.ArrayLike | None, count: int) -> npt.NDArray[np.float64]:
+    def _span(self, times: npt.ArrayLike | None, count: int) -> tuple[float, float]:
+        """When the batch's first and last impressions were shown."""
         if times is None:
-            return np.arange(self._next_example, self._next_example + count, dtype=np.float64)
+            first = float(self._next_example)
+            return (first, first + count - 1.0) if count else (-math.inf, self._last_time)
+        when = self._checked_times(times, count)
+        return (float(when[0]), float(when[-1])) if count else (-math.inf, self._last_time)
+
+    def _checked_times(self, times: npt.ArrayLike, count: int) -> npt.NDArray[np.float64]:
         when = np.asarray(times, np.float64)
         if when.shape != (count,):
             raise ValueError(f"times must have shape ({count},), one per label, got {when.shape}")

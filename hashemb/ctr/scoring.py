@@ -53,7 +53,7 @@ def score(
     model: HashedModel, reader: Reader, negatives: NegativeSampling | None = None
 ) -> Generator[ScoreBatch, None, None]:
     """Score what `reader` reads, a batch at a time; `negatives` is what `ModelCard.negatives` says."""
-    with closing(read_ahead(reader)) as batches:
+    with closing(read_ahead(reader, depth=8)) as batches:
         for batch in batches:
             probabilities = model.predict_proba(batch.keys, **batch.features())
             yield ScoreBatch(probabilities if negatives is None else negatives.corrected(probabilities), batch.labels)

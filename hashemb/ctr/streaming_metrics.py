@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr._metric_basics import Floats, checked, entropy, ratio
+from hashemb.ctr._maths import add_scores
+from hashemb.ctr._metric_basics import Floats, as_floats, checked, entropy, ratio
 from hashemb.ctr.calibration_bins import CalibrationBin, calibration_bins
 
 __all__ = ["StreamingMetrics"]
@@ -54,19 +55,20 @@ class StreamingMetrics:
 
     def update(self, labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
         """Add a batch; arguments and errors as for `auc`. A batch that is refused changes nothing."""
-        y, p, w = checked(labels, probabilities, weights)
-        p_clipped = np.clip(p, _EPS, 1.0 - _EPS)
-        log_p, log_not_p = np.log(p_clipped), np.log1p(-p_clipped)
-        bins = ((log_p - log_not_p + _LOGIT_LIMIT) * _BINS_PER_LOGIT).astype(np.int64)
-        bins = np.clip(bins, 0, _NUM_BINS - 1) + np.where(y == 1.0, _NUM_BINS, 0)
-        if weights is not None and self._squares is None:
-            self._squares = self._histogram.copy()
-        self._sum_loss -= float((w * np.where(y == 1.0, log_p, log_not_p)).sum())
-        self._sum_probabilities += float((w * p).sum())
+        y, p, w = as_floats(labels), as_floats(probabilities), None if weights is None else as_floats(weights)
+        if y.ndim != 1 or y.shape != p.shape or (w is not None and w.shape != y.shape):
+            checked(y, p, w)
+        squares = self._squares
+        if w is not None and squares is None:
+            squares = self._histogram.copy()
+        sums = add_scores(y, p, w, self._histogram, squares, logit_limit=_LOGIT_LIMIT, eps=_EPS)
+        if sums is None:
+            checked(y, p, w)
+            raise AssertionError("scores were refused that are in order")
+        self._squares = squares
+        self._sum_loss += sums[0]
+        self._sum_probabilities += sums[1]
         self._examples += len(y)
-        self._histogram += _histogram(bins, w)
-        if self._squares is not None:
-            self._squares += _histogram(bins, w * w)
 
     @property
     def examples(self) -> int:
@@ -108,13 +110,13 @@ class StreamingMetrics:
         """Area under the ROC curve, within `auc_error_bound`; NaN if one of the classes is absent."""
         negatives, positives = self._histogram
         below = np.cumsum(negatives) - negatives
-        return ratio(float(positives @ (below + 0.5 * negatives)), float(positives.sum() * negatives.sum()))
+        return ratio(float((positives * (below + 0.5 * negatives)).sum()), float(positives.sum() * negatives.sum()))
 
     @property
     def auc_error_bound(self) -> float:
         """The most that `auc` can be off, given the histogram; NaN if one of the classes is absent."""
         negatives, positives = self._histogram
-        return ratio(0.5 * float(positives @ negatives), float(positives.sum() * negatives.sum()))
+        return ratio(0.5 * float((positives * negatives).sum()), float(positives.sum() * negatives.sum()))
 
     def calibration_by_quantile(self, num_bins: int = 10) -> list[CalibrationBin]:
         """As the function of this name, from the histogram; quantiles fall on its bins."""
@@ -187,11 +189,6 @@ class StreamingMetrics:
             f"normalized_entropy={self.normalized_entropy:.6f}, auc={self.auc:.6f}, "
             f"calibration={self.calibration:.4f})"
         )
-
-
-def _histogram(bins: npt.NDArray[np.int64], weights: Floats) -> Floats:
-    counts: Floats = np.bincount(bins, weights, minlength=2 * _NUM_BINS).astype(np.float64, copy=False)
-    return counts.reshape(2, _NUM_BINS)
 
 
 def _packed(values: Floats, dtype: str) -> str:

@@ -27,6 +27,7 @@ from hashemb.ctr.readers import BadLine, Reader, open_reader
 __all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
 
 WARM_UP_BATCH = 32
+_READ_AHEAD_EXAMPLES = 8192
 
 
 @dataclass
@@ -252,7 +253,7 @@ class Trainer:
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
         reader = open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
-        batches = read_ahead(reader)
+        batches = read_ahead(reader, depth=max(2, _READ_AHEAD_EXAMPLES // self.card.batch_size))
         try:
             for batch in batches:
                 rows = []

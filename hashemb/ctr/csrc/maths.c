@@ -3,6 +3,7 @@
  * The instruction set is chosen once, by what the CPU has; HASHEMB_ISA or hm_isa_force names another. */
 #include "maths.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "numerics.h"
@@ -180,6 +181,28 @@ void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, 
 
 void hm_sigmoid(const float *logits, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) out[i] = (float)hm_probability((double)logits[i]);
+}
+
+static int is_score(double y, double p, double w) {
+    return (y == 0.0 || y == 1.0) && p >= 0.0 && p <= 1.0 && w >= 0.0 && w < HUGE_VAL;
+}
+
+int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights, int64_t n) {
+    const double per_logit = (double)s->num_bins / (2.0 * s->logit_limit), last = (double)(s->num_bins - 1);
+    for (int64_t i = 0; i < n; i++)
+        if (!is_score(labels[i], probabilities[i], weights ? weights[i] : 1.0)) return i;
+    for (int64_t i = 0; i < n; i++) {
+        const double w = weights ? weights[i] : 1.0;
+        const double p = HE_MIN(HE_MAX(probabilities[i], s->eps), 1.0 - s->eps);
+        const double log_p = log(p), log_not_p = log1p(-p);
+        const double bin = HE_MIN(HE_MAX((log_p - log_not_p + s->logit_limit) * per_logit, 0.0), last);
+        const int64_t at = (int64_t)bin + (labels[i] == 1.0 ? s->num_bins : 0);
+        s->loss -= w * (labels[i] == 1.0 ? log_p : log_not_p);
+        s->probabilities += w * probabilities[i];
+        s->histogram[at] += w;
+        if (s->squares) s->squares[at] += w * w;
+    }
+    return -1;
 }
 
 int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) {

@@ -60,6 +60,17 @@ void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, 
 void hm_sigmoid(const float *logits, int64_t n, float *out);
 /* The largest number of keys of an example; -1 where offsets fall or do not span num_keys. */
 int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys);
+/* What StreamingMetrics keeps of scores: bins of the logit, num_bins for label 0, then as many for label 1. */
+typedef struct {
+    int64_t num_bins;
+    double logit_limit, eps; /* probabilities are clipped to [eps, 1 - eps] */
+    double *histogram, *squares; /* sums of weights, and of their squares where that is not NULL */
+    double loss, probabilities; /* weighted sums */
+} hm_scores;
+
+/* Adds n scores; weights may be NULL. Returns -1, or the first whose label, probability or weight is none: then nothing
+ * has been added. */
+int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights, int64_t n);
 int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields);
 
 #endif

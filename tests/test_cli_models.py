@@ -25,7 +25,8 @@ def test_models_by_name(tmp_path: Path, capsys: Any, name: str, description: str
     data.write_text("\n".join(["label,user,site,ad", *lines]) + "\n")
     assert cli.main(["train", str(data), "-t", table, "--model", name, "--rows", "2^14"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert f"{description}, 16,384 rows" in out[0]
+    assert out[0].startswith("Fields: 2 integer, 1 string")
+    assert any(f"{description}, 16,384 rows" in line for line in out[1:4])
     assert out[-2].startswith("600 examples, 200 positive")
     assert cli.main(["inspect", table]) == 0
     assert description in capsys.readouterr().out

@@ -78,3 +78,38 @@ def test_criteo_on_the_command_line(tmp_path: Path) -> None:
     probabilities = np.array(predicted.stdout.split(), float)
     assert probabilities.shape == (10_000,)
     assert 0.15 < probabilities.mean() < 0.30, "the click rate is .218"
+
+
+def frappe_deep(*arguments: str) -> str:
+    """What examples/frappe_deep.py prints."""
+    pytest.importorskip("torch")
+    command = [sys.executable, ROOT / "examples" / "frappe_deep.py", real("frappe"), *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def figures(printed: str, line: str) -> dict[str, float]:
+    """The cells of a line, by the names in the first one."""
+    first, *others = printed.splitlines()
+    [cells] = [other.removeprefix(line).split() for other in others if other.startswith(line)]
+    return dict(zip(first.split(), map(float, cells), strict=True))
+
+
+@needs_script
+def test_frappe_deep_at_smoke_size() -> None:
+    """Two epochs on a tenth of the rows."""
+    printed = frappe_deep("--smoke", "--seeds", "0")
+    for name in ("DeepFM", "DCNv2"):
+        found = figures(printed, f"{name} median")
+        assert found["test_auc"] > 0.8
+        assert found["epoch"] == 2
+
+
+@needs_script
+@pytest.mark.slow
+def test_frappe_deep() -> None:
+    """BARS reports .9842 for DeepFM and .9845 for DCN-V2."""
+    printed = frappe_deep()
+    assert figures(printed, "DeepFM median")["test_auc"] >= 0.9842
+    assert figures(printed, "DCNv2 median")["test_auc"] >= 0.9845

@@ -119,13 +119,20 @@ STORAGE_MODULES = {
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
 #: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
-MAY_ALSO_IMPORT = {"cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics"}}
+MAY_ALSO_IMPORT = {
+    "cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics", "torch"},
+}  # fmt: skip
 #: Loaded by the command line once it has found these extras; and what derives from the classes of an extra.
 EXTRAS_WHEN_LOADED = {
     "ctr.commands": {"typer", "rich"},
     "ctr.arguments": {"typer"},
+    "ctr.deep": {"torch"},
     "sklearn._base": {"sklearn"},
     "sklearn._checks": {"sklearn"},
+    "torch.__init__": {"torch"},
+    "torch._gradients": {"torch"},
+    "torch._modules": {"torch"},
+    "torch._optimizer": {"torch"},
 }
 
 CYTHON_MODULES = {"_core", "ctr._maths", "ctr._tokens"}

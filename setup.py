@@ -1,4 +1,4 @@
-"""Builds the extension; everything else about the package is in pyproject.toml.
+"""Builds the extensions; everything else about the package is in pyproject.toml.
 
 The kernels are plain C with run-time dispatch (csrc/), so the flags name no CPU. `-ffp-contract=off` keeps
 the compiler from fusing multiply and add, which would give other bits on CPUs that have FMA;
@@ -12,6 +12,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
+CTR_CSRC = "hashemb/ctr/csrc/"
 C_SOURCES = ["ahead.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
              "save.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -27,9 +28,28 @@ core = Extension(
     extra_link_args=["-pthread"],
 )
 
+maths = Extension(
+    "hashemb.ctr._maths",
+    sources=["hashemb/ctr/_maths.pyx", CTR_CSRC + "maths.c", CSRC + "parallel.c"],
+    depends=glob(CTR_CSRC + "*") + glob(CSRC + "*.h"),
+    include_dirs=[CTR_CSRC, CSRC, numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    extra_compile_args=C_FLAGS,
+    extra_link_args=["-pthread"],
+)
+
+tokens = Extension(
+    "hashemb.ctr._tokens",
+    sources=["hashemb/ctr/_tokens.pyx", CTR_CSRC + "tokens_criteo.c", CTR_CSRC + "tokens_examples.c"],
+    depends=[*glob(CTR_CSRC + "*.h"), CSRC + "murmur.h"],
+    include_dirs=[CTR_CSRC, CSRC, numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    extra_compile_args=C_FLAGS,
+)
+
 setup(
     ext_modules=cythonize(
-        [core],
+        [core, maths, tokens],
         compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False,
                              "cdivision": True, "initializedcheck": False, "embedsignature": True},
     )

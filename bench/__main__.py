@@ -15,9 +15,12 @@ from typing import Any
 
 from bench.harness import Result, Settings, Skip, file_system, machine
 
-BENCHES = ["lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv", "out_of_core", "sharing"]
+BENCHES = [
+    "lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv", "out_of_core", "sharing", "ctr",
+    "compression",
+]  # fmt: skip
 #: Sparse tables, and stores that keep files: these ask the disk too. The others ask the kernels and the memory.
-ON_DISK = {"scale", "kv", "out_of_core"}
+ON_DISK = {"scale", "kv", "out_of_core", "compression"}
 DIR_HELP = f"where tables are made; default /dev/shm if 8 GiB are free, for {sorted(ON_DISK)} {tempfile.gettempdir()}"
 MEMORY, MEMORY_BYTES = "/dev/shm", 8 << 30
 

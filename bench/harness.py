@@ -28,7 +28,7 @@ OURS = "hashemb"
 RATIOS = ("name", "median_ns", "median_ratio", "ratio_of_medians", "ratio_of_minima", "cpu_ratio")
 PACKAGES = [
     "hashemb", "numpy", "torch", "fbgemm-gpu-cpu", "mmh3", "scikit-learn", "pandas", "polars", "pyarrow", "lmdb",
-    "rocksdict", "redis",
+    "rocksdict", "redis", "vowpalwabbit", "river", "deepctr-torch",
 ]  # fmt: skip
 
 

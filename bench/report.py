@@ -26,6 +26,7 @@ TITLES = {
     "kv": "Against key-value stores",
     "out_of_core": "Larger than memory",
     "sharing": "Several processes",
+    "ctr": "From a log to a trained model",
 }
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def with_place(result: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """The result with the file system that its tables were on as part of its case; older files say it once for all."""
-    if result["bench"] == "hash" or "on" in result["case"]:
+    if result["bench"] in ("hash", "compression") or "on" in result["case"]:
         return result
     return {**result, "case": {**result["case"], "on": report["machine"]["file_system"]}}
 
@@ -211,6 +212,41 @@ def delta_row(result: dict[str, Any]) -> list[str]:
     return [f"{full:.2f}", f"{part:.3f}", f"{c['time_over_snapshot']:.3f}", f"{c['size_over_snapshot']:.3f}"]
 
 
+def ctr_tables(results: list[dict[str, Any]]) -> list[str]:
+    """Rates and memory of each side, then the losses of one pass."""
+    lines: list[str] = []
+    for result in results:
+        lines += [f"{point(result['case'])}:", "", CTR_HEAD, "|---|" + "---:|" * (CTR_HEAD.count("|") - 2)]
+        lines += [ctr_row(side) for side in result["sides"]]
+        lines += ["", *(f"Skipped: {name} ({reason})." for name, reason in result["skipped"].items()), ""]
+    entries = {json.dumps(entry, sort_keys=True): entry for result in results for entry in result["checks"]["quality"]}
+    lines += ["| one pass over | rows | | setting | logloss | AUC |", "|---|---:|---|---|---:|---:|"]
+    ordered = sorted(entries.values(), key=lambda entry: (entry["data"] != "generated", -entry["rows"]))
+    lines += [quality_row(entry) for entry in ordered]
+    best = results[-1]["checks"]["best_possible_logloss"]
+    return [*lines, "", f"The generated rows' true probabilities have a log loss of {best:.4f}.", ""]
+
+
+CTR_HEAD = "| | examples/s | time / ours | minima / ours | processor µs/example | start-up, s | peak MiB | rows |"
+
+
+def ctr_row(side: dict[str, Any]) -> str:
+    name = f"**{side['name']}**" if side["name"] == "hashemb" else side["name"]
+    rate, memory = number(1e9 / side["median_ns"]), f"{side['peak_mib']:,.0f}"
+    return (
+        f"| {name} | {rate} | {side['median_ratio']:.2f} | {side['ratio_of_minima']:.2f} "
+        f"| {side['cpu_median_ns'] / 1e3:.1f} | {side['start_s']:.1f} | {memory} | {side['rows']:,} |"
+    )
+
+
+def quality_row(entry: dict[str, Any]) -> str:
+    setting = entry["setting"]
+    shown = setting if isinstance(setting, str) else ", ".join(f"{k} {v}" for k, v in setting.items())
+    name = f"{entry['side']}, {entry['model'].split(',')[0]}"
+    figures = f"{entry['logloss']:.4f} | {entry['auc']:.4f}"
+    return f"| {entry['data']} | {entry['rows']:,} | {name} | {shown or 'defaults'} | {figures} |"
+
+
 FORMS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "lookup": folded_tables,
     "update": folded_tables,
@@ -218,6 +254,7 @@ FORMS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "roofline": roofline_table,
     "scale": scale_tables,
     "sharing": sharing_tables,
+    "ctr": ctr_tables,
 }
 
 

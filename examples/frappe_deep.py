@@ -39,7 +39,7 @@ Settings = dict[str, Any]
 def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: bool = False) -> dict[str, float]:
     """A table and a model of these settings, trained; the figures of the epoch with the best validation AUC."""
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, where it is fast
+    torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, where that is fast
     optimizer = dict(settings["optimizer"])
     table = hashemb.create(
         path,

@@ -66,7 +66,7 @@ cdef class Saving:
     Parameters
     ----------
     files : list of (ndarray, int)
-        The table's row arrays, and the files to save their blocks to, open for writing.
+        The table's row arrays, and the files to copy their blocks to, open for writing; -1 for one who only logs rows.
     blocks, control : ndarray of uint32, of uint8
         The table's.
     bits : ndarray of uint64
@@ -117,6 +117,8 @@ cdef class Saving:
         cdef int error
         if not 0 <= begin <= end <= (self.saving.num_blocks + HE_STRIPE_BLOCKS - 1) // HE_STRIPE_BLOCKS:
             raise ValueError(f"stripes {begin} to {end} of {self.saving.num_blocks} blocks")
+        if self.saving.target_fds[0] < 0:
+            raise ValueError("only who has the snapshot's files open can copy blocks to them")
         with nogil:
             error = he_copy_stripes(&self.saving, begin, end)
         raise_errno(error)

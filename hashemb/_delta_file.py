@@ -139,7 +139,7 @@ def _load(text: bytes, filename: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
         stored = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         message = f"{filename}: expected JSON with a checksum, found {len(text)} bytes that are not"
         raise CorruptTableError(message) from None
     if stored != checksum_of(content):

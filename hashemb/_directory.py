@@ -156,7 +156,7 @@ def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
         yield building
         sync_directory(building)
         if aside is None:
-            os.rename(building, path)
+            _rename_to_free(building, path)
         else:
             take_place(building, path, aside)
         try:
@@ -168,6 +168,16 @@ def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
                 else:
                     give_place_back(building, path, aside)
             raise
+
+
+def _rename_to_free(directory: str, path: str) -> None:
+    """Somebody may have made something at `path` since it was free; if so, `FileExistsError`."""
+    try:
+        os.rename(directory, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        raise
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class SaveTarget:
     """The half-made files of a snapshot, open for saving what the table held in the epochs `since` < epoch <= `until`.
 
     Beside array files for `names` and blocks.npy its directory holds BITS_FILE, a bit per row, and the logs of rows
-    that writers leave there (csrc/save.c), one for each.
+    that writers leave there (csrc/save.c), one for each. Only the owner of the snapshot opens the array files: space
+    is free once the last who has a file open lets go of it, and a writer may be long in doing so.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class SaveTarget:
         names: list[str],
         since: int,
         until: int,
+        *,
+        owner: bool,
     ) -> None:
         self.until, self._lock = until, lock
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._fds = [self._directory]
         weakref.finalize(self, _close_all, self._fds)
-        files = [(arrays[name], self._open(f"{name}.npy")) for name in names]
+        files = [(arrays[name], self._open(f"{name}.npy") if owner else -1) for name in names]
         blocks_fd, bits_fd = self._open("blocks.npy"), self._open(BITS_FILE)
         self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
         log_fd = self._open(self._log, os.O_CREAT | os.O_EXCL | os.O_APPEND)

@@ -85,7 +85,7 @@ class TableFiles:
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
         self._dirty = self._joined = self.asks_for_huge_pages = False
-        self._target: SaveTarget | None = None
+        self.target: SaveTarget | None = None
         after_fork_in_child(self)
         try:
             self._map_all()
@@ -267,7 +267,7 @@ class TableFiles:
             inherited = self._fds["lock"]
             self._fds["lock"] = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
             os.close(inherited)
-        self._joined, self._target = False, None
+        self._joined, self.target = False, None
 
     # -- writing --
 
@@ -295,7 +295,10 @@ class TableFiles:
         _core.mark_blocks(marks, blocks, epoch, saving)
 
     def save_rows(self, core: _core.Core) -> None:
-        """Saves the rows that a planned update is about to change, if a snapshot in progress still wants them."""
+        """Saves the rows that a planned update is about to change, if a snapshot in progress still wants them.
+
+        To be called once more when that is done, while there is a `target`: it is let go of.
+        """
         saving = self._saving()
         if saving is not None:
             core.save_rows(saving)
@@ -304,24 +307,26 @@ class TableFiles:
         """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does."""
         until = int(self.control["saving"][0])
         if not until or self.control["save_failed"][0] == until or not self._is_being_saved():
+            self.target = None
             return None
         try:
-            if self._target is None or self._target.until != until:
+            if self.target is None or self.target.until != until:
                 wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
                 if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
                     return None
-                self._target = self.save_target(wanted["directory"], wanted["names"], wanted["since"], until)
+                directory, names, since = wanted["directory"], wanted["names"], wanted["since"]
+                self.target = self.save_target(directory, names, since, until, owner=False)
                 if int(self.control["saving"][0]) != until:
-                    self._target.discard()
+                    self.target.discard()
                     return None
-            return self._target.saving
+            return self.target.saving
         except OSError as error:
             self._give_up_saving(error.errno or errno.EIO)
             return None
 
-    def save_target(self, directory: str, names: list[str], since: int, until: int) -> SaveTarget:
+    def save_target(self, directory: str, names: list[str], since: int, until: int, *, owner: bool) -> SaveTarget:
         """The half-made files of a snapshot of this table, open for saving."""
-        return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until)
+        return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until, owner=owner)
 
     def _give_up_saving(self, code: int) -> None:
         """The snapshot has failed, which its owner reports; the table goes on. Said before a block is marked."""
@@ -418,7 +423,7 @@ class TableFiles:
             self._let_go()
 
     def _let_go(self) -> None:
-        self._target = None
+        self.target = None
         self.arrays, self._extents = {}, {}
         if hasattr(self, "control"):
             del self.control

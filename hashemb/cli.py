@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
+    from hashemb.ctr import report_commands  # noqa: F401 - adds its command
     from hashemb.ctr.commands import app, typer
 
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer's own copy of click or click's, by version

@@ -173,7 +173,7 @@ def save_point(
         point = _begin(files, lock)
         try:
             with space_errors(directory):
-                target = files.save_target(directory, names, since, point.epoch)
+                target = files.save_target(directory, names, since, point.epoch, owner=True)
                 _copy_blocks(files, target.saving, progress)
             _check_writers(files, point.epoch, directory)
         finally:
@@ -225,6 +225,7 @@ def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:
                 for saved in _blocks.read_records(log, entry):
                     epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
                     _write_rows(directory, meta, names, saved[epochs != 0])
+                os.truncate(log, 0)  # or its space would be freed by the writer, amid a batch
                 os.unlink(log)
 
 

@@ -214,7 +214,7 @@ class EmbeddingTable:
                 stale = core.plan(keys, grads, offsets, weights, code)
                 if stale.size:
                     files.reserve(stale)
-                if core.is_saving:
+                if core.is_saving or files.target:
                     files.save_rows(core)
                 files.mark_dirty()
                 if self.isolation == "exact":

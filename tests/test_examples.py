@@ -102,7 +102,7 @@ def test_frappe_deep_at_smoke_size() -> None:
     printed = frappe_deep("--smoke", "--seeds", "0")
     for name in ("DeepFM", "DCNv2"):
         found = figures(printed, f"{name} median")
-        assert found["test_auc"] > 0.8
+        assert found["test_auc"] > 0.7
         assert found["epoch"] == 2
 
 

@@ -56,7 +56,7 @@ def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
     the machine, no table) and those that stand on the public API."""
     for name, text in package_modules():
         is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_versions"}
-        if name != "_core" and not (inner and is_outer):
+        if name not in tidy.CYTHON_MODULES and not (inner and is_outer):
             yield name, text
 
 

@@ -118,17 +118,24 @@ STORAGE_MODULES = {
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
-MAY_ALSO_IMPORT = {"cli": {"ctr"}, "ctr": {"torch"}, "__main__": {"cli"}}
-#: Loaded by the command line once it has found these extras, or modules whose classes derive from an extra's.
+#: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
+MAY_ALSO_IMPORT = {
+    "cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics", "torch"},
+}  # fmt: skip
+#: Loaded by the command line once it has found these extras; and what derives from the classes of an extra.
 EXTRAS_WHEN_LOADED = {
     "ctr.commands": {"typer", "rich"},
+    "ctr.arguments": {"typer"},
     "ctr.deep": {"torch"},
+    "sklearn._base": {"sklearn"},
+    "sklearn._checks": {"sklearn"},
     "torch.__init__": {"torch"},
     "torch._gradients": {"torch"},
     "torch._modules": {"torch"},
     "torch._optimizer": {"torch"},
 }
 
+CYTHON_MODULES = {"_core", "ctr._maths", "ctr._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else of `os` reaches for files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
@@ -255,7 +262,7 @@ def wrong_imports(module: str, text: str) -> list[str]:
 
 def _package_imports(module: str, text: str) -> Iterator[str]:
     """The package's modules that `text` imports; `from hashemb import Adagrad` names none, being public."""
-    statements = _python_imports(text, module) if module != "_core" else _cython_imports(text)
+    statements = _cython_imports(text) if module in CYTHON_MODULES else _python_imports(text, module)
     for source, name in statements:
         parts = source.split(".")
         if parts[0] != "hashemb":

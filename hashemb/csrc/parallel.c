@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <string.h>
 
+#include "parallel.h"
 #include "portability.h"
-#include "table.h"
 
 typedef struct {
     pthread_mutex_t in_use; /* held by the call that uses the workers */

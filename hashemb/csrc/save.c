@@ -8,9 +8,9 @@
  *
  * It holds that a row is changed only after a writer has seen its bit set, and that bits are set under the lock, after the
  * old content is in the log or in the copy. Whoever dies in between leaves rows without a bit and unchanged: they are
- * saved again. Nobody locks more than a stripe of blocks or so at a time, and the owner goes downwards where writers go
- * upwards: they meet once, and nobody waits for a range that others keep stepping into. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when it
- * is marked. The files are written by system calls: a full disk is an errno, not a signal. */
+ * saved again. Nobody locks more than a stripe of blocks at a time, and the owner goes downwards where writers go upwards:
+ * they meet once. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when
+ * it is marked. The files are written by system calls: a full disk is an errno, not a signal. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -97,6 +97,29 @@ static int lock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     return error;
 }
 
+/* Items of a writer, ascending: blocks (shift 0) or rows. How many of the n lie as the first does in a span of so many
+ * blocks. */
+static int64_t together(const uint64_t *items, int64_t n, int shift, uint64_t span) {
+    const uint64_t first = (items[0] >> shift) / span;
+    int64_t count = 1;
+    while (count < n && (items[count] >> shift) / span == first) count++;
+    return count;
+}
+
+/* Locks the blocks of the first items, from the first block to the last: those in one stripe, or if somebody is at work
+ * there those that the owner copies at a time. (Who waits for a stripe waits until the owner, going from neighbour to
+ * neighbour, is through it.) Returns how many items these are, and an errno. */
+static int64_t lock_items(const he_saving *s, const uint64_t *items, int64_t n, int shift, int *error) {
+    const int64_t begin = HE_LOCK_BLOCKS + (int64_t)(items[0] >> shift);
+    int64_t count = together(items, n, shift, HE_STRIPE_BLOCKS);
+    int64_t length = HE_LOCK_BLOCKS + (int64_t)(items[count - 1] >> shift) + 1 - begin;
+    if ((*error = he_lock(s->lock_fd, F_WRLCK, begin, length, 0)) != EAGAIN) return count;
+    count = together(items, count, shift, HE_BLOCKS_PER_COPY);
+    length = HE_LOCK_BLOCKS + (int64_t)(items[count - 1] >> shift) + 1 - begin;
+    while ((*error = he_lock_soon(s->lock_fd, F_WRLCK, begin, length)) == EINTR) continue;
+    return count;
+}
+
 static void unlock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     he_lock(s->lock_fd, F_UNLCK, HE_LOCK_BLOCKS + begin, end - begin, 0);
 }
@@ -128,12 +151,6 @@ static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
     return error || !changed ? error : write_epochs(s, begin, end, epochs);
 }
 
-static int64_t end_of_stripe(const uint64_t *blocks, int64_t n, int64_t i) {
-    const uint64_t stripe = blocks[i] / HE_STRIPE_BLOCKS;
-    while (i < n && blocks[i] / HE_STRIPE_BLOCKS == stripe) i++;
-    return i;
-}
-
 /* Where this process begins among n: writers that go the same way from the same place would wait for each other's locks
  * all the way. */
 static int64_t own_beginning(int64_t n) {
@@ -149,14 +166,13 @@ static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t ep
 static void mark_some(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     int64_t i = 0;
     for (int64_t end; s && i < n; i = end) {
-        end = end_of_stripe(blocks, n, i);
-        const int64_t first = (int64_t)blocks[i], last = (int64_t)blocks[end - 1];
-        int error = lock_blocks(s, first, last + 1);
+        int error;
+        end = i + lock_items(s, blocks + i, n - i, 0, &error);
         const int locked = !error;
         if (!error) error = save_epochs(s, blocks + i, end - i);
         if (error) give_up(s, error);
         mark(marks, blocks + i, end - i, epoch);
-        if (locked) unlock_blocks(s, first, last + 1);
+        if (locked) unlock_blocks(s, (int64_t)blocks[i], (int64_t)blocks[end - 1] + 1);
         if (error) s = NULL;
     }
     mark(marks, blocks + i, n - i, epoch);
@@ -213,19 +229,15 @@ static int64_t unsaved_rows(const he_saving *s, const uint64_t *rows, int64_t n,
     return count;
 }
 
-/* Ascending rows, in groups whose blocks are no further apart than a stripe. */
 static int save_sorted(const he_saving *s, const uint64_t *rows, int64_t n) {
     int error = 0;
     for (int64_t i = 0, end; i < n && !error; i = end) {
-        const int64_t low = (int64_t)(rows[i] >> s->block_shift);
-        for (end = i; end < n && end - i < HE_ROWS_PER_LOG; end++) {
-            if ((int64_t)(rows[end] >> s->block_shift) - low >= HE_STRIPE_BLOCKS) break;
-            prefetch_row(s, rows[end]);
-        }
-        const int64_t high = (int64_t)(rows[end - 1] >> s->block_shift);
-        if ((error = lock_blocks(s, low, high + 1))) break;
+        const int64_t most = HE_MIN(n - i, HE_ROWS_PER_LOG);
+        for (int64_t j = i; j < i + most; j++) prefetch_row(s, rows[j]);
+        end = i + lock_items(s, rows + i, most, s->block_shift, &error);
+        if (error) break;
         error = log_rows(s, rows + i, end - i);
-        unlock_blocks(s, low, high + 1);
+        unlock_blocks(s, (int64_t)(rows[i] >> s->block_shift), (int64_t)(rows[end - 1] >> s->block_shift) + 1);
     }
     if (error) give_up(s, error);
     return error;

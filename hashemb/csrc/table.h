@@ -8,7 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { HE_MAX_HASHES = 16, HE_MAX_THREADS = 64 };
+#include "parallel.h"
+
+enum { HE_MAX_HASHES = 16 };
 enum { HE_FLOAT32 = 0, HE_FLOAT16 = 1, HE_BFLOAT16 = 2 };
 enum { HE_SGD = 0, HE_ADAGRAD = 1, HE_ROWWISE_ADAGRAD = 2, HE_FTRL = 3 };
 enum { HE_ZEROS = 0, HE_UNIFORM = 1, HE_NORMAL = 2 };
@@ -117,12 +119,6 @@ typedef struct {
 const he_kernels *he_kernels_active(void);
 int he_isa_force(const char *name); /* 0, or -1: no such variant on this CPU */
 const char *he_isa_available(int i); /* the i-th variant that this CPU runs, slowest first; NULL past the end */
-
-/* parallel.c: run fn(arg, i) for i in [0, n), i = 0 on the caller. Runs serially while another call uses the pool. */
-void he_parallel(void (*fn)(void *, int), void *arg, int n);
-int he_threads_get(void);
-void he_threads_set(int n);
-int he_threads_for(int64_t work_items, int64_t items_per_thread);
 
 /* lookup.c */
 int he_lookup_threads(const he_table *t, const he_batch *b);

@@ -1,61 +1,66 @@
 r"""Criteo's text format: tab-separated lines without a header, label, 13 integers, 26 categories; empty = missing.
 
-Blocks of whole lines go through Arrow's CSV parser. A block in which anything is odd is first sifted line by
-line, which is slower but knows the number of every bad line; what remains goes the same way. So a row's keys
-don't depend on its neighbours.
+Blocks of whole lines go through the tokeniser in C, which hands back every line in which anything is odd. Those are
+judged here, one by one: slower, but with a reason for each that is bad. The few that are good after all, such as one
+with an integer of 19 digits, take the way of every other format, through Arrow columns. So a row's keys don't depend
+on its neighbours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
+import mmh3
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr import _tokens
 from hashemb.ctr._extras import require
-from hashemb.ctr._source import Block, Options, Reject, shown
+from hashemb.ctr._labels import LabelValues, shown
+from hashemb.ctr._source import Options, Reject
 from hashemb.ctr._streams import Stream, line_blocks
-from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, Kind, Schema
+from hashemb.ctr.batches import Batch
+from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, CountBuckets, Kind, Schema, encode
 
 __all__ = ["MAX_LINE_BYTES", "CriteoSource", "count_good_lines", "line_fault"]
 
-MAX_LINE_BYTES = 1 << 16
-_BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES: int = _tokens.MAX_CRITEO_LINE_BYTES
+_BLOCK_BYTES = 1 << 17  # with the keys made of it, well inside a second-level cache
 _SNIFF_LINES = 100
 _TAB = b"\t"
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
-# What Arrow's parser would let pass although the format does not allow it: blanks around an integer and 0x….
-# Also NUL, and a carriage return, which Arrow takes for the end of a line.
-_ODD_BYTES = (b"\0", b"\r", b" ", b"x", b"X")
-
 _COLUMNS = {True: [CRITEO_LABEL, *CRITEO_SCHEMA], False: list(CRITEO_SCHEMA)}
 _INTEGER_NAMES = [name for name, kind in CRITEO_SCHEMA.items() if kind == "count"]
 _INTEGER = re.compile(rb"-?[0-9]+")
-_PLAIN_LINE = {
-    labelled: re.compile(
-        (rb"[01]\t" if labelled else b"") + rb"(?:-?[0-9]{1,18})?\t" * 13 + rb"\t".join([rb"[^\t\r\n\0]*"] * 26)
-    )
-    for labelled in (True, False)
-}
+
+Rows = npt.NDArray[np.int64]
 
 
 class CriteoSource:
     """A stream of Criteo lines; whether they have a label is what most of the first 100 lines say."""
 
+    format = "criteo"
+
     def __init__(self, stream: Stream, options: Options) -> None:
         if options.label not in (None, CRITEO_LABEL) and options.schema is None:
             raise ValueError(f"{stream.name}: a Criteo file has no column {options.label!r} for the label")
+        if options.positive not in (None, "1"):
+            raise ValueError(f"{stream.name}: the label of a Criteo file is 0 or 1, not {options.positive!r}")
         unknown = [name for name in options.numeric if name not in _INTEGER_NAMES]
         if unknown:
             raise ValueError(f"{stream.name}: a Criteo file has no integer column {unknown[0]!r}")
+        absent = [name for name in options.categorical if name not in CRITEO_SCHEMA]
+        if absent:
+            raise ValueError(f"{stream.name}: a Criteo file has no column {absent[0]!r}")
         self.name = stream.name
         self.schema: dict[str, Kind] = dict(CRITEO_SCHEMA)
+        self.schema |= {name: "integer" for name in options.categorical if name in _INTEGER_NAMES}
         self._stream = stream
         self._labelled = _has_labels(stream.peek(_SNIFF_LINES * 512))
         self.label = CRITEO_LABEL if self._labelled else None
+        self.label_values: LabelValues | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -70,50 +75,59 @@ class CriteoSource:
         """Close the file."""
         self._stream.close()
 
-    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+    def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
         """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+        tokenizer = _tokenizer(schema)
         first_line = 1
         for block in line_blocks(self._stream, block_bytes=_BLOCK_BYTES, max_line_bytes=MAX_LINE_BYTES):
-            ends = _line_ends(block)
-            table = self._parse(block) if _looks_plain(block, ends) else None
-            if table is None:
-                good = _sift(block, first_line, self._labelled, reject)
-                table = self._parse(good) if good else None
-                if good and table is None:
-                    raise AssertionError(f"{self.name}: a good line near line {first_line} failed to parse")
-            first_line += len(ends)
-            if table is not None:
-                yield self._to_block(table, schema)
+            labels, keys, odd, num_lines = tokenizer.tokenize(block, self._labelled)
+            batch = Batch(labels if self._labelled else None, keys)
+            yield self._settle(block, batch, odd, first_line, schema, reject) if len(odd) else batch
+            first_line += num_lines
 
-    def _parse(self, block: bytes) -> Any:
-        """A table of the block's lines, or None if one of them is bad. All columns are parsed, needed or not."""
-        pa, csv = require("pyarrow"), require("pyarrow.csv")
-        types = {name: pa.int64() if kind == "count" else pa.string() for name, kind in CRITEO_SCHEMA.items()}
-        try:
-            table = csv.read_csv(
-                pa.BufferReader(block),
-                read_options=csv.ReadOptions(
-                    column_names=_COLUMNS[self._labelled], use_threads=False, block_size=len(block) + 1
-                ),
-                parse_options=csv.ParseOptions(
-                    delimiter="\t", quote_char=False, double_quote=False, ignore_empty_lines=False
-                ),
-                convert_options=csv.ConvertOptions(
-                    column_types={CRITEO_LABEL: pa.bool_(), **types},
-                    null_values=[""],
-                    true_values=["1"],
-                    false_values=["0"],
-                    strings_can_be_null=True,
-                ),
-            )
-        except pa.ArrowInvalid:
-            return None
-        return None if self._labelled and table.column(0).null_count else table
+    def _settle(self, block: bytes, batch: Batch, odd: Rows, first_line: int, schema: Schema, reject: Reject) -> Batch:
+        """Fill in the rows of the odd lines that are good, drop the others."""
+        good: list[bytes] = []
+        good_rows, bad_rows = list[int](), list[int]()
+        for number, begin, row in odd.tolist():
+            line = block[begin : block.index(b"\n", begin)]
+            fault = line_fault(line, labelled=self._labelled)
+            if fault is None:
+                good.append(line)
+                good_rows.append(row)
+            else:
+                reject(first_line + number, fault)
+                bad_rows += [row] * (row >= 0)
+        if good:
+            lines = [line.split(_TAB) for line in good]
+            batch.keys[good_rows] = _keys_of([line[self._labelled :] for line in lines], schema)
+            if batch.labels is not None:
+                batch.labels[good_rows] = [line[0] == b"1" for line in lines]
+        if not bad_rows:
+            return batch
+        keys = np.delete(batch.keys, bad_rows, axis=0)
+        return Batch(None if batch.labels is None else np.delete(batch.labels, bad_rows), keys)
 
-    def _to_block(self, table: Any, schema: Schema) -> Block:
-        columns = {name: table.column(name).combine_chunks() for name in schema}
-        labels = table.column(0).to_numpy().astype(np.float32) if self._labelled else None
-        return Block(labels, columns)
+
+def _tokenizer(schema: Schema) -> _tokens.CriteoTokenizer:
+    place = {name: index for index, name in enumerate(schema)}
+    columns = [
+        (place.get(name, -1), mmh3.hash(name, 0, signed=False), schema.get(name) == "count") for name in CRITEO_SCHEMA
+    ]
+    buckets = CountBuckets.all()
+    return _tokens.CriteoTokenizer(columns, len(schema), buckets.small, buckets.first, buckets.octave)
+
+
+def _keys_of(lines: list[list[bytes]], schema: Schema) -> npt.NDArray[np.uint64]:
+    """The careful way: lines that are known to be good, as Arrow columns."""
+    pa = require("pyarrow")
+    columns = {}
+    for name, texts in zip(CRITEO_SCHEMA, zip(*lines, strict=True), strict=True):
+        if CRITEO_SCHEMA[name] == "count":
+            columns[name] = pa.array([int(text) if text else None for text in texts], pa.int64())
+        else:
+            columns[name] = pa.array([text or None for text in texts], pa.binary())
+    return encode(columns, schema)
 
 
 def line_fault(line: bytes, *, labelled: bool = True) -> str | None:
@@ -149,44 +163,6 @@ def _integer_fault(name: str, field: bytes) -> str | None:
     if len(digits) > 19 or not _INT64_MIN <= int(field) <= _INT64_MAX:
         return f"{name} is outside the range of 64-bit integers: {shown(field)}"
     return None
-
-
-def _line_ends(block: bytes) -> npt.NDArray[np.intp]:
-    return np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-
-
-def _looks_plain(block: bytes, ends: npt.NDArray[np.intp]) -> bool:
-    """Whether Arrow's verdict on the block can be trusted; ordinary Criteo data always passes."""
-    line_bytes = np.diff(ends, prepend=-1) - 1
-    return (
-        bool(line_bytes.min() > 0)
-        and bool(line_bytes.max() <= MAX_LINE_BYTES)
-        and not block.startswith(b"\xef\xbb\xbf")
-        and not any(byte in block for byte in _ODD_BYTES)
-    )
-
-
-def _sift(block: bytes, first_line: int, labelled: bool, reject: Reject) -> bytes:
-    """The good lines of the block; the others go to `reject`."""
-    plain = _PLAIN_LINE[labelled].fullmatch
-    utf8 = _is_utf8(block)
-    good = []
-    for number, line in enumerate(block[:-1].split(b"\n"), first_line):
-        if len(line) <= MAX_LINE_BYTES and utf8 and plain(line):
-            good.append(line)
-        elif fault := line_fault(line, labelled=labelled):
-            reject(number, fault)
-        else:
-            good.append(line)
-    return b"\n".join(good)
-
-
-def _is_utf8(block: bytes) -> bool:
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _has_labels(head: bytes) -> bool:

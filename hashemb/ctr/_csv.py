@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import codecs
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr._extras import require
-from hashemb.ctr._source import (
-    Block,
-    Options,
-    Reject,
-    find_label,
-    first_per_row,
-    infer_schema,
-    parse_labels,
-    shown,
-)
+from hashemb.ctr._kinds import looks_like_count
+from hashemb.ctr._labels import find_label, first_label_values, is_missing, parse_labels, shown
+from hashemb.ctr._source import Block, Options, Reject, first_per_row, infer_schema
 from hashemb.ctr._streams import Stream
+from hashemb.ctr.batches import Batch
 from hashemb.ctr.fields import Kind, Schema
 
 __all__ = ["CsvSource"]
 
 _BLOCK_BYTES = 1 << 20
-_HEAD_BYTES = 1 << 18
+_HEAD_BYTES = 1 << 20
+_FIRST_LOOK = 100  # values that save most columns of text the attempt to read them all as numbers
+_NUMBER_ENDS = "0123456789.fyFY"  # also of inf and infinity, which Arrow reads
 
 # Invalid UTF-8 reaches Arrow as this noncharacter: its parser gives up on a stream whose ragged row it cannot
 # decode, and we want to refuse one row.
@@ -43,17 +40,21 @@ _NOT_UTF8 = "\ufdd0"
 class CsvSource:
     """A stream of CSV records below a header."""
 
+    format = "csv"
+
     def __init__(self, stream: Stream, options: Options) -> None:
         self.name = stream.name
         self._stream = stream
         head = stream.peek(_HEAD_BYTES)
-        header = head.split(b"\n", 1)[0]
-        self._delimiter = "\t" if header.count(b"\t") > header.count(b",") else ","
+        self._delimiter = _delimiter(head)
         sample = self._sample(head)
         self._names: list[str] = sample.column_names
         columns = {name: sample.column(name).combine_chunks() for name in self._names}
-        self.label = find_label(self.name, self._names, columns.__getitem__, options)
-        kinds = {name: _infer_kind(column) for name, column in columns.items()}
+        self.label = find_label(self.name, self._names, columns.__getitem__, options.label, options.schema or {})
+        first_labels = None if self.label is None else columns[self.label]
+        self.label_values = first_label_values(self.name, self.label, first_labels, options)
+        size = stream.size_bytes
+        kinds = {name: _infer_kind(column, size) for name, column in columns.items() if name != self.label}
         self.schema = infer_schema(self.name, kinds, self.label, options, text=True)
 
     @property
@@ -69,16 +70,27 @@ class CsvSource:
         """Close the file."""
         self._stream.close()
 
-    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+    def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
         """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
         text = _Utf8Guard(self._stream)
         numbers = _RecordNumbers(expected=len(self._names))
         source = require("pyarrow").PythonFile(text, mode="r")
         with self._errors():
-            batches = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+            records = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+        try:
+            yield from self._parse(records, schema, text, numbers, reject)
+        finally:
+            text.stop()
+            with suppress(require("pyarrow").ArrowInvalid):
+                for _ in records:  # so that Arrow's thread is not in the middle of a read when Python ends
+                    pass
+
+    def _parse(
+        self, records: Any, schema: Schema, text: _Utf8Guard, numbers: _RecordNumbers, reject: Reject
+    ) -> Iterator[Batch]:
         while True:
             with self._errors():
-                batch = next(batches, None)
+                batch = next(records, None)
             if batch is None:
                 break
             rows, faults = numbers.advance(batch.num_rows)
@@ -86,21 +98,21 @@ class CsvSource:
             faults += [(int(rows[row]), reason) for row, reason in row_faults]
             for line, reason in sorted(faults):
                 reject(line, reason)
-            yield block
+            yield block.batch(schema, without=(row for row, _ in row_faults))
         for line, reason in numbers.advance(0)[1]:
             reject(line, reason)
 
     def _convert(self, batch: Any, schema: Schema, *, check_utf8: bool) -> tuple[Block, list[tuple[int, str]]]:
-        """The batch without its bad rows, and what is wrong with each of those, by row of the batch."""
+        """The batch in the types of `schema`, and what is wrong with each bad row of it."""
         faults = list(_utf8_faults(batch)) if check_utf8 else []
         columns, labels = {}, None
         if self.label is not None:
-            labels, label_faults = parse_labels(batch.column(self.label))
+            labels, label_faults = parse_labels(batch.column(self.label), self.label_values)
             faults += label_faults
         for name, kind in schema.items():
             columns[name], column_faults = _convert(name, batch.column(name), kind)
             faults += column_faults
-        return Block(labels, columns).without(row for row, _ in faults), first_per_row(faults)
+        return Block(labels, columns), first_per_row(faults)
 
     def _sample(self, head: bytes) -> Any:
         """The records that `head` holds whole, as a table of text."""
@@ -162,6 +174,8 @@ class _Utf8Guard:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._reading = threading.Lock()
+        self._stopped = False
         self.damaged = False
 
     @property
@@ -173,11 +187,22 @@ class _Utf8Guard:
         """True, as PyArrow asks."""
         return True
 
+    def stop(self) -> None:
+        """End here, after the read that is under way in Arrow's thread."""
+        with self._reading:
+            self._stopped = True
+
     def read(self, size: int) -> bytes:
         """About `size` bytes; none at the end."""
+        with self._reading:
+            return b"" if self._stopped else self._read(size)
+
+    def _read(self, size: int) -> bytes:
         text = ""
         while not text:
             data = self._stream.read(size)
+            if data.isascii() and data and not self._decoder.getstate()[0]:
+                return data
             text = self._decoder.decode(data, final=not data)
             if not data:
                 break
@@ -213,43 +238,83 @@ class _RecordNumbers:
         return np.setdiff1d(records, ragged[:passed], assume_unique=True), faults
 
 
-def _infer_kind(column: Any) -> Kind | None:
+def _delimiter(head: bytes) -> str:
+    """Comma, tab, semicolon or bar: the one that the header has most of, quoted names aside."""
+    header = re.sub(rb'"[^"]*"', b"", head.split(b"\n", 1)[0])
+    return max(",\t;|", key=lambda mark: header.count(mark.encode()))
+
+
+def _infer_kind(column: Any, file_bytes: int | None) -> Kind | None:
     """The narrowest kind that all values of a text column fit; None if it has no values."""
-    values = column.drop_null()
-    if not len(values):
+    if not all(_may_be_number(text) for text in column[:_FIRST_LOOK].to_pylist()):
+        return "string"
+    integers = _numbers(column, "integer")
+    if integers is not None and integers.null_count == len(integers):
         return None
-    kinds: tuple[Kind, ...] = ("integer", "float")
-    return next((kind for kind in kinds if _cast(values, kind) is not None), "string")
+    if integers is not None:
+        return "count" if looks_like_count(integers, file_bytes) else "integer"
+    return "string" if _numbers(column, "float") is None else "float"
+
+
+def _may_be_number(text: str | None) -> bool:
+    return text is None or is_missing(text) or text.strip()[-1:] in _NUMBER_ENDS
 
 
 def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:
     """A text column as `kind`, with null where it does not fit, and those rows with what is wrong."""
     if kind == "string":
         return column, []
-    numbers = _cast(column, kind)
+    numbers = _numbers(column, kind)
     if numbers is not None:
         return numbers, []
-    pa = require("pyarrow")
-    type_ = pa.float64() if kind == "float" else pa.int64()
+    type_ = _type(kind)
     what = "a number" if kind == "float" else "an integer of 64 bits"
     good, faults = [], []
     for row, value in enumerate(column.to_pylist()):
-        fits = value is None or _fits(value, type_)
-        good.append(value if fits else None)
+        is_given = value is not None and not is_missing(value)
+        fits = not is_given or _fits(value.strip(), type_)
+        good.append(value.strip() if is_given and fits else None)
         if not fits:
             faults.append((row, f"{name} must be {what}, found {shown(value)}"))
-    return pa.array(good, pa.string()).cast(type_), faults
+    return require("pyarrow").array(good, require("pyarrow").string()).cast(type_), faults
+
+
+def _numbers(column: Any, kind: Kind) -> Any:
+    """A text column as numbers, null where it says that there is none; None if a value of it is neither."""
+    numbers = _cast(column, kind)
+    return _cast(_without_missing(column), kind) if numbers is None else numbers
+
+
+def _without_missing(column: Any) -> Any:
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    codes = column.dictionary_encode()
+    texts = codes.dictionary.to_pylist()
+    given = pa.array([None if is_missing(text) else text.strip() for text in texts], pa.string())
+    return pc.take(given, codes.indices)
 
 
 def _cast(column: Any, kind: Kind) -> Any:
     """A text column as numbers; None if a value of it is none."""
-    pa, pc = require("pyarrow"), require("pyarrow.compute")
-    if pc.any(pc.match_substring(column, "x", ignore_case=True), min_count=0).as_py():
+    if _may_be_hexadecimal(column):
         return None  # Arrow would read 0x10 as 16
     try:
-        return column.cast(pa.float64() if kind == "float" else pa.int64())
-    except pa.ArrowInvalid:
+        return column.cast(_type(kind))
+    except require("pyarrow").ArrowInvalid:
         return None
+
+
+def _may_be_hexadecimal(column: Any) -> bool:
+    _, offsets, data = column.buffers()
+    if data is None or not len(column):
+        return False
+    ends = np.frombuffer(offsets, np.int32)[[column.offset, column.offset + len(column)]]
+    text = data[int(ends[0]) : int(ends[1])].to_pybytes()
+    return b"x" in text or b"X" in text
+
+
+def _type(kind: Kind) -> Any:
+    pa = require("pyarrow")
+    return pa.float64() if kind == "float" else pa.int64()
 
 
 def _fits(value: str, type_: Any) -> bool:

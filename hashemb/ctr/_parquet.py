@@ -7,31 +7,43 @@ from collections.abc import Iterator
 from typing import Any
 
 from hashemb.ctr._extras import require
-from hashemb.ctr._source import Block, Fault, Options, Reject, find_label, infer_schema, parse_labels
-from hashemb.ctr.fields import Kind, Schema
+from hashemb.ctr._kinds import looks_like_count
+from hashemb.ctr._labels import Fault, find_label, first_label_values, parse_labels
+from hashemb.ctr._source import Block, Options, Reject, infer_schema
+from hashemb.ctr.batches import Batch
+from hashemb.ctr.fields import Kind
 
 __all__ = ["ParquetSource"]
 
 _BATCH_ROWS = 1 << 14
+_SMALL_DICTIONARY_BYTES = 1 << 18
 
 
 class ParquetSource:
     """A Parquet file. Booleans are read as integers 0 and 1."""
 
+    format = "parquet"
+
     def __init__(self, path: str, options: Options) -> None:
         self.name = path
         pa, parquet = require("pyarrow"), require("pyarrow.parquet")
         try:
-            self._file = parquet.ParquetFile(path)
+            with parquet.ParquetFile(path) as file:
+                names = _small_dictionaries(file)
+            self._file = parquet.ParquetFile(path, read_dictionary=names)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not readable as Parquet: {error}") from error
         self._size = os.path.getsize(path)
         self._rows_read = 0
         types = {field.name: field.type for field in self._file.schema_arrow}
-        self.label = find_label(path, list(types), self._first_values, options)
+        self.label = find_label(path, list(types), self._first_values, options.label, options.schema or {})
+        first_labels = None if self.label is None or options.schema else self._first_values(self.label)
+        self.label_values = first_label_values(path, self.label, first_labels, options)
         if options.schema is not None:
             types = {name: type_ for name, type_ in types.items() if name in options.schema}
         kinds = {name: _kind(path, name, type_) for name, type_ in types.items() if name != self.label}
+        if options.schema is None:
+            kinds |= {name: "count" for name, kind in kinds.items() if kind == "integer" and self._is_count(name)}
         self.schema = infer_schema(path, kinds, self.label, options, text=False)
 
     @property
@@ -48,28 +60,48 @@ class ParquetSource:
         """Close the file."""
         self._file.close()
 
-    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
+    def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
         """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
         wanted = [*schema, *([] if self.label is None else [self.label])]
-        for batch in self._batches(wanted):
+        for batch in self._record_batches(wanted):
             labels, faults = None, list[Fault]()
             if self.label is not None:
-                labels, faults = parse_labels(batch.column(self.label))
+                labels, faults = parse_labels(batch.column(self.label), self.label_values)
             for row, reason in faults:
                 reject(self._rows_read + 1 + row, reason)
             self._rows_read += batch.num_rows
             columns = {name: _canonical(batch.column(name)) for name in schema}
-            yield Block(labels, columns).without(row for row, _ in faults)
+            yield Block(labels, columns).batch(schema, without=(row for row, _ in faults))
 
-    def _batches(self, columns: list[str]) -> Iterator[Any]:
+    def _record_batches(self, columns: list[str]) -> Iterator[Any]:
         try:
             yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
         except OSError as error:
             raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
 
+    def _is_count(self, column: str) -> bool:
+        values = self._first_values(column)
+        is_plain = require("pyarrow").types.is_integer(values.type)  # neither a dictionary nor booleans
+        return is_plain and looks_like_count(values, self._size)
+
     def _first_values(self, column: str) -> Any:
         batch = next(self._file.iter_batches(_BATCH_ROWS, columns=[column]), None)
         return require("pyarrow").nulls(0) if batch is None else batch.column(0)
+
+
+def _small_dictionaries(file: Any) -> list[str]:
+    """Columns of text that are stored as codes of a dictionary of moderate size, by the first row group: to be hashed
+    as they are, a value once a batch. Longer ones would cost more than the text itself."""
+    if not file.metadata.num_row_groups:
+        return []
+    chunks = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    return [
+        chunk.path_in_schema
+        for chunk in chunks
+        if chunk.physical_type == "BYTE_ARRAY"
+        and chunk.has_dictionary_page
+        and 0 < chunk.data_page_offset - chunk.dictionary_page_offset <= _SMALL_DICTIONARY_BYTES
+    ]
 
 
 def _kind(path: str, column: str, type_: Any) -> Kind | None:
@@ -101,8 +133,7 @@ def _canonical(column: Any) -> Any:
     type_ = column.type
     if pa.types.is_dictionary(type_):
         values = _canonical(column.dictionary)
-        # A dictionary can be much longer than the batch that points into it.
-        if len(values) <= len(column) and not values.null_count:
+        if not values.null_count:
             return pa.DictionaryArray.from_arrays(column.indices, values)
         return _canonical(column.dictionary_decode())
     if pa.types.is_boolean(type_):
@@ -111,6 +142,7 @@ def _canonical(column: Any) -> Any:
         return pa.nulls(len(column), pa.string())
     if not _is_text(type_):
         return column
-    column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
+    if not str(type_).startswith(("string", "binary", "large_")) or "view" in str(type_):
+        column = column.cast(pa.large_string() if "string" in str(type_) else pa.large_binary())
     empty = pc.equal(pc.binary_length(column), 0)
     return pc.if_else(empty, pa.scalar(None, column.type), column) if pc.any(empty).as_py() else column

@@ -1,38 +1,21 @@
-"""What every format offers to the reader, and the rules that they share: which column is the label, what kind
-the others are, what a label may look like.
-"""
+"""What every format offers to the reader, and the rule that columns share: what kind each is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr._extras import require
-from hashemb.ctr.fields import CRITEO_SCHEMA, Kind, Schema
+from hashemb.ctr._labels import Fault, LabelValues
+from hashemb.ctr.batches import Batch
+from hashemb.ctr.fields import CRITEO_SCHEMA, Kind, Schema, encode
 
-__all__ = [
-    "Block",
-    "Fault",
-    "Options",
-    "Reject",
-    "Source",
-    "find_label",
-    "first_per_row",
-    "infer_schema",
-    "parse_labels",
-    "shown",
-]
+__all__ = ["Block", "Options", "Reject", "Source", "first_per_row", "infer_schema"]
 
-Fault = tuple[int, str]  # (row or line, reason)
 Reject = Callable[[int, str], None]  # (line, reason); raises in strict mode
-
-_LABEL_NAMES = ("label", "click")
-_LABELS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-_SHOWN_CHARACTERS = 40
 
 
 class Block(NamedTuple):
@@ -41,36 +24,35 @@ class Block(NamedTuple):
     labels: npt.NDArray[np.float32] | None
     columns: dict[str, Any]
 
-    @property
-    def num_rows(self) -> int:
-        """Rows in the block."""
-        return len(next(iter(self.columns.values())))
-
-    def without(self, rows: Iterable[int]) -> Block:
-        """The block without `rows`."""
-        rows = list(rows)
-        if not rows:
-            return self
-        kept = np.delete(np.arange(self.num_rows), rows)
-        taken = require("pyarrow").array(kept)
-        labels = None if self.labels is None else self.labels[kept]
-        return Block(labels, {name: column.take(taken) for name, column in self.columns.items()})
+    def batch(self, schema: Schema, without: Iterable[int] = ()) -> Batch:
+        """The keys of the fields of `schema`, but for the rows `without`."""
+        keys, labels = encode(self.columns, schema), self.labels
+        rows = list(without)
+        if rows:
+            keys = np.delete(keys, rows, axis=0)
+            labels = None if labels is None else np.delete(labels, rows)
+        return Batch(labels, keys)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller says about the columns."""
+    """What the caller says about the columns; the arguments of `open_reader`."""
 
     label: str | None = None
     numeric: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
     schema: Schema | None = None
+    label_values: LabelValues | None = None
+    positive: str | None = None
 
 
 class Source(Protocol):
     """One input of any format."""
 
     name: str
+    format: str
     label: str | None
+    label_values: LabelValues | None
     schema: dict[str, Kind]  # every field that the input has, with the kind it would be read as
 
     @property
@@ -80,32 +62,14 @@ class Source(Protocol):
     def accepts(self, field: str, kind: Kind) -> bool:
         """Whether the column `field`, which it has, can be read as `kind`."""
 
-    def blocks(self, schema: Schema, reject: Reject) -> Iterator[Block]:
-        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+    def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
+        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`.
+
+        Batches are of any size. Formats that don't name their fields beforehand add those that they find to `schema`.
+        """
 
     def close(self) -> None:
         """Close the file."""
-
-
-def find_label(
-    name: str, columns: Sequence[str], first_values: Callable[[str], Any], options: Options
-) -> str | None:
-    """Which column is the label, by the rule of `open_reader`; `first_values` gives the beginning of a column."""
-    fields = options.schema or {}
-    if options.label is not None:
-        if options.label in fields:
-            raise ValueError(f"{options.label!r} is named as the label and as a field of the schema")
-        if options.label not in columns and options.schema is None:
-            raise ValueError(f"{name}: no column {options.label!r} for the label; it has {', '.join(columns)}")
-        return options.label if options.label in columns else None
-    for wanted in _LABEL_NAMES:
-        for column in columns:
-            if column.lower() == wanted and column not in fields:
-                return column
-    if options.schema is not None or not columns:
-        return None
-    labels, faults = parse_labels(first_values(columns[0]))
-    return columns[0] if len(labels) and not faults else None
 
 
 def infer_schema(
@@ -116,44 +80,32 @@ def infer_schema(
     An input that has all of Criteo's columns gets Criteo's kinds where they fit, so that the same data in
     another format gives the same keys. In `text` any column fits "string".
     """
-    missing = [column for column in options.numeric if column not in kinds or column == label]
-    if missing:
-        raise ValueError(f"{name}: no column {missing[0]!r}, which numeric= names; it has {', '.join(kinds)}")
+    for option, columns in (("numeric", options.numeric), ("categorical", options.categorical)):
+        missing = [column for column in columns if column not in kinds or column == label]
+        if missing:
+            raise ValueError(f"{name}: no column {missing[0]!r}, which {option}= names; it has {', '.join(kinds)}")
     usual = CRITEO_SCHEMA if set(CRITEO_SCHEMA) <= set(kinds) else {}
-    schema: dict[str, Kind] = {}
-    for column, kind in kinds.items():
-        wanted = "count" if column in options.numeric else usual.get(column)
-        if column == label:
-            continue
-        if wanted == "count" and kind in ("integer", None):
-            schema[column] = "count"
-        elif column in options.numeric:
-            raise ValueError(f"{name}: numeric= takes columns of integers, and {column!r} holds {kind} values")
-        else:
-            schema[column] = "string" if kind is None or (text and wanted == "string") else kind
-    return schema
+    return {
+        column: _kind(name, column, kind, usual.get(column), options, text)
+        for column, kind in kinds.items()
+        if column != label
+    }
 
 
-def parse_labels(column: Any) -> tuple[npt.NDArray[np.float32], list[Fault]]:
-    """Labels of an Arrow column of any type, float32 0/1, and the rows that hold neither.
-
-    0 and 1 may come as integers, floats, booleans or text (``0``, ``1.0``, ``true`` …).
-    """
-    codes = column.dictionary_encode()
-    values = [*codes.dictionary.to_pylist(), None]
-    meaning = np.array([_label_of(value) for value in values], np.float32)
-    indices = codes.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
-    labels = meaning[indices]
-    bad = np.flatnonzero(np.isnan(labels))
-    return labels, [(int(row), f"label must be 0 or 1, found {shown(values[indices[row]])}") for row in bad]
-
-
-def _label_of(value: object) -> float:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        return _LABELS.get(value.lower(), np.nan)
-    return float(value) if isinstance(value, (int, float)) and value in (0, 1) else np.nan
+def _kind(name: str, column: str, seen: Kind | None, usual: Kind | None, options: Options, text: bool) -> Kind:
+    if column in options.categorical:
+        if seen == "float" and not text:
+            raise ValueError(f"{name}: categorical= takes text and integers, and {column!r} holds {seen} values")
+        return "integer" if seen in ("integer", "count") else "string"
+    if column in options.numeric:
+        if seen == "string":
+            raise ValueError(f"{name}: numeric= takes columns of numbers, and {column!r} holds {seen} values")
+        return "float" if seen == "float" else "count"
+    if usual == "count" and seen in ("integer", "count", None):
+        return "count"
+    if usual is not None and seen == "count":
+        return "integer" if not text else "string"
+    return "string" if seen is None or (text and usual == "string") else seen
 
 
 def first_per_row(faults: Iterable[Fault]) -> list[Fault]:
@@ -162,11 +114,3 @@ def first_per_row(faults: Iterable[Fault]) -> list[Fault]:
     for row, reason in faults:
         first.setdefault(row, reason)
     return list(first.items())
-
-
-def shown(value: object) -> str:
-    """`value` as it stands in a message: quoted, at most 40 characters; nothing for a missing one."""
-    if value is None:
-        return "nothing"
-    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…")

@@ -7,18 +7,37 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from hashemb.ctr._extras import require
 
-__all__ = ["STDIN", "Stream", "line_blocks"]
+__all__ = ["STDIN", "Stream", "file_size", "line_blocks", "without_compression_suffix"]
 
 STDIN = "-"
-_MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _READ_BYTES = 1 << 18
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
+    if path == STDIN:
+        return None
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def without_compression_suffix(name: str) -> str:
+    """`name` as it would be without compression.
+
+    >>> without_compression_suffix("clicks.csv.gz"), without_compression_suffix("clicks.csv")
+    ('clicks.csv', 'clicks.csv')
+    """
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _SUFFIXES else name
 
 
 class _CountedFile:
@@ -65,13 +84,14 @@ class Stream:
     Raises
     ------
     ValueError
-        The file is named .gz or .zst and is something else; or, from `read`, the compressed data is damaged or
+        The file is named .gz, .zst or .bz2 and is something else; or, from `read`, the compressed data is damaged or
         ends early. The message names the file.
     """
 
     def __init__(self, path: str) -> None:
         self.name = "<stdin>" if path == STDIN else path
         self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else io.FileIO(path))
+        self.size_bytes = file_size(path)
         self._ahead = b""
         try:
             self.codec = self._recognise(path)
@@ -115,10 +135,14 @@ class Stream:
         return self._ahead[:size]
 
     def read(self, size: int = _READ_BYTES) -> bytes:
-        """At most `size` bytes; none at the end."""
-        data = self._ahead[:size] or self._read_plain(size)
+        """`size` bytes, fewer only at the end: who parses in blocks must not get a part of a line for one."""
+        parts = [self._ahead[:size]]
         self._ahead = self._ahead[size:]
-        return data
+        missing = size - len(parts[0])
+        while missing > 0 and (part := self._read_plain(missing)):
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
 
     def _read_plain(self, size: int) -> bytes:
         try:
@@ -144,22 +168,14 @@ def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Ite
     if stream.peek(3) == b"\xef\xbb\xbf":
         stream.read(3)
     rest = b""
-    while data := _read_fully(stream, block_bytes):
+    while data := stream.read(block_bytes):
         cut = data.rfind(b"\n") + 1
         if cut:
-            yield _unix(rest + data[:cut])
+            yield _unix(b"".join((rest, memoryview(data)[:cut])))
             rest = b""
         rest = (rest + data[cut:])[: max_line_bytes + 2]  # room for one \r and one byte too many
     if rest:
         yield _unix(rest + b"\n")
-
-
-def _read_fully(stream: Stream, size: int) -> bytes:
-    parts = []
-    while size > 0 and (part := stream.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 def _unix(block: bytes) -> bytes:

@@ -6,22 +6,60 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import hashemb
 from hashemb.ctr._extras import require
+from hashemb.ctr.arguments import (
+    COUNT,
+    BatchSize,
+    Categorical,
+    DataFormat,
+    Deltas,
+    Dtype,
+    Files,
+    InitialAccumulator,
+    InitScale,
+    Label,
+    LabelDelay,
+    LearningRate,
+    ModelName,
+    NegativeCorrection,
+    NegativeRate,
+    NewTable,
+    Numeric,
+    NumFields,
+    NumHashes,
+    OptimizerName,
+    Passes,
+    Positive,
+    Progress,
+    Rank,
+    Rows,
+    SaveEvery,
+    Seed,
+    Snapshots,
+    Strict,
+    Table,
+    WeightDecay,
+    column_names,
+    one_of,
+    parser,
+)
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.console import progress_bar, say
 from hashemb.ctr.demo import run_demo
+from hashemb.ctr.first_look import Plan, default_table, look, reading_text
 from hashemb.ctr.following import follow_deltas
 from hashemb.ctr.inspection import describe, steps_lost
 from hashemb.ctr.model_dir import ModelCard, load_model, training_lock
-from hashemb.ctr.options import DEFAULT_RATES, DEFAULTS, ModelOptions, open_or_create, parse_count
-from hashemb.ctr.progressive import EveryN, PowersOfTwo, Schedule
+from hashemb.ctr.negatives import NegativeSampling, agreed_sampling
+from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.scoring import open_for_scoring, score, write_probabilities
 from hashemb.ctr.session import run_training
-from hashemb.ctr.trainer import Trainer, check_paths, is_stream, open_source
+from hashemb.ctr.trainer import Columns, Trainer, check_paths
 
 if TYPE_CHECKING:
     import typer
@@ -38,50 +76,6 @@ app = typer.Typer(
 )
 
 
-def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse`, with its `ValueError` as a usage error that names the option."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return convert
-
-
-def _schedule(text: str) -> Schedule:
-    return PowersOfTwo() if text == "powers" else EveryN(parse_count(text))
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _default(name: str) -> str:
-    return f"[new model: {DEFAULTS[name]}]"
-
-
-Files = Annotated[list[Path], typer.Argument(help="Criteo TSV, CSV or Parquet; .gz and .zst are read as they are.")]
-Table = Annotated[Path, typer.Option("--table", "-t", help="Directory of the model.")]
-Count = _parser(parse_count)
-DataFormat = Annotated[
-    Any,
-    typer.Option(
-        "--format",
-        parser=_parser(_one_of("auto", "criteo", "csv", "parquet")),
-        metavar="NAME",
-        help="criteo, csv or parquet. [default: by name and contents]",
-    ),
-]
-Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -92,76 +86,72 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def train(
     files: Files,
-    table: Table,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help=f"Latent factors; 0: logistic regression. {_default('rank')}")
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(parser=Count, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; may change later. [new model: adagrad 0.04]")] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(parser=_parser(_one_of(*DEFAULT_RATES)), metavar="NAME", help=f"{', '.join(DEFAULT_RATES)}."),
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")] = None,
-    initial_accumulator: Annotated[
-        float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5, row-wise 1]")
-    ] = None,
-    init_scale: Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")] = None,
-    num_hashes: Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=_parser(_one_of("float32", "float16", "bfloat16")),
-            metavar="NAME",
-            help=f"float32, float16 or bfloat16. {_default('dtype')}",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(parser=Count, metavar="COUNT", help="Examples per update. [new model: 256]")
-    ] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Times to learn each file, earlier runs included.")] = 1,
+    table: NewTable = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    num_fields: NumFields = None,
+    rows: Rows = None,
+    lr: LearningRate = None,
+    optimizer: OptimizerName = None,
+    weight_decay: WeightDecay = None,
+    initial_accumulator: InitialAccumulator = None,
+    init_scale: InitScale = None,
+    num_hashes: NumHashes = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    passes: Passes = None,
     data_format: DataFormat = None,
     label: Label = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")] = False,
-    progress: Annotated[
-        Any,
-        typer.Option(
-            parser=_parser(_schedule), metavar="N|powers", help="Print a row every N examples. [default: powers of 2]"
-        ),
-    ] = None,
-    save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")] = 60.0,
-    snapshots: Annotated[
-        Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")
-    ] = None,
-    deltas: Annotated[
-        Path | None, typer.Option(help="With --snapshots: deltas for `hashemb follow`, to this directory.")
-    ] = None,
+    positive: Positive = None,
+    numeric: Numeric = None,
+    categorical: Categorical = None,
+    strict: Strict = False,
+    progress: Progress = None,
+    negative_rate: NegativeRate = None,
+    negative_correction: NegativeCorrection = None,
+    label_delay: LabelDelay = 0,
+    save_every: SaveEvery = 60.0,
+    snapshots: Snapshots = None,
+    deltas: Deltas = None,
 ) -> None:
     """Learn files, printing the loss on each example before it is learned. Run again to resume.
 
     A model that exists keeps the options it was made with. Ctrl-C finishes the batch and saves.
     """
     options = ModelOptions(
-        rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed, init_scale=init_scale,
-        optimizer=optimizer, weight_decay=weight_decay, initial_accumulator=initial_accumulator, lr=lr,
+        model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
+        init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
+        initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
+    agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # as the console, needed later: to be missed before anything is made
     console = _console()
     check_paths(files)
-    if not table.exists() and not is_stream(files[0]):  # leave no new model behind for a file that can't be read
-        open_source(ModelCard(rank=0, data_format=data_format or "auto", label=label), str(files[0])).close()
+    table = table or default_table(files)
+    columns = Columns(column_names(numeric), column_names(categorical), positive)
+    looked_at, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
+    is_new = not table.exists()
+    if is_new:  # leave no new model behind for a file that can't be read
+        plan, options = look(looked_at, files, columns).refine(options)
+        options = replace(options, num_fields=num_fields or len(looked_at.schema) or None)
     checkpoints = _resume(table, snapshots, deltas, console)
-    model, card = open_or_create(table, options)
-    with closing(model.table), training_lock(table):
+    learner, card = open_or_create(table, options)
+    with closing(learner.table), training_lock(table):
+        if is_new:
+            plan.settle(card, looked_at)
+            for line in reading_text(card, plan):
+                say(console, line)
         card.data_format = data_format or card.data_format
         card.label = label or card.label
-        card.batch_size = batch_size or card.batch_size
+        if batch_size:
+            card.batch_size, card.warm_up = batch_size, 0
+        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
+        sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
+        card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         trainer = Trainer(
-            table, model, card, files, passes=passes, strict=strict, schedule=progress, save_seconds=save_every,
-            checkpoints=checkpoints)  # fmt: skip
+            table, learner, card, files, passes=passes or card.passes, strict=strict, schedule=progress,
+            label_delay=label_delay, save_seconds=save_every, columns=columns, checkpoints=checkpoints)  # fmt: skip
         status = run_training(trainer, console)
     raise typer.Exit(status)
 
@@ -211,7 +201,7 @@ def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any
         file = stack.enter_context(_output(output))
         advance = stack.enter_context(progress_bar(_console(stderr=True), "scoring", reader.bytes_total))
         count = 0
-        for batch in stack.enter_context(closing(score(model, reader))):
+        for batch in stack.enter_context(closing(score(model, reader, card.negatives()))):
             write_probabilities(file, batch.probabilities)
             count += len(batch.probabilities)
             advance(reader.bytes_read, count)
@@ -280,7 +270,7 @@ def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
 def demo(
     dir: Annotated[Path, typer.Option(help="Where everything goes; a second run reuses the data.")] = Path("demo"),
     impressions: Annotated[
-        Any, typer.Option(parser=Count, metavar="COUNT", help="Impressions to generate. [default: 1,000,000]")
+        Any, typer.Option(parser=COUNT, metavar="COUNT", help="Impressions to generate. [default: 1,000,000]")
     ] = None,
 ) -> None:
     """Generate a click log, learn it, and compare the model with the truth that generated it."""
@@ -312,7 +302,7 @@ def delta(
     dtype: Annotated[
         str | None,
         typer.Option(
-            parser=_parser(_one_of("float32", "float16", "bfloat16")), metavar="NAME", help="Of weights. [the table's]"
+            parser=parser(one_of("float32", "float16", "bfloat16")), metavar="NAME", help="Of weights. [the table's]"
         ),
     ] = None,
 ) -> None:

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import hashemb
 from hashemb.ctr.console import format_bytes, progress_bar, say
 from hashemb.ctr.metrics import auc, calibration, logloss, normalized_entropy
-from hashemb.ctr.model_dir import MODEL_FILE, load_model, read_card, training_lock
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, build_model, load_model, read_card, training_lock
 from hashemb.ctr.options import ModelOptions, open_or_create
 from hashemb.ctr.scoring import open_for_scoring, score
 from hashemb.ctr.session import run_training
@@ -202,6 +201,7 @@ class Serving:
     def train_command(self, data: Path, save_every_s: float = 60.0) -> list[str]:
         command = [sys.executable, "-m", "hashemb", "train", str(data), "--table", str(self.model)]
         command += ["--snapshots", str(self.snapshots), "--deltas", str(self.deltas)]
+        command += ["--passes", "1", "--batch-size", str(ModelCard.batch_size)]  # as a log, however small
         options = ["--rank", str(OPTIONS.rank), "--rows", str(OPTIONS.rows), "--seed", str(OPTIONS.seed)]
         return [*command, *(options if OPTIONS.seed is not None else options[:4]), "--save-every", str(save_every_s)]
 
@@ -254,7 +254,7 @@ def _score_table(paths: DemoPaths, table: Path) -> Floats:
     """Probabilities of the held-out impressions from a table, which may be one of weights alone."""
     card = read_card(paths.model)
     with hashemb.open(table) as opened, open_for_scoring(card, [paths.held_out]) as reader:
-        model = FactorizationMachine(opened, rank=card.rank)
+        model = build_model(opened, card)
         return np.concatenate([batch.probabilities for batch in score(model, reader)])
 
 

@@ -8,7 +8,7 @@ A missing value is a value of its own in every kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,17 @@ import numpy.typing as npt
 import hashemb
 from hashemb.ctr._extras import require
 
-__all__ = ["CRITEO_LABEL", "CRITEO_SCHEMA", "Kind", "Schema", "bucketize_counts", "bucketize_floats", "encode"]
+__all__ = [
+    "CRITEO_LABEL",
+    "CRITEO_SCHEMA",
+    "CountBuckets",
+    "Kind",
+    "Schema",
+    "bucketize_counts",
+    "bucketize_floats",
+    "check_schema",
+    "encode",
+]
 
 Kind = Literal["string", "integer", "count", "float"]
 Schema = Mapping[str, Kind]
@@ -63,6 +73,44 @@ def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
         raise TypeError(f"counts must be integers, got {x.dtype}")
     logarithm = np.log(np.maximum(x, 1).astype(np.float64))
     return np.where(x > 2, np.floor(logarithm * logarithm).astype(np.int64), x.astype(np.int64))
+
+
+class CountBuckets(NamedTuple):
+    """The rule of `bucketize_counts` as tables, from which a bucket is found without a logarithm.
+
+    Attributes
+    ----------
+    small : ndarray of int16, shape (4096,)
+        Bucket of each count below 4096.
+    first : ndarray of int64
+        The smallest count x > 2 of each bucket or a later one.
+    octave : ndarray of int32, shape (64,)
+        Bucket of 2**k, and of the largest int64 for k = 63.
+    """
+
+    small: npt.NDArray[np.int16]
+    first: npt.NDArray[np.int64]
+    octave: npt.NDArray[np.int32]
+
+    @classmethod
+    def all(cls) -> CountBuckets:
+        """All buckets of int64, by bisection of `bucketize_counts` itself: about 3 ms.
+
+        >>> tables = CountBuckets.all()
+        >>> x = np.array([4095, 4096, 10**6, 2**40])
+        >>> (np.searchsorted(tables.first, x, side="right") - 1 == bucketize_counts(x)).all().item()
+        True
+        """
+        largest = np.iinfo(np.int64).max
+        buckets = np.arange(int(bucketize_counts(largest)) + 1)
+        low, high = np.full(len(buckets), 3, np.int64), np.full(len(buckets), largest, np.int64)
+        while (low < high).any():
+            middle = low + (high - low) // 2
+            reached = bucketize_counts(middle) >= buckets
+            low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+        powers = np.array([*(1 << np.arange(63)), largest])
+        octave = np.searchsorted(high, powers, side="right") - 1
+        return cls(bucketize_counts(np.arange(4096)).astype(np.int16), high, octave.astype(np.int32))
 
 
 def bucketize_floats(values: npt.ArrayLike) -> npt.NDArray[np.int64]:

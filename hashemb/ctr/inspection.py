@@ -76,9 +76,8 @@ def _table_facts(directory: str | os.PathLike[str], exact: bool) -> Facts:
 
 
 def _model_facts(card: ModelCard) -> Facts:
-    kind = f"factorization machine of rank {card.rank}" if card.rank else "logistic regression"
     facts: Facts = [
-        ("model", kind),
+        ("model", card.description),
         ("fields", f"{len(card.schema)}: {', '.join(card.schema)}" if card.schema else "none seen yet"),
         ("label", card.label or "none seen yet"),
         ("batch size", f"{card.batch_size:,}"),

@@ -11,21 +11,25 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import hashemb
+from hashemb.ctr._report import ReadReport
 from hashemb.ctr.fields import Kind
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
+from hashemb.ctr.negatives import Correction, NegativeSampling
 from hashemb.errors import FormatError, HashembError
 
 __all__ = [
     "MODEL_FILE",
     "ModelCard",
+    "ModelKind",
     "SourcePosition",
+    "build_model",
     "card_values",
     "load_model",
     "parse_card",
@@ -34,12 +38,17 @@ __all__ = [
     "write_card",
 ]
 
-Format = Literal["auto", "criteo", "csv", "parquet"]
+Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
+ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_fm"]
 
 MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
 MODEL_FORMAT = 1
-KIND = "factorization_machine"
+KINDS = {
+    "factorization_machine": "factorization machine",
+    "field_weighted_fm": "field-weighted factorization machine",
+    "field_aware_fm": "field-aware factorization machine",
+}
 _DIGEST_BYTES = 64 * 1024
 
 
@@ -57,6 +66,8 @@ class SourcePosition:
         Good rows learned in the pass under way; 0 between passes.
     rows_per_pass : int
         Good rows of the last pass that was completed.
+    bad_rows, bad_lines : int, list of str
+        Rows that could not be used when the file was last read, and the first of them, with the reasons.
     """
 
     size_bytes: int
@@ -64,6 +75,8 @@ class SourcePosition:
     passes: int = 0
     rows: int = 0
     rows_per_pass: int = 0
+    bad_rows: int = 0
+    bad_lines: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourcePosition:
@@ -81,7 +94,11 @@ class SourcePosition:
             return None
         if now.size_bytes > self.size_bytes and self.passes and not self.rows:
             return replace(now, passes=self.passes - 1, rows=self.rows_per_pass)
-        return replace(now, passes=self.passes, rows=self.rows, rows_per_pass=self.rows_per_pass)
+        return replace(self, size_bytes=now.size_bytes, digest=now.digest)
+
+    def note_bad_lines(self, report: ReadReport) -> None:
+        """Take over what the reader of the file says; it counts from the file's beginning, wherever it started."""
+        self.bad_rows, self.bad_lines = report.rows_bad, [str(line) for line in report.bad_lines]
 
 
 def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
@@ -101,14 +118,21 @@ class ModelCard:
     Attributes
     ----------
     rank : int
-        Of the factorisation machine; 0 is logistic regression.
+        Of the model; 0 is logistic regression.
+    kind : {"factorization_machine", "field_weighted_fm", "field_aware_fm"}
+    num_fields : int or None
+        Of a model that tells fields apart, i.e. of the last two kinds.
     schema : dict
         Field -> kind, in the order of the key columns: how the reader made keys of the first file, and has to of
         all others. Empty until then.
     data_format, label : str, str or None
         Format that the data is read as, and the column that is the label.
-    batch_size : int
-        Examples per update.
+    label_values : sequence of two str, or None
+        What means 0 and what means 1 in that column; None: 0 and 1.
+    batch_size, passes : int
+        Examples per update, and how often files are learned unless another number is asked for.
+    warm_up : int
+        Examples at the beginning of the first pass that are learned in batches of `WARM_UP_BATCH`.
     table_step : int
         The table's step when this card was written; more updates than that in the table mean that it was trained
         without the card following.
@@ -116,6 +140,8 @@ class ModelCard:
         Absolute path -> `SourcePosition`.
     progress : dict
         Pass under way and the state of its `ProgressiveValidator`; empty before the first batch.
+    negative_rate, negative_correction : float, str
+        Share of the negatives that the model learns from, and what corrects for it; see `NegativeSampling`.
     hashemb_version : str
         Version that wrote the card.
     """
@@ -124,16 +150,46 @@ class ModelCard:
     schema: dict[str, Kind] = field(default_factory=dict)
     data_format: Format = "auto"
     label: str | None = None
+    label_values: Sequence[str] | None = None
     batch_size: int = 256
+    passes: int = 1
     table_step: int = 0
     sources: dict[str, SourcePosition] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    negative_rate: float = 1.0
+    negative_correction: Correction = "predictions"
     hashemb_version: str = hashemb.__version__
+    warm_up: int = 0
+    kind: ModelKind = "factorization_machine"
+    num_fields: int | None = None
+
+    @property
+    def description(self) -> str:
+        """The model in a few words.
+
+        >>> ModelCard(rank=0).description, ModelCard(rank=4, kind="field_aware_fm", num_fields=39).description
+        ('logistic regression', 'field-aware factorization machine of rank 4 over 39 fields')
+        """
+        if self.rank == 0:
+            return "logistic regression"
+        fields = "" if self.num_fields is None else f" over {self.num_fields} fields"
+        return f"{KINDS[self.kind]} of rank {self.rank}{fields}"
+
+    @property
+    def embedding_dim(self) -> int:
+        """Elements of a row of the model's table."""
+        vectors = (self.num_fields or 0) if self.kind == "field_aware_fm" else 1
+        return 1 + vectors * self.rank
+
+    def negatives(self, seed: int = 0) -> NegativeSampling | None:
+        """Which negatives the model learns from, chosen by `seed`, and its correction; None if all."""
+        sampling = NegativeSampling(self.negative_rate, self.negative_correction, seed)
+        return None if self.negative_rate == 1.0 else sampling
 
 
 def card_values(card: ModelCard) -> dict[str, Any]:
     """The card as JSON values; `parse_card` is the inverse."""
-    return {"format": MODEL_FORMAT, "kind": KIND, **asdict(card)}
+    return {"format": MODEL_FORMAT, **asdict(card)}
 
 
 def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
@@ -175,19 +231,34 @@ def parse_card(values: Any) -> ModelCard:
         raise ValueError("no format number")
     if values["format"] > MODEL_FORMAT:
         raise ValueError(f"format {values['format']} is newer than this version reads ({MODEL_FORMAT})")
-    if values.get("kind") != KIND:
-        raise ValueError(f"kind {values.get('kind')!r}, expected {KIND!r}")
+    if values.get("kind") not in KINDS:
+        raise ValueError(f"kind {values.get('kind')!r}, expected one of {', '.join(KINDS)}")
     known = {f.name for f in fields(ModelCard)}
     card = ModelCard(**{name: value for name, value in values.items() if name in known})
     if not isinstance(card.rank, int) or not isinstance(card.batch_size, int):
         raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
+    card.negatives()
+    if card.kind != "factorization_machine" and not isinstance(card.num_fields, int):
+        raise ValueError(f"num_fields {card.num_fields!r} must be an integer for kind {card.kind!r}")
     card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
     return card
 
 
-def load_model(
-    directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
-) -> tuple[FactorizationMachine, ModelCard]:
+def build_model(table: hashemb.EmbeddingTable, card: ModelCard) -> HashedModel:
+    """The model that the card describes, on an open table.
+
+    Raises
+    ------
+    ValueError
+        The table's rows are not of the size that this model has.
+    """
+    if card.kind == "factorization_machine":
+        return FactorizationMachine(table, rank=card.rank)
+    kind = FieldWeightedFM if card.kind == "field_weighted_fm" else FieldAwareFM
+    return kind(table, num_fields=card.num_fields or 0, rank=card.rank)
+
+
+def load_model(directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> tuple[HashedModel, ModelCard]:
     """Open a trained model.
 
     Parameters
@@ -199,8 +270,8 @@ def load_model(
 
     Returns
     -------
-    (FactorizationMachine, ModelCard)
-        Close `model.table` when done with it.
+    (HashedModel, ModelCard)
+        A `FactorizationMachine`, `FieldWeightedFM` or `FieldAwareFM`. Close `model.table` when done with it.
 
     Raises
     ------
@@ -210,7 +281,7 @@ def load_model(
     card = read_card(directory)
     table = hashemb.open(directory, mode=mode)
     try:
-        return FactorizationMachine(table, rank=card.rank), card
+        return build_model(table, card), card
     except BaseException:
         table.close()
         raise

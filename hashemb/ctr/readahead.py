@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Generator, Iterable
-from typing import TypeVar
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Generic, TypeVar
 
 __all__ = ["read_ahead"]
 
@@ -30,38 +30,66 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     >>> list(read_ahead(range(3)))
     [0, 1, 2]
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: T | None, error: BaseException | None, more: bool) -> None:
-        while not stop.is_set():
-            try:
-                ready.put((item, error, more), timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item, None, True)
-                if stop.is_set():
-                    return
-        except BaseException as error:
-            put(None, error, False)
-        else:
-            put(None, None, False)
-
-    thread = threading.Thread(target=work, name="hashemb-read-ahead", daemon=True)
+    buffer: _Buffer[T] = _Buffer(depth)
+    thread = threading.Thread(target=buffer.fill, args=(items,), name="hashemb-read-ahead", daemon=True)
     thread.start()
     try:
-        while True:
-            item, error, more = ready.get()
-            if error is not None:
-                raise error
-            if not more:
-                return
-            yield item  # type: ignore[misc]
+        yield from buffer.take()
     finally:
-        stop.set()
+        buffer.stop()
         thread.join()
+
+
+class _Buffer(Generic[T]):
+    """Items between two threads.
+
+    Once full it is filled again only when half empty: to wake a thread costs as much as to learn from some of them.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._ready: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._is_stopped = self._is_done = False
+        self._error: BaseException | None = None
+
+    def fill(self, items: Iterable[T]) -> None:
+        """Take all items, or as many as are wanted; keep what they raise."""
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+        except BaseException as error:
+            self._error = error
+        with self._changed:
+            self._is_done = True
+            self._changed.notify_all()
+
+    def _put(self, item: T) -> bool:
+        with self._changed:
+            self._ready.append(item)
+            if len(self._ready) == 1:
+                self._changed.notify_all()
+            if len(self._ready) >= self._depth:
+                self._changed.wait_for(lambda: self._is_stopped or len(self._ready) <= self._depth // 2)
+            return not self._is_stopped
+
+    def take(self) -> Iterator[T]:
+        """The items in order, then their exception."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._is_done)
+                if not self._ready:
+                    break
+                item = self._ready.popleft()
+                if len(self._ready) == self._depth // 2:
+                    self._changed.notify_all()
+            yield item
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """No more items are wanted."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()

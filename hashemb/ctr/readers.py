@@ -1,52 +1,39 @@
 """Files of impressions -> batches of labels and hashed keys, streaming, in bounded memory.
 
-Every format goes the same way: a `Source` gives blocks of good rows as Arrow columns, `fields.encode` hashes
-them, and the batches run on across blocks and files. What a malformed line looks like is up to the source; it is
-never mended, always counted.
+Every format goes the same way: a `Source` gives its good rows, hashed, in pieces of any size, and the batches run on
+across pieces and files. What a malformed line looks like is up to the source; it is never mended, always counted.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple, Union, get_args
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal, Union, cast, get_args
 
 from hashemb.ctr._criteo import CriteoSource, count_good_lines
 from hashemb.ctr._csv import CsvSource
+from hashemb.ctr._labels import LabelValues
 from hashemb.ctr._parquet import ParquetSource
 from hashemb.ctr._report import BadLine, ReadReport
-from hashemb.ctr._source import Block, Options, Reject, Source
-from hashemb.ctr._streams import STDIN, Stream
-from hashemb.ctr.fields import Kind, Schema, check_schema, encode
+from hashemb.ctr._source import Options, Reject, Source
+from hashemb.ctr._sparse_text import ExampleFormat, ExampleSource, recognise
+from hashemb.ctr._streams import STDIN, Stream, file_size, without_compression_suffix
+from hashemb.ctr.batches import Batch, rebatch
+from hashemb.ctr.fields import Kind, Schema, check_schema
 
-__all__ = ["BadLine", "Batch", "ReadReport", "Reader", "open_reader"]
+__all__ = ["BadLine", "Batch", "Format", "ReadReport", "Reader", "open_reader"]
 
-Format = Literal["auto", "criteo", "csv", "parquet"]
+Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 Path = Union[str, "os.PathLike[str]"]
 
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _PARQUET_MAGIC = b"PAR1"
+_SUFFIXES: dict[str, Format] = {
+    ".csv": "csv", ".libsvm": "libsvm", ".svm": "libsvm", ".svmlight": "libsvm", ".libffm": "libffm", ".ffm": "libffm",
+    ".vw": "vw",
+}  # fmt: skip
 _SNIFF_BYTES = 1 << 16
-
-
-class Batch(NamedTuple):
-    """Consecutive rows of the input.
-
-    Attributes
-    ----------
-    labels : ndarray of float32, shape (n,), or None
-        0 or 1; None when the source has no label column.
-    keys : ndarray of uint64, shape (n, num_fields)
-        C-contiguous; column j belongs to ``reader.field_names[j]`` and is salted by that name.
-    """
-
-    labels: npt.NDArray[np.float32] | None
-    keys: npt.NDArray[np.uint64]
 
 
 def open_reader(
@@ -55,7 +42,10 @@ def open_reader(
     format: Format = "auto",
     label: str | None = None,
     numeric: Sequence[str] = (),
+    categorical: Sequence[str] = (),
     schema: Schema | None = None,
+    positive: str | None = None,
+    label_values: Sequence[str] | None = None,
     batch_size: int = 4096,
     strict: bool = False,
     start: int = 0,
@@ -66,26 +56,32 @@ def open_reader(
     ----------
     paths : path or sequence of paths
         Read one after another, as one stream; they may differ in format as long as they have the same fields.
-        ``"-"`` is standard input (text formats only). Text may be compressed with gzip or zstd.
-    format : {"auto", "criteo", "csv", "parquet"}
+        ``"-"`` is standard input (text formats only). Text may be compressed with gzip, zstd or bzip2.
+    format : {"auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"}
         ``"criteo"``: tab-separated, no header, label, I1..I13, C1..C26; 39 columns when there is no label.
-        ``"csv"``: with a header; comma- or tab-separated. ``"auto"`` goes by suffix for Parquet and CSV, and by
-        content for everything else.
+        ``"csv"``: with a header; separated by commas, tabs, semicolons or bars. ``"vw"``: Vowpal Wabbit's text. The
+        last three give ragged batches. ``"auto"`` goes by suffix where there is a known one, else by content.
     label : str, optional
-        Column that holds the label: 0/1, false/true. By default the column named ``label`` or ``click`` (in any
-        case), else the first column if its first values are all labels; without any of these, `Batch.labels` is None.
-    numeric : sequence of str
-        Columns of integers to bucket as counts, as Criteo's are; other integers are hashed as ids.
+        Column that holds the label. By default the column named ``label`` or ``click`` (in any case), else the first
+        column if its first values are all 0/1 or false/true; without any of these, `Batch.labels` is None.
+    numeric, categorical : sequence of str
+        Columns of integers to bucket as counts, as Criteo's are, and columns to take as ids. Of other integer columns
+        the first values decide (see docs/ctr.md); most are ids.
     schema : mapping of str to {"string", "integer", "count", "float"}, optional
         Fields to read, in this order, and how; other columns are ignored, and the label may be missing. Give the
         `Reader.schema` that a model was trained with to get the same keys from any file. By default: all
-        columns but the label, each with the kind that its type (in CSV: its first values) suggests.
+        columns but the label, each with the kind that its type (in CSV: its first values) suggests. In libffm and vw
+        it numbers the fields, and those that it lacks are added to it as they appear.
+    positive : str, optional
+        The value of the label that means 1, of two. By default 1 of 0 and 1, else the one that sorts second.
+    label_values : sequence of two str, optional
+        What means 0 and what means 1: the `Reader.label_values` that a model was trained with.
     batch_size : int
         Rows in each batch; only the last is shorter.
     strict : bool
         Raise at the first malformed row, instead of counting it in `Reader.report` and going on.
     start : int
-        Good rows to skip. The batches are those of a reader that drops them, but they are not hashed.
+        Good rows to skip. The batches are those of a reader that drops them.
 
     Returns
     -------
@@ -96,8 +92,9 @@ def open_reader(
     FileNotFoundError
         A path does not exist. All of them are checked before anything is read.
     ValueError
-        The format is not recognised, a column is missing or does not fit the schema; while reading: a file is
-        damaged, files disagree on whether there are labels, or (with `strict`) a row is malformed.
+        The format is not recognised, a column is missing or does not fit the schema, the label has more than two
+        values; while reading: a file is damaged, files disagree on whether there are labels or on the form of the
+        batches, or (with `strict`) a row is malformed.
     MissingExtraError
         PyArrow is not installed.
 
@@ -107,8 +104,8 @@ def open_reader(
     >>> path = pathlib.Path(tempfile.mkdtemp(), "clicks.csv")
     >>> _ = path.write_text("click,user,site\\n1,7,a.com\\n0,8,\\nx,9,b.com\\n")
     >>> with open_reader(path, batch_size=10) as reader:
-    ...     for labels, keys in reader:
-    ...         print(labels, keys.shape, keys.dtype)
+    ...     for batch in reader:
+    ...         print(batch.labels, batch.keys.shape, batch.keys.dtype)
     [1. 0.] (2, 2) uint64
     >>> reader.field_names, reader.report.rows_bad, reader.report.bad_lines[0].reason
     (['user', 'site'], 1, "label must be 0 or 1, found 'x'")
@@ -122,13 +119,30 @@ def open_reader(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
-    if schema is not None and numeric:
-        raise ValueError("give numeric= or schema=, not both: a schema says which fields are counts")
+    if schema is not None and (numeric or categorical):
+        option = "numeric" if numeric else "categorical"
+        raise ValueError(f"give {option}= or schema=, not both: a schema says which fields are counts")
+    both = sorted(set(numeric) & set(categorical))
+    if both:
+        raise ValueError(f"{both[0]!r} is named as numeric and as categorical")
     for name in names:
         if name != STDIN:
             os.stat(name)
-    options = Options(label, tuple(numeric), None if schema is None else check_schema(schema))
+    options = Options(
+        label=label,
+        numeric=tuple(numeric),
+        categorical=tuple(categorical),
+        schema=None if schema is None else check_schema(schema),
+        label_values=None if label_values is None else _two(label_values),
+        positive=positive,
+    )
     return Reader(names, format, options, batch_size=batch_size, strict=strict, start=start)
+
+
+def _two(values: Sequence[str]) -> LabelValues:
+    if isinstance(values, str) or len(values) != 2 or values[0] == values[1]:
+        raise ValueError(f"label_values must be two different values, got {values!r}")
+    return str(values[0]), str(values[1])
 
 
 class Reader:
@@ -140,9 +154,14 @@ class Reader:
         Rows good and bad so far, and the first bad ones.
     schema : dict of str to str
         Kind of each field, in the order of the key columns. It can be stored as JSON and given to `open_reader`.
+        Where batches have `Batch.fields`, it grows when a field appears for the first time.
+    format : str
+        Format of the file last opened; "" if all are empty.
     label : str or None
         Column that the labels of the file last opened come from; None if it has none. Give it to `open_reader`
         together with `schema`, which turns guessing off.
+    label_values : tuple of two str, or None
+        What means 0 and what means 1 in that column; None: 0 and 1 (and -1 in the ragged formats).
     bytes_total : int or None
         Size of all files as stored; None if one is standard input or a pipe.
     """
@@ -151,18 +170,20 @@ class Reader:
         self, paths: Sequence[str], format: Format, options: Options, *, batch_size: int, strict: bool, start: int
     ) -> None:
         self.report = ReadReport()
-        sizes = [size for path in paths if (size := _file_size(path)) is not None]
+        sizes = [size for path in paths if (size := file_size(path)) is not None]
         self.bytes_total = sum(sizes) if len(sizes) == len(paths) else None
-        self._format = format
+        self.format = ""
+        self._wanted_format = format
         self._options = options
         self._strict = strict
         self._bytes_done = 0
         self._source: Source | None = None
         self.label = options.label
-        self._has_labels: tuple[str, bool] | None = None
+        self.label_values = options.label_values
+        self._first: tuple[str, Batch] | None = None
         self._paths = list(paths)
         self.schema: dict[str, Kind] = dict(options.schema or {})
-        self._batches = _rebatch(self._parts(start), batch_size)
+        self._batches = rebatch(self._parts(start), batch_size)
         try:
             self._open_next()
         except BaseException:
@@ -184,7 +205,7 @@ class Reader:
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self.report.rows_good += len(batch.keys)
+        self.report.rows_good += batch.num_examples
         return batch
 
     def __enter__(self) -> Reader:
@@ -210,43 +231,50 @@ class Reader:
     def _open_next(self) -> None:
         """Open the next file that is not empty, if there is one; the first fixes the schema."""
         while self._paths and self._source is None:
-            self._source = _open_source(self._paths.pop(0), self._format, self._options)
+            self._source = _open_source(self._paths.pop(0), self._wanted_format, self._options)
         if self._source is None:
             return
-        self.label = self._source.label
-        if not self.schema:
-            self.schema = self._source.schema
+        self.label, self.format = self._source.label, self._source.format
+        if self._options.schema is None:
+            self.schema, self.label_values = self._source.schema, self._source.label_values
             if not self.schema:
                 raise ValueError(f"{self._source.name}: no column besides the label {self._source.label!r}")
-            self._options = Options(self._options.label or self._source.label, (), self.schema)
+            label = self._options.label or self._source.label
+            self._options = Options(label=label, schema=self.schema, label_values=self.label_values)
         _check_fields(self._source, self.schema)
 
     def _parts(self, start: int) -> Iterator[Batch]:
-        """The rows after the first `start`, hashed, in pieces of any size."""
+        """The examples after the first `start`, in pieces of any size."""
         while self._source is not None:
             source = self._source
-            for block in source.blocks(self.schema, self._rejecter(source.name)):
-                self._check_labels(source.name, block)
-                skipped = min(start, block.num_rows)
+            for part in source.batches(self.schema, self._rejecter(source.name)):
+                if not part.num_examples:
+                    continue
+                self._check_form(source.name, part)
+                skipped = min(start, part.num_examples)
                 start -= skipped
                 self.report.rows_good += skipped
-                if skipped < block.num_rows:
-                    keys = encode(block.columns, self.schema)[skipped:]
-                    yield Batch(None if block.labels is None else block.labels[skipped:], keys)
+                if skipped < part.num_examples:
+                    yield part.examples(skipped, part.num_examples) if skipped else part
             self._close_source()
             self._open_next()
 
     def _rejecter(self, name: str) -> Reject:
         return lambda line, reason: self.report.reject(BadLine(name, line, reason), strict=self._strict)
 
-    def _check_labels(self, name: str, block: Block) -> None:
-        has_labels = block.labels is not None
-        if self._has_labels is None:
-            self._has_labels = name, has_labels
-        first, expected = self._has_labels
-        if has_labels != expected:
-            with_, without = (name, first) if has_labels else (first, name)
-            raise ValueError(f"{with_} has labels and {without} has none")
+    def _check_form(self, name: str, part: Batch) -> None:
+        """That `part` has what the first one had, so that they can be joined."""
+        self._first = self._first or (name, part)
+        first_name, first = self._first
+        for what, of_first, of_part in (
+            ("labels", first.labels, part.labels),
+            ("examples of any number of features", first.offsets, part.offsets),
+            ("fields of its features", first.fields, part.fields),
+            ("importances", first.weights, part.weights),
+        ):
+            if (of_first is None) != (of_part is None):
+                with_, without = (first_name, name) if of_part is None else (name, first_name)
+                raise ValueError(f"{with_} has {what} and {without} has none")
 
 
 def _open_source(path: str, format: Format, options: Options) -> Source | None:
@@ -265,29 +293,37 @@ def _open_source(path: str, format: Format, options: Options) -> Source | None:
             stream.close()
             return ParquetSource(path, options)
         kind = _sniff(stream.name, head) if format == "auto" else format
-        return CriteoSource(stream, options) if kind == "criteo" else CsvSource(stream, options)
+        return _text_source(stream, kind, options)
     except BaseException:
         stream.close()
         raise
 
 
-def _file_size(path: str) -> int | None:
-    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
-    if path == STDIN:
-        return None
-    status = os.stat(path)
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+def _text_source(stream: Stream, format: Format, options: Options) -> Source:
+    if format == "criteo":
+        return CriteoSource(stream, options)
+    if format in get_args(ExampleFormat):
+        return ExampleSource(stream, cast(ExampleFormat, format), options)
+    return CsvSource(stream, options)
 
 
-def _sniff(name: str, head: bytes) -> Literal["criteo", "csv"]:
+def _sniff(name: str, head: bytes) -> Format:
     """The text format of a file that begins with `head`."""
-    csv_name = os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1].lower() == ".csv"
-    if not csv_name and count_good_lines(head):
+    named = _SUFFIXES.get(os.path.splitext(without_compression_suffix(name))[1].lower())
+    if named is not None:
+        return named
+    if count_good_lines(head):
         return "criteo"
+    examples = recognise(head)
+    if examples is not None:
+        return examples
     header = head.split(b"\n", 1)[0]
-    if csv_name or b"," in header or b"\t" in header:
+    if any(mark in header for mark in (b",", b"\t", b";", b"|")):
         return "csv"
-    raise ValueError(f"{name}: neither Criteo lines nor CSV with a header; say which with format=")
+    raise ValueError(
+        f"{name}: neither Criteo lines nor CSV with a header, nor libsvm, libffm or Vowpal Wabbit text; "
+        "say which with format="
+    )
 
 
 def _check_fields(source: Source, schema: Schema) -> None:
@@ -302,29 +338,3 @@ def _check_fields(source: Source, schema: Schema) -> None:
             raise ValueError(
                 f"{source.name}: column {field!r} holds {source.schema[field]} values and can't be read as {kind}"
             )
-
-
-def _rebatch(parts: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    """The same rows in batches of `batch_size`; the last one may be shorter."""
-    waiting: list[Batch] = []
-    num_waiting = 0
-    for part in parts:
-        waiting.append(part)
-        num_waiting += len(part.keys)
-        if num_waiting >= batch_size:
-            whole = _join(waiting)
-            cut = num_waiting - num_waiting % batch_size
-            for first in range(0, cut, batch_size):
-                yield _slice(whole, first, first + batch_size)
-            waiting, num_waiting = [_slice(whole, cut, num_waiting)], num_waiting - cut
-    if num_waiting:
-        yield _join(waiting)
-
-
-def _join(batches: list[Batch]) -> Batch:
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return Batch(np.concatenate(labels) if labels else None, np.concatenate([batch.keys for batch in batches]))
-
-
-def _slice(batch: Batch, first: int, last: int) -> Batch:
-    return Batch(None if batch.labels is None else batch.labels[first:last], batch.keys[first:last])

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr.model_dir import Format, ModelCard
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import HashedModel
+from hashemb.ctr.negatives import NegativeSampling
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import Reader, open_reader
 
@@ -42,16 +43,20 @@ def open_for_scoring(
         format=data_format or card.data_format,
         label=label or card.label,
         schema=card.schema or None,
+        label_values=card.label_values,
         batch_size=card.batch_size,
         strict=strict,
     )
 
 
-def score(model: FactorizationMachine, reader: Reader) -> Generator[ScoreBatch, None, None]:
-    """Score what `reader` reads, a batch at a time."""
-    with closing(read_ahead(reader)) as batches:
+def score(
+    model: HashedModel, reader: Reader, negatives: NegativeSampling | None = None
+) -> Generator[ScoreBatch, None, None]:
+    """Score what `reader` reads, a batch at a time; `negatives` is what `ModelCard.negatives` says."""
+    with closing(read_ahead(reader, depth=8)) as batches:
         for batch in batches:
-            yield ScoreBatch(model.predict_proba(batch.keys), batch.labels)
+            probabilities = model.predict_proba(batch.keys, **batch.features())
+            yield ScoreBatch(probabilities if negatives is None else negatives.corrected(probabilities), batch.labels)
 
 
 def write_probabilities(file: IO[str], probabilities: npt.NDArray[np.float32]) -> None:

@@ -13,7 +13,11 @@ from hashemb.ctr.trainer import Trainer, TrainStep
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hashemb.ctr.learning_curve import ProgressRow
+
 __all__ = ["run_training"]
+
+_PASSES_SHOWN = 2  # with all their rows; of later ones the last row will do
 
 
 def run_training(trainer: Trainer, console: Console) -> int:
@@ -48,21 +52,33 @@ def run_training(trainer: Trainer, console: Console) -> int:
 def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, console: Console) -> None:
     """Run the steps, printing what they bring, until they end or a stop is asked for."""
     pass_number = 0
+    last: ProgressRow | None = None
     with progress_bar(console, "training", bytes_total or None) as advance:
         for step in steps:
             if step.pass_number != pass_number:
+                _say_last(last, console)
+                last = None
                 pass_number = step.pass_number
                 _say_pass(pass_number, console)
             for row in step.rows:
-                say(console, format_row(row))
+                if pass_number > _PASSES_SHOWN:
+                    last = row
+                else:
+                    say(console, format_row(row))
             advance(step.bytes_done, step.examples)
             if stop:
                 break
+    _say_last(last, console)
+
+
+def _say_last(row: ProgressRow | None, console: Console) -> None:
+    if row is not None:
+        say(console, format_row(row))
 
 
 def _say_where_we_start(trainer: Trainer, console: Console) -> None:
     table = trainer.model.table
-    kind = f"factorization machine of rank {trainer.model.rank}" if trainer.model.rank else "logistic regression"
+    kind = trainer.card.description
     say(console, f"{trainer.directory}: {kind}, {table.num_embeddings:,} rows, {table.optimizer.kind}, lr {table.lr:g}")
     ahead = table.step - trainer.card.table_step
     if ahead:
@@ -71,12 +87,22 @@ def _say_where_we_start(trainer: Trainer, console: Console) -> None:
             f"The table has {ahead:,} updates that its last save doesn't know of: a run was killed, or another "
             "program trained it. Examples since that save are learned again.",
         )
+    if trainer.card.negative_rate < 1.0:
+        by = trainer.card.negative_correction
+        share = f"{trainer.card.negative_rate:.3g}"
+        say(console, f"Learning {share} of the negatives, corrected by {by}; figures are estimates for all examples.")
+    if trainer.label_delay:
+        say(console, f"Labels are learned {trainer.label_delay:,.0f} examples after they are scored.")
     for path, position in trainer.sources.items():
         if position.rows:
             say(console, f"Going on with {path} at row {position.rows + 1:,}")
 
 
 def _say_pass(number: int, console: Console) -> None:
+    if number > _PASSES_SHOWN:
+        if number == _PASSES_SHOWN + 1:
+            say(console, "Later passes, by their last rows:")
+        return
     if number > 1:
         say(console, f"Pass {number}: these examples have been learned before; not unseen data.")
     say(console, row_header())
@@ -87,7 +113,7 @@ def _say_summary(trainer: Trainer, console: Console) -> None:
         metrics = trainer.validator.metrics
         say(
             console,
-            f"{metrics.examples:,} examples, {metrics.positives:,.0f} positive. Best constant's logloss: "
+            f"{metrics.weight:,.0f} examples, {metrics.positives:,.0f} positive. Best constant's logloss: "
             f"{metrics.best_constant_logloss:.6f}; the model's: {metrics.logloss:.6f}; "
             f"calibration {metrics.calibration:.4f}",
         )

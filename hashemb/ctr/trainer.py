@@ -10,19 +10,24 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from hashemb.ctr.batches import Batch
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import HashedModel
 from hashemb.ctr.progressive import ProgressiveValidator, ProgressRow, Schedule
 from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.readers import BadLine, Reader, open_reader
 
-__all__ = ["BadLines", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
+__all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
+
+WARM_UP_BATCH = 32
+_READ_AHEAD_EXAMPLES = 8192
 
 
 @dataclass
@@ -36,6 +41,30 @@ class BadLines:
         """Take over the report of a reader that is done."""
         self.count += reader.report.rows_bad
         self.first = (self.first + list(reader.report.bad_lines))[:20]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is said about the columns of the first file, as for `open_reader`; it then holds for the model."""
+
+    numeric: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    positive: str | None = None
+
+    def check_against(self, card: ModelCard) -> None:
+        """Raise a ValueError where `card` was made otherwise."""
+        for option, names, kinds in (
+            ("numeric", self.numeric, ("count", "float")),
+            ("categorical", self.categorical, ("integer", "string")),
+        ):
+            for name in names:
+                if card.schema.get(name) not in kinds:
+                    made = f"reads it as {card.schema[name]}" if name in card.schema else "has no such field"
+                    raise ValueError(f"{option} {name!r}: the model {made}; leave the option out")
+        made_with = card.label_values or ("0", "1")
+        if self.positive is not None and self.positive != made_with[1]:
+            made = f"the model was made with {made_with[1]!r}"
+            raise ValueError(f"positive {self.positive!r}: {made}; leave the option out")
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,14 @@ class TrainStep:
     bytes_done: int
 
 
+class _Scored(NamedTuple):
+    """Examples of a file that have been scored, and may wait to be learned."""
+
+    position: SourcePosition
+    examples: int
+    is_end: bool = False  # of the file
+
+
 class Trainer:
     """Learns files, keeps their positions, and saves them.
 
@@ -70,7 +107,7 @@ class Trainer:
     ----------
     directory : path
         Model directory; hold its `training_lock`.
-    model : FactorizationMachine
+    model : HashedModel
         On the directory's table, open "r+".
     card : ModelCard
         The directory's card; updated in place.
@@ -82,8 +119,13 @@ class Trainer:
         Stop at the first bad line instead of counting it.
     schedule : Schedule, optional
         Of the progressive table.
+    label_delay : float
+        Examples after which a label is known, as for `ProgressiveValidator`. Positions are those of what has been
+        learned; what was waiting when a run stopped is read again by the next one, and not scored again.
     save_seconds : float
         Save when this long has passed since the last time.
+    columns : Columns, optional
+        How to read the first file ever.
     checkpoints : Checkpoints, optional
         Take one with every save, the first before anything is learned.
 
@@ -104,22 +146,25 @@ class Trainer:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        model: FactorizationMachine,
+        model: HashedModel,
         card: ModelCard,
         paths: Sequence[str | os.PathLike[str]],
         *,
         passes: int = 1,
         strict: bool = False,
         schedule: Schedule | None = None,
+        label_delay: float = 0.0,
         save_seconds: float = 60.0,
+        columns: Columns | None = None,
         checkpoints: Checkpoints | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory, self.model, self.card = directory, model, card
         self.passes, self.strict, self.schedule = passes, strict, schedule
-        self.save_seconds, self._clock = save_seconds, clock
-        self.checkpoints = checkpoints
+        self.label_delay, self.save_seconds, self._clock = label_delay, save_seconds, clock
+        self.columns, self.checkpoints = columns or Columns(), checkpoints
         self.bad_lines = BadLines()
+        self._reported: set[str] = set()
         self.examples = 0
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
@@ -130,6 +175,9 @@ class Trainer:
             position.size_bytes * max(0, passes - position.passes) for position in self.sources.values()
         )
         self._bytes_finished = 0
+        self._unlearned: deque[_Scored] = deque()
+        self._settled = 0  # examples of the validator that the positions know of
+        self._first_pass_rows = _first_pass_rows(card.progress)
 
     @property
     def finished(self) -> bool:
@@ -161,60 +209,121 @@ class Trainer:
         self.card.table_step = self.model.table.step
         if self.validator is not None:
             self.card.progress = {"pass": self.pass_number, **self.validator.state()}
+            self.card.progress["waiting"] -= self._waiting_from_streams()
+            if self.pass_number > 1:
+                self.card.progress["first_pass_rows"] = self._first_pass_rows
         write_card(self.directory, self.card)
         if self.checkpoints is not None:
             self.checkpoints.take(self.model.table, self.card)
+
+    def _waiting_from_streams(self) -> int:
+        """Examples that wait to be learned and could not be read again."""
+        return sum(entry.examples for entry in self._unlearned if not entry.position.digest)
 
     def _start_pass(self, number: int) -> None:
         """Begin, or take up again, the metrics of pass `number`."""
         if self.validator is not None and self.pass_number == number:
             return
+        if self.validator is not None and self.pass_number == 1:
+            self._first_pass_rows = self.validator.curve.to_json()
         state: dict[str, Any] | None = None
         if self.validator is None and self.card.progress.get("pass") == number:
             state = self.card.progress
         self.pass_number = number
-        self.validator = ProgressiveValidator(self.model, self.schedule, state=state)
+        self._settled = 0
+        self.validator = ProgressiveValidator(
+            self.model,
+            self.schedule,
+            delay=self.label_delay,
+            negatives=self.card.negatives(self.model.table.seed),
+            state=state,
+        )
 
     def _close_pass(self, number: int) -> Iterator[TrainStep]:
         """The last row of a pass that this run has worked on."""
-        row = self.validator.last_row() if self.validator and self.pass_number == number else None
+        if self.validator is None or self.pass_number != number:
+            return
+        self.validator.finish()
+        self._settle()
+        row = self.validator.last_row()
         if row is not None:
             path = next(reversed(self.sources))
             yield TrainStep(path, number, [row], self.examples, self._bytes_finished)
 
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
-        reader = open_source(self.card, path, start=position.rows, strict=self.strict)
-        batches = read_ahead(reader)
+        reader = open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
+        batches = read_ahead(reader, depth=max(2, _READ_AHEAD_EXAMPLES // self.card.batch_size))
         try:
             for batch in batches:
-                assert batch.labels is not None
-                rows = self.validator.learn(batch.keys, batch.labels)
-                position.rows += len(batch.labels)
-                self.examples += len(batch.labels)
+                rows = []
+                for part in self._parts(batch):
+                    rows += self.validator.learn(part)
+                    self._unlearned.append(_Scored(position, part.num_examples))
+                if len(reader.schema) > len(self.card.schema):
+                    self.card.schema = dict(reader.schema)
+                self._settle()
+                self.examples += batch.num_examples
                 done = self._bytes_finished + reader.bytes_read
                 yield TrainStep(path, self.pass_number, rows, self.examples, done)
-            position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
+            self._unlearned.append(_Scored(position, 0, is_end=True))
+            self._settle()
             self._bytes_finished += position.size_bytes
         finally:
             batches.close()
             reader.close()
-            self.bad_lines.add(reader)
+            if path not in self._reported:  # a later pass meets the same ones
+                self._reported.add(path)
+                self.bad_lines.add(reader)
+            position.note_bad_lines(reader.report)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What is learned at once: small parts of the batch at the beginning of the first pass, then all of it.
+
+        A new model's first examples teach it most, and a batch learns nothing from one example for the next. Batches
+        are whole again between two steps, so that a stop changes no cut.
+        """
+        assert self.validator is not None
+        if self.pass_number > 1 or self.validator.examples >= self.card.warm_up:
+            return [batch]
+        starts = range(0, batch.num_examples, WARM_UP_BATCH)
+        return [batch.examples(start, min(start + WARM_UP_BATCH, batch.num_examples)) for start in starts]
+
+    def _settle(self) -> None:
+        """Move the positions on by what has been learned."""
+        assert self.validator is not None
+        while self._unlearned and self._settled + self._unlearned[0].examples <= self.validator.learned:
+            position, examples, is_end = self._unlearned.popleft()
+            self._settled += examples
+            position.rows += examples
+            if is_end:
+                position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
 
 
-def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = False) -> Reader:
-    """Open a labelled file as the card says; the first one ever decides how all others are read.
+def open_source(
+    card: ModelCard, path: str, columns: Columns | None = None, *, start: int = 0, strict: bool = False
+) -> Reader:
+    """Open a labelled file as the card says; the first one ever decides, with `columns`, how all others are read.
 
     Raises
     ------
     ValueError
-        The file is of no known format, lacks a field that the model was trained on, or has no labels.
+        The file is of no known format, lacks a field that the model was trained on, has no labels, or labels of more
+        than two values; `columns` contradict the card.
     """
+    columns = columns or Columns()
+    if card.schema:
+        columns.check_against(card)
+        columns = Columns()
     reader = open_reader(
         [path],
         format=card.data_format,
         label=card.label,
+        numeric=columns.numeric,
+        categorical=columns.categorical,
         schema=card.schema or None,
+        positive=columns.positive,
+        label_values=card.label_values,
         batch_size=card.batch_size,
         strict=strict,
         start=start,
@@ -224,7 +333,7 @@ def open_source(card: ModelCard, path: str, *, start: int = 0, strict: bool = Fa
         wanted = f"column {card.label!r}" if card.label else "label column"
         raise ValueError(f"{path}: no {wanted} to learn from; it has the fields {', '.join(reader.schema)}")
     if not card.schema:
-        card.schema, card.label = dict(reader.schema), reader.label
+        card.schema, card.label, card.label_values = dict(reader.schema), reader.label, reader.label_values
     return reader
 
 
@@ -259,6 +368,11 @@ def _position(card: ModelCard, path: str) -> SourcePosition:
             f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"
         )
     return SourcePosition.of(path) if position is None else position
+
+
+def _first_pass_rows(progress: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = progress.get("rows" if progress.get("pass") == 1 else "first_pass_rows", [])
+    return rows
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:

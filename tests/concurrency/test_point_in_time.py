@@ -285,3 +285,34 @@ def test_threads_write_read_and_take_snapshots_of_one_object(tmp_path: Path) -> 
         with hashemb.open(path) as taken:
             np.testing.assert_array_equal(taken.lookup(keys), np.full((2000, 4), -taken.step, np.float32))
     assert len(list(tmp_path.glob("s*-*"))) == 6
+
+
+def files_held(process: int, directory: Path) -> list[str]:
+    """Open files of a process that lie in the directory, or did before they were removed."""
+    found = []
+    for entry in os.scandir(f"/proc/{process}/fd"):
+        try:
+            found.append(os.readlink(entry.path))
+        except FileNotFoundError:
+            continue
+    return [name for name in found if name.startswith(f"{directory}/")]
+
+
+def test_a_writer_lets_go_of_a_snapshot_that_is_done(tmp_path: Path) -> None:
+    """Or the space of one that is deleted would stay taken until the writer ends."""
+    path, snapshots = tmp_path / "t", tmp_path / "snapshots"
+    snapshots.mkdir()
+    hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
+    with writers(path, "hogwild", (1,)) as (writer,), hashemb.open(path, "r+") as table:
+        seen: list[str] = []
+
+        def wait_for_writer(_: int, __: int) -> None:
+            wait_for(lambda: any("rows.log" in name for name in files_held(writer.pid, snapshots)))
+            seen.extend(files_held(writer.pid, snapshots))
+
+        table.snapshot(snapshots / "s", progress=wait_for_writer)
+        assert seen
+        assert not any("weight.npy" in name for name in seen)
+        steps = table.step
+        wait_for(lambda: table.step > steps + 3)
+        assert files_held(writer.pid, snapshots) == []

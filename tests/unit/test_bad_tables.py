@@ -19,6 +19,7 @@ import pytest
 
 import hashemb
 from hashemb import _format, errors
+from hashemb._directory import new_directory
 
 GOOD: dict[str, Any] = {"num_embeddings": 64, "embedding_dim": 3}
 
@@ -327,3 +328,21 @@ def test_files_that_may_not_be_written(tmp_path: Path, good: Path) -> None:
     hashemb.open(path).close()
     with pytest.raises(errors.ReadOnlyTableError, match=r'cannot be opened for writing.*open with mode="r"'):
         hashemb.open(path, "r+")
+
+
+@pytest.mark.parametrize("made", ["table", "file"])
+def test_something_that_appears_while_a_table_is_made_stays(tmp_path: Path, made: str) -> None:
+    path = tmp_path / "t"
+
+    def make_in_a_race() -> None:
+        with new_directory(str(path)) as building:
+            Path(building, "new").touch()
+            if made == "table":
+                hashemb.create(path, num_embeddings=10, embedding_dim=2).close()
+            else:
+                path.write_text("mine")
+
+    with pytest.raises(FileExistsError):
+        make_in_a_race()
+    assert os.listdir(tmp_path) == ["t"]
+    assert hashemb.info(path).num_embeddings == 10 if made == "table" else path.read_text() == "mine"

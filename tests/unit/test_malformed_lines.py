@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from criteo_lines import CATEGORIES, INTEGERS, criteo_rows, expected_keys, read_all, tsv, write
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hashemb.ctr import _criteo
@@ -111,26 +111,6 @@ def test_the_first_20_bad_lines_are_kept(tmp_path: Path) -> None:
     report = read_all(path)[1].report
     assert report.rows_bad == 50
     assert [bad.line for bad in report.bad_lines] == list(range(4, 24))
-
-
-ODD_BYTES = [bytes([byte]) for byte in b"\t\0 xX-+e.019a\xff\r\"\\\v\n"]
-
-
-@settings(max_examples=1000)
-@given(st.data())
-def test_fast_and_careful_reading_agree(data: st.DataObject) -> None:
-    """A good line with a few bytes changed, mostly among its numbers: Arrow refuses it iff the check by line does."""
-    line = bytearray(tsv([GOOD[0]])[:-1])
-    for _ in range(data.draw(st.integers(1, 2))):
-        place = data.draw(st.integers(0, 40) | st.integers(0, len(line) - 1))
-        line[place : place + data.draw(st.integers(0, 1))] = data.draw(st.sampled_from(ODD_BYTES))
-    text = bytes(line).replace(b"\r\n", b"\n").removesuffix(b"\r")
-    faults = [_criteo.line_fault(part) for part in text.split(b"\n")]
-    block = text + b"\n" + tsv(GOOD[1:])
-    source = _criteo.CriteoSource.__new__(_criteo.CriteoSource)
-    source._labelled = True
-    if _criteo._looks_plain(block, _criteo._line_ends(block)):
-        assert (source._parse(block) is None) == any(faults)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r\0"), max_size=8)

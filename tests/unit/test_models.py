@@ -107,11 +107,11 @@ def test_probability_is_the_same_in_any_batch(make_table: MakeTable, rank: int, 
     np.testing.assert_array_equal(whole, np.concatenate([model.predict_proba(part) for part in np.split(keys, 3)]))
 
 
-def test_learning_does_not_depend_on_the_cache_blocks(make_table: MakeTable, monkeypatch: Any) -> None:
+def test_learning_does_not_depend_on_the_cache_chunks(make_table: MakeTable, monkeypatch: Any) -> None:
     keys, labels = random_batch(1000, 7)
     results = []
-    for block_bytes in (1, 10_000, 1 << 30):
-        monkeypatch.setattr("hashemb.ctr.models._BLOCK_BYTES", block_bytes)
+    for chunk_bytes in (1, 10_000, 1 << 30):
+        monkeypatch.setattr("hashemb.ctr.hashed_model._CHUNK_BYTES", chunk_bytes)
         table = make_table(4)
         FactorizationMachine(table).learn(keys, labels)
         results.append(table.weight.copy())
@@ -210,7 +210,7 @@ def test_two_models_on_one_table_are_one_model(make_table: MakeTable) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.0, 1.0], r"labels must have shape \(3,\), one per row of keys, got \(2,\)"),
+        ([0.0, 1.0], r"labels must have shape \(3,\), one per example \(row of keys\), got \(2,\)"),
         ([[0.0], [1.0], [1.0]], r"got \(3, 1\)"),
         ([0.0, 1.0, 2.0], r"labels must be in \[0, 1\], got 2.0 at index 2"),
         ([0.0, -1.0, 2.0], r"got -1.0 at index 1"),
@@ -227,7 +227,7 @@ def test_bad_labels(make_table: MakeTable, labels: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
-        (np.zeros(3, np.uint64), ValueError, r"shape \(n, num_fields\), got 1 dimensions: \(3,\)"),
+        (np.zeros(3, np.uint64), ValueError, r"\(n, num_fields\), or come with offsets, got 1 dimensions"),
         (np.zeros((2, 3, 1), np.uint64), ValueError, r"got 3 dimensions"),
         (np.zeros((2, 3)), TypeError, r"keys must be integers, got float64.*hash_fields"),
         (np.zeros((2, 3), bool), TypeError, r"got bool"),

@@ -15,6 +15,7 @@ from hashemb.ctr.metrics import auc, logloss, normalized_entropy
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.progressive import EveryN, PowersOfTwo, ProgressiveValidator, ProgressRow
 from hashemb.ctr.readahead import read_ahead
+from hashemb.ctr.readers import Batch
 
 
 class Memoriser:
@@ -23,10 +24,13 @@ class Memoriser:
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}
 
-    def learn(self, keys: np.ndarray, labels: Any) -> np.ndarray:
-        before = [self.seen.get(int(key), 0.5) for key in keys[:, 0]]
+    def learn(self, keys: np.ndarray, labels: Any, **parts: Any) -> np.ndarray:
+        before = self.predict_proba(keys)
         self.seen.update({int(k): 0.01 + 0.98 * float(y) for k, y in zip(keys[:, 0], labels, strict=True)})
-        return np.array(before, np.float32)
+        return before
+
+    def predict_proba(self, keys: np.ndarray, **parts: Any) -> np.ndarray:
+        return np.array([self.seen.get(int(key), 0.5) for key in keys[:, 0]], np.float32)
 
 
 def stream(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,8 +43,8 @@ def stream(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return hashemb.hash_fields({"a": values[:, 0], "b": values[:, 1]}), labels
 
 
-def batches(keys: np.ndarray, labels: np.ndarray, size: int = 100) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(keys[i : i + size], labels[i : i + size]) for i in range(0, len(keys), size)]
+def batches(keys: np.ndarray, labels: np.ndarray, size: int = 100) -> list[Batch]:
+    return [Batch(labels[i : i + size], keys[i : i + size]) for i in range(0, len(keys), size)]
 
 
 def validate(table_path: Path, keys: np.ndarray, labels: np.ndarray, **options: Any) -> ProgressiveValidator:
@@ -48,7 +52,7 @@ def validate(table_path: Path, keys: np.ndarray, labels: np.ndarray, **options: 
     with hashemb.create(table_path, num_embeddings=10_000, embedding_dim=5, optimizer=adagrad) as table:
         validator = ProgressiveValidator(FactorizationMachine(table), **options)
         for batch in batches(keys, labels):
-            validator.learn(*batch)
+            validator.learn(batch)
     return validator
 
 
@@ -56,10 +60,10 @@ def test_every_example_is_scored_before_it_is_learned() -> None:
     validator = ProgressiveValidator(Memoriser())
     keys, labels = np.arange(1000, dtype=np.uint64)[:, None], np.tile(np.float32([0, 1]), 500)
     for batch in batches(keys, labels):
-        validator.learn(*batch)
+        validator.learn(batch)
     assert validator.metrics.logloss == pytest.approx(math.log(2))
     for batch in batches(keys, labels):
-        validator.learn(*batch)
+        validator.learn(batch)
     second_pass = 2 * validator.metrics.logloss - math.log(2)
     assert second_pass == pytest.approx(-math.log(0.99), rel=1e-4)
 
@@ -78,7 +82,7 @@ def test_shuffled_labels_teach_nothing(tmp_path: Path) -> None:
 def test_rows_fall_due_inside_batches() -> None:
     validator = ProgressiveValidator(Memoriser(), EveryN(70))
     keys, labels = np.arange(300, dtype=np.uint64)[:, None] % 40, np.tile(np.float32([0, 1, 1]), 100)
-    rows = [row for batch in batches(keys, labels) for row in validator.learn(*batch)]
+    rows = [row for batch in batches(keys, labels) for row in validator.learn(batch)]
     assert [row.examples for row in rows] == [70, 140, 210, 280]
     last = validator.last_row()
     assert last is not None
@@ -90,9 +94,9 @@ def test_figures_of_a_row() -> None:
     """Against the metrics of the same predictions in one piece."""
     keys, labels = stream(1000)
     model = Memoriser()
-    predictions = np.concatenate([model.learn(*batch) for batch in batches(keys, labels)])
+    predictions = np.concatenate([model.learn(batch.keys, batch.labels) for batch in batches(keys, labels)])
     validator = ProgressiveValidator(Memoriser(), EveryN(300))
-    rows: list[ProgressRow] = [row for batch in batches(keys, labels) for row in validator.learn(*batch)]
+    rows: list[ProgressRow] = [row for batch in batches(keys, labels) for row in validator.learn(batch)]
     y, p = labels[:600], predictions[:600]
     assert rows[1].examples == 600
     assert rows[1].logloss == pytest.approx(logloss(y, p))
@@ -108,21 +112,21 @@ def test_rate_is_of_this_process_since_the_last_row() -> None:
     rows = []
     for batch in batches(keys, labels):
         now[0] += 2.0
-        rows += validator.learn(*batch)
+        rows += validator.learn(batch)
     assert [row.examples_per_second for row in rows] == [50.0] * 4
     resumed = ProgressiveValidator(Memoriser(), EveryN(50), state=validator.state(), clock=lambda: now[0])
     now[0] += 4.0
-    assert resumed.learn(keys[:100], labels[:100])[0].examples_per_second == 25.0
+    assert resumed.learn(Batch(labels[:100], keys[:100]))[0].examples_per_second == 25.0
 
 
 def test_a_pause_leaves_no_trace() -> None:
     keys, labels = stream(1000)
     unbroken, model = ProgressiveValidator(Memoriser(), EveryN(150)), Memoriser()
-    expected = [row for batch in batches(keys, labels) for row in unbroken.learn(*batch)]
+    expected = [row for batch in batches(keys, labels) for row in unbroken.learn(batch)]
     validator = ProgressiveValidator(model, EveryN(150))
     rows = []
     for number, batch in enumerate(batches(keys, labels)):
-        rows += validator.learn(*batch)
+        rows += validator.learn(batch)
         if number in (0, 4, 7):
             state = json.loads(json.dumps(validator.state()))
             validator = ProgressiveValidator(model, EveryN(150), state=state)

@@ -45,6 +45,7 @@ def test_compression_changes_nothing(tmp_path: Path) -> None:
     for name, stored in [
         ("a.tsv.gz", gzip.compress(data)),
         ("a.tsv.zst", compress(data, "zstd")),
+        ("a.tsv.bz2", compress(data, "bz2")),
         ("two-members.tsv.gz", gzip.compress(data[:5000]) + gzip.compress(data[5000:])),
         ("no-suffix", gzip.compress(data)),
         ("crlf.tsv", data.replace(b"\n", b"\r\n")),
@@ -193,12 +194,17 @@ def test_standard_input_and_pipes(tmp_path: Path, data: bytes) -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"start": -1}, "start must be at least 0, got -1"),
-        ({"format": "tsv"}, "format must be one of auto, criteo, csv, parquet, got 'tsv'"),
+        ({"format": "tsv"}, "format must be one of auto, criteo, csv, parquet, libsvm, libffm, vw, got 'tsv'"),
         ({"label": "click"}, "a Criteo file has no column 'click' for the label"),
         ({"numeric": ["C1"]}, "a Criteo file has no integer column 'C1'"),
         ({"schema": {}}, "the schema names no fields"),
         ({"schema": {"C1": "hex"}}, "field 'C1': kind must be one of string, integer, count, float, got 'hex'"),
         ({"schema": {"C1": "string"}, "numeric": ["C1"]}, "give numeric= or schema=, not both"),
+        ({"schema": {"C1": "string"}, "categorical": ["C1"]}, "give categorical= or schema=, not both"),
+        ({"numeric": ["I1"], "categorical": ["I1"]}, "'I1' is named as numeric and as categorical"),
+        ({"categorical": ["x"]}, "a Criteo file has no column 'x'"),
+        ({"positive": "yes"}, "the label of a Criteo file is 0 or 1, not 'yes'"),
+        ({"label_values": ("a", "a")}, "label_values must be two different values, got"),
         ({"schema": {"C1": "string", "user": "string"}}, r"no column 'user' \(1 of 2 fields are missing\); it has I1"),
         ({"schema": {"C1": "count"}}, "column 'C1' holds string values and can't be read as count"),
     ],
@@ -215,7 +221,7 @@ def test_paths_are_checked_first(tmp_path: Path) -> None:
         open_reader([good, tmp_path / "nowhere.tsv"])
     with pytest.raises(ValueError, match="no paths given"):
         open_reader([])
-    with pytest.raises(ValueError, match="neither Criteo lines nor CSV with a header; say which with format="):
+    with pytest.raises(ValueError, match=r"b: neither Criteo lines nor CSV with a header, nor libsvm, .* with format="):
         open_reader(write(tmp_path / "b", b"hello\nworld\n"))
 
 

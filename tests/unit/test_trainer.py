@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import hashemb
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, load_model, read_card, training_lock, write_card
+from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
 from hashemb.ctr.options import ModelOptions, open_or_create, parse_count
 from hashemb.ctr.progressive import EveryN
 from hashemb.ctr.trainer import Trainer, TrainStep
@@ -226,15 +228,70 @@ def test_load_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "dim"),
+    [("lr", FactorizationMachine, 1), ("fm", FactorizationMachine, 16), ("fwfm", FieldWeightedFM, 16),
+     ("ffm", FieldAwareFM, 1 + 2 * 4)],
+)  # fmt: skip
+def test_models_by_name(tmp_path: Path, name: str, kind: type[HashedModel], dim: int) -> None:
+    options = ModelOptions(model=name, num_fields=2, rows=500)
+    model, _ = open_or_create(tmp_path / "m", options)
+    model.table.close()
+    for again in (options, ModelOptions(), ModelOptions(model=name)):
+        model, _ = open_or_create(tmp_path / "m", replace(again, num_fields=None))
+        with closing(model.table):
+            assert (type(model), model.table.embedding_dim) == (kind, dim)
+    for other in {"lr", "fm", "fwfm", "ffm"} - {name}:
+        with pytest.raises(ValueError, match=rf"was made with (model|rank) .*, not ({other}|[01])"):
+            open_or_create(tmp_path / "m", ModelOptions(model=other, rank=1 if name == "lr" else None))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "lr", "rank": 3}, "a model lr can't have rank 3"),
+        ({"model": "ffm", "rank": 0, "num_fields": 2}, "a model ffm can't have rank 0"),
+        ({"model": "tree"}, "unknown model 'tree': one of lr, fm, fwfm, ffm"),
+        ({"model": "fwfm"}, "number of fields of a new fwfm is not known.*give num_fields"),
+    ],
+)
+def test_models_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_or_create(tmp_path / "m", ModelOptions(**options))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_card_of_before_there_were_other_models(tmp_path: Path) -> None:
+    open_or_create(tmp_path / "m", SMALL)[0].table.close()
+    values = json.loads((tmp_path / "m" / "model.json").read_text())
+    del values["num_fields"]
+    (tmp_path / "m" / "model.json").write_text(json.dumps(values))
+    model, card = load_model(tmp_path / "m")
+    with closing(model.table):
+        assert isinstance(model, FactorizationMachine)
+        assert (model.rank, card.num_fields) == (3, None)
+
+
+def test_an_untrained_table_can_become_a_field_aware_model(tmp_path: Path) -> None:
+    hashemb.create(tmp_path / "m", num_embeddings=77, embedding_dim=1 + 3 * 5).close()
+    with pytest.raises(ValueError, match="of 2 fields and rank 7 needs"):
+        open_or_create(tmp_path / "m", ModelOptions(model="ffm", num_fields=2))
+    model, card = open_or_create(tmp_path / "m", ModelOptions(model="ffm", num_fields=3))
+    with closing(model.table):
+        assert isinstance(model, FieldAwareFM)
+        assert (model.rank, card.num_fields) == (5, 3)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not a model card"),
         ("[]", "no format number"),
         ('{"format": 2}', "format 2 is newer than this version reads"),
-        ('{"format": 1, "kind": "tree"}', "kind 'tree', expected 'factorization_machine'"),
+        ('{"format": 1, "kind": "tree"}', "kind 'tree', expected one of factorization_machine, field_weighted_fm"),
         ('{"format": 1, "kind": "factorization_machine"}', "rank"),
         ('{"format": 1, "kind": "factorization_machine", "rank": "3", "sources": {}}', "rank '3'"),
         ('{"format": 1, "kind": "factorization_machine", "rank": 3, "sources": {"a": {}}}', "size_bytes"),
+        ('{"format": 1, "kind": "field_aware_fm", "rank": 3, "sources": {}}', "num_fields None must be an integer"),
         ("\x00\xff", "not a model card"),
     ],
 )
@@ -291,16 +348,17 @@ def test_options_that_agree_and_a_new_learning_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, hashemb.Adagrad(lr=0.04, initial_accumulator_value=5.0)),
+        ({"rank": 4}, hashemb.Adagrad(lr=0.04, initial_accumulator_value=5.0)),
+        ({}, hashemb.Adagrad(lr=0.06, initial_accumulator_value=2.0)),
         ({"optimizer": "rowwise-adagrad", "lr": 0.1}, hashemb.RowWiseAdagrad(lr=0.1, initial_accumulator_value=1.0)),
-        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.04, weight_decay=0.1)),
+        ({"initial_accumulator": 0.0, "weight_decay": 0.1}, hashemb.Adagrad(lr=0.06, weight_decay=0.1)),
         ({"optimizer": "sgd", "weight_decay": 0.1}, hashemb.SGD(lr=0.001, weight_decay=0.1)),
         ({"optimizer": "ftrl"}, hashemb.FTRL(alpha=0.03)),
         ({"optimizer": "ftrl", "lr": 0.3}, hashemb.FTRL(alpha=0.3)),
     ],
 )
 def test_optimizers_by_name(tmp_path: Path, options: dict[str, Any], expected: Any) -> None:
-    model, _ = open_or_create(tmp_path / "m", ModelOptions(rank=0, rows=10, **options))
+    model, _ = open_or_create(tmp_path / "m", ModelOptions(**{"rank": 0, "rows": 10, **options}))
     with closing(model.table):
         assert model.table.optimizer == expected
 
@@ -329,3 +387,23 @@ def test_counts() -> None:
     assert [parse_count(s) for s in ("1", "2^22", "2**33", "4Mi", "1.5k", "1_000", "3G")] == [
         1, 2**22, 2**33, 2**22, 1500, 1000, 3 * 10**9
     ]  # fmt: skip
+
+
+def test_a_log_is_learned_in_small_batches_at_first(tmp_path: Path) -> None:
+    """The model steps as one that is given those batches does, and a run that is stopped goes on with the same cuts."""
+    path = write_clicks(tmp_path / "a.csv", 0, 700)
+    bits = []
+    for name, stop_after in (("whole", None), ("stopped", 3)):
+        model, card = open_or_create(tmp_path / name, SMALL)
+        card.batch_size, card.warm_up = 100, 350
+        for stop in (stop_after, None):
+            trainer = Trainer(tmp_path / name, model, card, [path])
+            for number, _ in enumerate(trainer.run(), 1):
+                if number == stop:
+                    break
+            trainer.save()
+            card = read_card(tmp_path / name)
+        assert model.table.step == 4 * 4 + 3  # four batches of 100 in 32 + 32 + 32 + 4, then three
+        bits.append(np.array(model.table.weight))
+        model.table.close()
+    assert np.array_equal(*bits)

@@ -1,0 +1,176 @@
+"""A batch of examples as the models' kernels want it, in either form, or a clear error.
+
+The matrix form has one key per field and example; the ragged form, `offsets`, any number of keys, each with its field.
+All checks are done before anything is looked up or learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Examples", "check_examples", "check_labels", "check_weights"]
+
+Float32Array = npt.NDArray[np.float32]
+KeyArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch that has been checked.
+
+    Attributes
+    ----------
+    keys : integer array, (n, num_fields) or (num_keys,)
+    count : int
+        Examples, n.
+    num_fields : int
+        Keys of each example in the matrix form, else 0.
+    offsets : ndarray of int64, (n + 1,), or None
+    values, fields : ndarray of float32, int32, (num_keys,), or None
+    """
+
+    keys: KeyArray
+    count: int
+    num_fields: int
+    offsets: npt.NDArray[np.int64] | None = None
+    values: Float32Array | None = None
+    fields: npt.NDArray[np.int32] | None = None
+
+    def keys_before(self, end: int) -> int:
+        """Keys of the first `end` examples."""
+        return end * self.num_fields if self.offsets is None else int(self.offsets[end] - self.offsets[0])
+
+    def part(self, start: int, stop: int) -> Examples:
+        """Examples [start, stop), as views; their offsets count on from where they stand."""
+        if start == 0 and stop == self.count:
+            return self
+        keys = slice(self.keys_before(start), self.keys_before(stop))
+        return Examples(
+            keys=self.keys[start:stop] if self.offsets is None else self.keys[keys],
+            count=stop - start,
+            num_fields=self.num_fields,
+            offsets=None if self.offsets is None else self.offsets[start : stop + 1],
+            values=None if self.values is None else self.values[keys],
+            fields=None if self.fields is None else self.fields[keys],
+        )
+
+
+def check_examples(
+    keys: KeyArray, offsets: Any = None, values: Any = None, fields: Any = None, *, num_fields: int | None = None
+) -> Examples:
+    """The batch, checked.
+
+    Parameters
+    ----------
+    keys, offsets, values, fields
+        As for the models' methods.
+    num_fields : int, optional
+        Of the model, if it tells fields apart: the matrix form must have as many columns, and in the ragged form
+        `fields` must be given and below it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what doesn't fit, with the numbers.
+    """
+    keys = np.asarray(keys)
+    if keys.dtype.kind not in "iu" and not (keys.size == 0 and keys.ndim == 1):
+        raise TypeError(f"keys must be integers, got {keys.dtype}: hash values with hashemb.hash_fields first")
+    values = None if values is None else _check_values(values, keys.shape)
+    if offsets is None:
+        _check_matrix(keys, fields, num_fields)
+        return Examples(keys, keys.shape[0], keys.shape[1], values=values)
+    if keys.ndim != 1:
+        raise ValueError(f"keys must have shape (num_keys,) with offsets, got {keys.ndim} dimensions: {keys.shape}")
+    offsets = _check_offsets(offsets, keys.size)
+    fields = _check_fields(fields, keys.size, num_fields)
+    return Examples(keys, len(offsets) - 1, 0, offsets, values, fields)
+
+
+def check_labels(labels: npt.ArrayLike, n: int) -> Float32Array:
+    """Labels in [0, 1], one for each of `n` examples."""
+    y = np.ascontiguousarray(labels, np.float32)
+    if y.shape != (n,):
+        raise ValueError(f"labels must have shape ({n},), one per example (row of keys), got {y.shape}")
+    inside = (y >= 0.0) & (y <= 1.0)  # False for NaN
+    if not inside.all():
+        first = int(np.argmin(inside))
+        raise ValueError(f"labels must be in [0, 1], got {y[first]} at index {first}")
+    return y
+
+
+def check_weights(weights: npt.ArrayLike | None, n: int) -> Float32Array | None:
+    """Finite weights >= 0, one for each of `n` examples."""
+    if weights is None:
+        return None
+    w = np.ascontiguousarray(weights, np.float32)
+    if w.shape != (n,):
+        raise ValueError(f"weights must have shape ({n},), one per example, got {w.shape}")
+    fine = (w >= 0.0) & np.isfinite(w)
+    if not fine.all():
+        first = int(np.argmin(fine))
+        raise ValueError(f"weights must be finite and >= 0, got {w[first]} at index {first}")
+    return w
+
+
+def _check_matrix(keys: KeyArray, fields: Any, num_fields: int | None) -> None:
+    if keys.ndim != 2:
+        raise ValueError(
+            f"keys must have shape (n, num_fields), or come with offsets, got {keys.ndim} dimensions: {keys.shape}"
+        )
+    if fields is not None:
+        raise ValueError("fields come with offsets; without them the field of a key is its column")
+    if num_fields is not None and keys.shape[1] != num_fields:
+        raise ValueError(f"the model has {num_fields} fields, keys have {keys.shape[1]} columns")
+
+
+def _check_values(values: Any, shape: tuple[int, ...]) -> Float32Array:
+    x = np.ascontiguousarray(values, np.float32)
+    if x.shape != shape:
+        raise ValueError(f"values must have the shape of keys, {shape}, got {x.shape}")
+    x = x.reshape(-1)
+    finite = np.isfinite(x)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        index = tuple(map(int, np.unravel_index(first, shape)))
+        raise ValueError(f"values must be finite, got {x[first]} at index {index}")
+    return x
+
+
+def _check_offsets(offsets: Any, num_keys: int) -> npt.NDArray[np.int64]:
+    found = np.asarray(offsets)
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"offsets must be integers, got {found.dtype}")
+    if found.ndim != 1 or found.size == 0:
+        raise ValueError(f"offsets must have shape (n + 1,), got {found.shape}")
+    o = np.ascontiguousarray(found, np.int64)
+    if o[0] != 0 or o[-1] != num_keys:
+        raise ValueError(f"offsets must go from 0 to {num_keys}, the number of keys; they go from {o[0]} to {o[-1]}")
+    rising = o[1:] >= o[:-1]
+    if not rising.all():
+        first = int(np.argmin(rising))
+        raise ValueError(f"offsets must not fall: {o[first]} at index {first}, then {o[first + 1]}")
+    return o
+
+
+def _check_fields(fields: Any, num_keys: int, num_fields: int | None) -> npt.NDArray[np.int32] | None:
+    if fields is None:
+        if num_fields is not None:
+            raise ValueError("this model tells fields apart: with offsets it needs fields, one number per key")
+        return None
+    found = np.asarray(fields)
+    if found.shape != (num_keys,):
+        raise ValueError(f"fields must have shape ({num_keys},), one per key, got {found.shape}")
+    if num_fields is None:
+        return None  # a factorisation machine makes no difference between them
+    if found.dtype.kind not in "iu" and num_keys:
+        raise TypeError(f"fields must be integers, got {found.dtype}")
+    inside = (found >= 0) & (found < num_fields)
+    if not inside.all():
+        first = int(np.argmin(inside))
+        raise ValueError(f"fields must be in [0, {num_fields}), got {found[first]} at index {first}")
+    return np.ascontiguousarray(found, np.int32)

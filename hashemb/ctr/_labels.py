@@ -1,0 +1,192 @@
+"""Labels: which column holds them, which of its values mean 0 and 1, and columns of values -> float32 labels.
+
+Without anything said, 0 and 1 (as numbers, booleans or text) mean themselves, and of any other two values the one
+that sorts second is 1, as in scikit-learn: numbers by size, text by its characters. So 1 of -1 and 1, 2 of 1 and 2,
+"yes" of "no" and "yes", ">50K" of "<=50K" and ">50K".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "Fault",
+    "LabelValues",
+    "choose_label_values",
+    "find_label",
+    "first_label_values",
+    "is_missing",
+    "parse_labels",
+    "shown",
+]
+
+if TYPE_CHECKING:
+    from hashemb.ctr._source import Options
+
+Fault = tuple[int, str]  # (row or line, reason)
+LabelValues = tuple[str, str]  # what means 0, what means 1
+
+_LABEL_NAMES = ("label", "click")
+_STANDARD = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
+_MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
+_RARE = 100  # a value that one row in so many has, or one row at all, is taken as malformed beside two others
+_SHOWN_CHARACTERS = 40
+_SHOWN_VALUES = 10
+
+
+def shown(value: object) -> str:
+    """`value` as it stands in a message: quoted, at most 40 characters; nothing for a missing one."""
+    if value is None:
+        return "nothing"
+    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…")
+
+
+def is_missing(text: str) -> bool:
+    """Whether `text` is one of the usual ways to write that there is no value: empty, ?, NA, N/A, NaN, null, None."""
+    return text.strip().lower() in _MISSING
+
+
+def find_label(
+    name: str, columns: Sequence[str], first_values: Callable[[str], Any], wanted: str | None, fields: Collection[str]
+) -> str | None:
+    """Which column is the label, by the rule of `open_reader`; `fields` are those of a given schema, if any.
+
+    `first_values` gives the beginning of a column.
+    """
+    if wanted is not None:
+        if wanted in fields:
+            raise ValueError(f"{wanted!r} is named as the label and as a field of the schema")
+        if wanted not in columns and not fields:
+            raise ValueError(f"{name}: no column {wanted!r} for the label; it has {', '.join(columns)}")
+        return wanted if wanted in columns else None
+    for usual in _LABEL_NAMES:
+        for column in columns:
+            if column.lower() == usual and column not in fields:
+                return column
+    if fields or not columns:
+        return None
+    labels, faults = parse_labels(first_values(columns[0]), None)
+    return columns[0] if len(labels) and not faults else None
+
+
+def choose_label_values(
+    where: str, counts: Mapping[Any, int], positive: str | None, standard: Iterable[str] = _STANDARD
+) -> LabelValues | None:
+    """Which two of the first values of a label column mean 0 and 1; None: `standard` ones, which say so themselves.
+
+    Parameters
+    ----------
+    where : str
+        File and column, for messages.
+    counts : mapping of value to int
+        Values, as any type, and how often each was seen.
+    positive : str, optional
+        The value that means 1.
+
+    Raises
+    ------
+    ValueError
+        More than two values, only one that says nothing by itself, or none of them is `positive`.
+    """
+    own_meaning = {_identity(text) for text in standard}
+    pair = _two_values(where, counts, own_meaning)
+    if positive is not None:
+        others = [text for text in pair if _identity(text) != _identity(positive)]
+        if len(pair) != 2 or len(others) != 1:
+            raise ValueError(f"{where} holds {_listed(pair)}, so {positive!r} can't be its positive value of two")
+        return others[0], positive
+    if all(_identity(text) in own_meaning for text in pair):
+        return None
+    if len(pair) != 2:
+        raise ValueError(f"{where} holds only {_listed(pair)} so far; two values are needed to learn from")
+    pair.sort(key=lambda text: (number, "") if (number := _number(text)) is not None else (math.inf, text))
+    return pair[0], pair[1]
+
+
+def first_label_values(name: str, label: str | None, column: Any, options: Options) -> LabelValues | None:
+    """`choose_label_values` for the first values of an Arrow column, unless the values are given or nothing is to be
+    guessed."""
+    if label is None or options.label_values is not None or options.schema is not None:
+        return options.label_values
+    counted = column.value_counts()
+    values = counted.field("values").to_pylist()
+    counts = Counter(dict(zip(values, counted.field("counts").to_pylist(), strict=True)))
+    return choose_label_values(f"{name}: the label column {label!r}", counts, options.positive)
+
+
+def _two_values(where: str, counts: Mapping[Any, int], own_meaning: set[object]) -> list[str]:
+    """The values that matter, two at most, as text; what occurs once in a while beside two others is no label."""
+    seen: Counter[object] = Counter()
+    texts: dict[object, str] = {}
+    for value, count in counts.items():
+        text = _text(value)
+        if text is not None and not is_missing(text):
+            seen[_identity(text)] += count
+            texts.setdefault(_identity(text), text)
+    ranked = sorted(seen, key=lambda value: (-seen[value], value not in own_meaning))
+    rare = max(1, sum(seen.values()) // _RARE)
+    is_clear = len(ranked) < 3 or seen[ranked[1]] > seen[ranked[2]] or own_meaning.issuperset(ranked[:2])
+    if len(ranked) > 2 and (seen[ranked[2]] > rare or not is_clear):
+        raise ValueError(f"{where} has more than two values: {_listed([texts[value] for value in ranked])}")
+    return [texts[value] for value in ranked[:2]]
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN_VALUES} more" if len(texts) > _SHOWN_VALUES else ""
+    return (", ".join(shown(text) for text in texts[:_SHOWN_VALUES]) or "no value") + more
+
+
+def _text(value: object) -> str | None:
+    """A value of a label column as text: numbers in one way, whatever their type."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return None if "_" in text or not math.isfinite(number) else number
+
+
+def _identity(text: str) -> object:
+    """Equal for texts that mean the same label: 1 and 1.0, in either case, with blanks around it or not."""
+    number = _number(text)
+    return text.strip().lower() if number is None else number
+
+
+def parse_labels(column: Any, values: LabelValues | None) -> tuple[npt.NDArray[np.float32], list[Fault]]:
+    """Labels of an Arrow column of any type, float32 0/1, and the rows that hold neither.
+
+    Without `values`, 0 and 1 may come as integers, floats, booleans or text (``0``, ``1.0``, ``true`` …).
+    """
+    codes = column.dictionary_encode()
+    texts = [*codes.dictionary.to_pylist(), None]
+    meaning = np.array([_label_of(_text(value), values) for value in texts], np.float32)
+    indices = codes.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+    labels = meaning[indices]
+    bad = np.flatnonzero(np.isnan(labels))
+    expected = "0 or 1" if values is None else f"{values[0]!r} or {values[1]!r}"
+    return labels, [(int(row), f"label must be {expected}, found {shown(texts[indices[row]])}") for row in bad]
+
+
+def _label_of(text: str | None, values: LabelValues | None) -> float:
+    if text is None:
+        return math.nan
+    if values is None:
+        return _STANDARD.get(text.lower(), math.nan)
+    meanings = {_identity(value): float(label) for label, value in enumerate(values)}
+    return meanings.get(_identity(text), math.nan)

@@ -1,0 +1,256 @@
+"""The compiled maths of the shallow models: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
+
+It knows arrays of numbers, never tables or keys. `models.py` has brought every argument to the dtype, shape and order named
+here; what is checked again is what would otherwise read or write outside an array.
+"""
+
+import os
+
+import numpy as np
+
+cimport numpy as cnp
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+cnp.import_array()
+
+cdef extern from "parallel.h" nogil:
+    enum: HE_MAX_THREADS
+
+cdef extern from "maths.h" nogil:
+    enum: HM_FM
+    enum: HM_FWFM
+    enum: HM_FFM
+    enum: HM_BLOCK
+
+    ctypedef struct hm_batch:
+        int32_t kind, wants_logits
+        int64_t dim, num_fields, num_examples, max_keys
+        float *vectors
+        const int64_t *offsets
+        const float *values
+        const int32_t *fields
+        const float *labels
+        const float *weights
+        const float *pair_weights
+        float bias
+        float *out
+
+    ctypedef struct hm_kernels:
+        const char *name
+
+    const hm_kernels *hm_kernels_active() noexcept
+    int hm_isa_force(const char *name) noexcept
+    const char *hm_isa_available(int i) noexcept
+    int64_t hm_num_pairs(const hm_batch *b) noexcept
+    int64_t hm_memory_bytes(const hm_batch *b, int num_threads) noexcept
+    void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) noexcept
+    void hm_sigmoid(const float *logits, int64_t n, float *out) noexcept
+    int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) noexcept
+    int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields) noexcept
+
+    ctypedef struct hm_scores:
+        int64_t num_bins
+        double logit_limit, eps, loss, probabilities
+        double *histogram
+        double *squares
+
+    int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights,
+                          int64_t n) noexcept
+
+KINDS = {"fm": HM_FM, "fwfm": HM_FWFM, "ffm": HM_FFM}
+BLOCK_EXAMPLES = HM_BLOCK
+
+
+cdef void *data_of(array, int type_number, int64_t size, str name) except? NULL:
+    """The data of a C-contiguous array of this many elements; NULL for None."""
+    if array is None:
+        return NULL
+    cdef cnp.ndarray found = array
+    if cnp.PyArray_TYPE(found) != type_number or not cnp.PyArray_IS_C_CONTIGUOUS(found):
+        raise TypeError(f"{name}: expected a C-contiguous array of another dtype than {found.dtype}")
+    if cnp.PyArray_SIZE(found) != size:
+        raise ValueError(f"{name}: expected {size} elements, got {found.size}")
+    return cnp.PyArray_DATA(found)
+
+
+cdef class Maths:
+    """The kernels of one model, with the memory that they work in.
+
+    Parameters
+    ----------
+    kind : {"fm", "fwfm", "ffm"}
+    dim : int
+        Elements of a vector: the linear weight, then the factors.
+    num_fields : int
+        Fields of the model, for "fwfm" and "ffm"; for "fm" keys of an example in the matrix form.
+
+    Attributes
+    ----------
+    residual : float
+        Sum of the residuals, weight x (probability - label), of the examples of all calls with labels since `start`.
+    pair_gradients : ndarray of float64, shape (num_fields * (num_fields + 1) / 2,)
+        "fwfm": gradients of the pair weights, summed likewise; pair {f, g}, g <= f, is number f (f + 1) / 2 + g.
+
+    One call at a time.
+    """
+
+    cdef hm_batch batch
+    cdef char *memory
+    cdef int64_t memory_bytes
+    cdef readonly double residual
+    cdef readonly object pair_gradients
+
+    def __cinit__(self, str kind, int64_t dim, int64_t num_fields):
+        memset(&self.batch, 0, sizeof(hm_batch))
+        self.batch.kind, self.batch.dim, self.batch.num_fields = KINDS[kind], dim, num_fields
+        if dim < 1 or num_fields < 0 or (kind != "fm" and not 1 <= num_fields < dim * 2**31):
+            raise ValueError(f"{kind}: no model has vectors of {dim} and {num_fields} fields")
+        if kind == "ffm" and (dim - 1) % num_fields:
+            raise ValueError(f"ffm: {dim} - 1 is no multiple of {num_fields} fields")
+        self.pair_gradients = np.zeros(hm_num_pairs(&self.batch))
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    def start(self):
+        """Sets the sums to 0."""
+        self.residual = 0.0
+        self.pair_gradients[:] = 0.0
+
+    def run(self, cnp.ndarray vectors not None, cnp.ndarray out not None, *, float bias, int num_fields=0, pair_weights=None,
+            offsets=None, values=None, fields=None, labels=None, weights=None, bint logits=False, int num_threads=1):
+        """Writes the probability (or logit) of each example to `out`; with labels, gradients over the vectors.
+
+        Parameters
+        ----------
+        vectors : ndarray of float32, shape (num_keys, dim)
+        out : ndarray of float32, shape (num_examples,)
+            A logit that is not finite is left as it is.
+        bias : float
+        num_fields : int
+            "fm" without offsets: keys of an example.
+        pair_weights : ndarray of float32, shape (num_fields, num_fields)
+            "fwfm": symmetric.
+        offsets : ndarray of int64, shape (num_examples + 1,), optional
+            Example e owns keys offsets[e] - offsets[0] to offsets[e + 1] - offsets[0].
+        values, fields : ndarray of float32, int32, shape (num_keys,), optional
+        labels, weights : ndarray of float32, shape (num_examples,), optional
+        logits : bool
+        num_threads : int
+        """
+        cdef hm_batch b = self.batch
+        cdef int64_t n = cnp.PyArray_SIZE(out), num_keys = cnp.PyArray_SIZE(vectors) // b.dim
+        b.num_examples, b.bias, b.wants_logits = n, bias, logits
+        if b.kind == HM_FM:
+            b.num_fields = num_fields
+        b.vectors = <float *>data_of(vectors, cnp.NPY_FLOAT32, num_keys * b.dim, "vectors")
+        b.out = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
+        b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, n + 1, "offsets")
+        b.values = <const float *>data_of(values, cnp.NPY_FLOAT32, num_keys, "values")
+        b.fields = <const int32_t *>data_of(fields, cnp.NPY_INT32, num_keys, "fields")
+        b.labels = <const float *>data_of(labels, cnp.NPY_FLOAT32, n, "labels")
+        b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, n, "weights")
+        b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, b.num_fields * b.num_fields, "pair_weights")
+        self.check(&b, num_keys)
+        num_threads = max(1, min(num_threads, HE_MAX_THREADS))
+        self.reserve(hm_memory_bytes(&b, num_threads))
+        cdef double residual = self.residual
+        cdef double *pair_gradients = <double *>cnp.PyArray_DATA(<cnp.ndarray>self.pair_gradients)
+        with nogil:
+            hm_run(&b, num_threads, self.memory, &residual, pair_gradients)
+        self.residual = residual
+
+    cdef int check(self, hm_batch *b, int64_t num_keys) except -1:
+        """What a kernel relies on to stay within the arrays."""
+        b.max_keys = b.num_fields
+        if b.kind == HM_FWFM and b.pair_weights == NULL:
+            raise ValueError("fwfm needs pair_weights")
+        if b.offsets == NULL:
+            if num_keys != b.num_examples * b.num_fields:
+                raise ValueError(f"{num_keys} vectors are not those of {b.num_examples} examples of {b.num_fields} keys")
+            return 0
+        b.max_keys = hm_max_keys(b.offsets, b.num_examples, num_keys)
+        if b.max_keys < 0:
+            raise ValueError(f"offsets must rise to {num_keys}, the number of vectors")
+        if b.kind != HM_FM and (b.fields == NULL or not hm_fields_fit(b.fields, num_keys, b.num_fields)):
+            raise ValueError(f"each key needs a field between 0 and {b.num_fields - 1}")
+        return 0
+
+    cdef int reserve(self, int64_t needed) except -1:
+        """Grows the scratch memory to `needed`; it is kept between calls."""
+        if needed <= self.memory_bytes:
+            return 0
+        free(self.memory)
+        self.memory_bytes = 0
+        self.memory = <char *>malloc(needed)
+        if self.memory == NULL:
+            raise MemoryError(f"the maths of this batch needs {needed} bytes of scratch memory")
+        self.memory_bytes = needed
+        return 0
+
+
+def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):
+    """Writes 1 / (1 + exp(-z)) of each float32 logit to `out`: in double precision, rounded once."""
+    cdef int64_t n = cnp.PyArray_SIZE(logits)
+    cdef const float *source = <const float *>data_of(logits, cnp.NPY_FLOAT32, n, "logits")
+    cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
+    with nogil:
+        hm_sigmoid(source, n, target)
+
+
+def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, weights, cnp.ndarray histogram not None,
+               squares, *, double logit_limit, double eps):
+    """Adds scores to a histogram over their logits; returns their weighted log loss and sum of probabilities.
+
+    Parameters
+    ----------
+    labels, probabilities, weights : ndarray of float64, shape (n,)
+        Weights may be None: 1.
+    histogram, squares : ndarray of float64, shape (2, num_bins)
+        For each label sums of weights, and of their squares where that is not None, in bins of equal width between
+        -logit_limit and logit_limit.
+    logit_limit, eps : float
+        Probabilities are clipped to [eps, 1 - eps], logits to the limits.
+
+    Returns
+    -------
+    (float, float) or None
+        None where a label is not 0 or 1, a probability not in [0, 1] or a weight negative or not finite: then nothing has
+        been added.
+    """
+    cdef int64_t n = cnp.PyArray_SIZE(labels), size = cnp.PyArray_SIZE(histogram), bad
+    cdef hm_scores s
+    s.num_bins, s.logit_limit, s.eps, s.loss, s.probabilities = size // 2, logit_limit, eps, 0.0, 0.0
+    s.histogram = <double *>data_of(histogram, cnp.NPY_FLOAT64, 2 * s.num_bins, "histogram")
+    s.squares = <double *>data_of(squares, cnp.NPY_FLOAT64, size, "squares")
+    cdef const double *y = <const double *>data_of(labels, cnp.NPY_FLOAT64, n, "labels")
+    cdef const double *p = <const double *>data_of(probabilities, cnp.NPY_FLOAT64, n, "probabilities")
+    cdef const double *w = <const double *>data_of(weights, cnp.NPY_FLOAT64, n, "weights")
+    with nogil:
+        bad = hm_add_scores(&s, y, p, w, n)
+    return None if bad >= 0 else (s.loss, s.probabilities)
+
+
+def get_isa():
+    """The instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
+    return hm_kernels_active().name.decode()
+
+
+def available_isas():
+    """The instruction sets that this CPU runs, slowest first."""
+    names = []
+    while hm_isa_available(len(names)) != NULL:
+        names.append(hm_isa_available(len(names)).decode())
+    return names
+
+
+def set_isa(name):
+    """Selects the kernels of one instruction set. Results are the same bits for any of them."""
+    if hm_isa_force(name.encode()) != 0:
+        raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
+
+
+if os.environ.get("HASHEMB_ISA"):
+    set_isa(os.environ["HASHEMB_ISA"])

@@ -1,0 +1,271 @@
+"""Text in Criteo's, libsvm's, libffm's and Vowpal Wabbit's formats -> labels, keys, values: wrappers over csrc/tokens.h.
+
+It knows blocks of whole lines and numbers, no files and no schema. Every call allocates its results, lets go of the GIL
+for one pass over the text, and trims them.
+"""
+
+import mmh3
+import numpy as np
+
+cimport numpy as cnp
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "murmur.h" nogil:
+    uint64_t murmur_hash(const uint8_t *data, size_t size_bytes, uint32_t seed) noexcept
+    uint64_t murmur_hash_null(uint32_t seed) noexcept
+
+cdef extern from "tokens.h" nogil:
+    enum: TOK_INTEGERS
+    enum: TOK_COLUMNS
+    enum: TOK_MAX_LINE_BYTES
+    enum: TOK_SMALL
+    enum: TOK_OCTAVES
+    enum: TOK_NEW_FIELD
+
+    int64_t tok_count_lines(const uint8_t *text, int64_t size) noexcept
+
+    ctypedef struct tok_column:
+        uint64_t null_key
+        int32_t out
+        uint32_t seed
+        int32_t is_count
+
+    ctypedef struct tok_buckets:
+        const int16_t *small
+        const int64_t *first
+        int32_t octave[TOK_OCTAVES]
+
+    ctypedef struct tok_odd:
+        int64_t line, begin, row
+
+    int64_t tok_criteo(const uint8_t *text, int64_t size, int labelled, const tok_column *columns,
+                       const tok_buckets *buckets, int64_t row_keys, float *labels, uint64_t *keys, tok_odd *odd,
+                       int64_t *num_odd) noexcept
+    int64_t tok_criteo_max_rows(int64_t size) noexcept
+
+    ctypedef int tok_format
+    ctypedef struct tok_fields:
+        const uint64_t *hashes
+        const int32_t *numbers
+        const uint32_t *seeds
+        uint64_t mask
+
+    ctypedef struct tok_rules:
+        tok_format format
+        int labelled
+        int64_t max_line_bytes
+        int num_labels
+        double label_values[4]
+        double label_meanings[4]
+
+    ctypedef struct tok_fault:
+        int64_t line, code, begin, length
+
+    ctypedef struct tok_examples:
+        float *labels
+        float *weights
+        int64_t *offsets
+        uint64_t *keys
+        float *values
+        int32_t *fields
+        tok_fault *faults
+        int64_t rows, num_faults, line, begin
+        tok_fault stopped
+
+    void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, const tok_fields *fields,
+                            tok_examples *examples) noexcept
+    int64_t tok_max_features(int64_t size) noexcept
+    int tok_init() noexcept
+
+cnp.import_array()
+if not tok_init():
+    raise MemoryError("no room for the C locale")
+
+MAX_CRITEO_LINE_BYTES = TOK_MAX_LINE_BYTES
+FORMATS = ("libsvm", "libffm", "vw")  # in the order of tok_format
+
+
+cdef int _check_lines(bytes text) except -1:
+    if len(text) > 0 and text[len(text) - 1] != 10:
+        raise ValueError(f"the last of {len(text)} bytes must end a line, found 0x{text[len(text) - 1]:02x}")
+    return 0
+
+
+cdef class CriteoTokenizer:
+    """Criteo lines -> labels and keys of the columns wanted.
+
+    Parameters
+    ----------
+    columns : list of (int, int, bool)
+        For each of the 39 columns: its place in a row of keys (-1: not wanted), the seed of its field, and whether
+        it is a count.
+    num_keys : int
+        Keys in a row.
+    small, first, octave : ndarray of int16, int64, int32
+        Buckets of counts: of 0 .. 4095; the first count of each bucket; the bucket of each power of two.
+    """
+
+    cdef tok_column columns[TOK_COLUMNS]
+    cdef tok_buckets buckets
+    cdef object _arrays
+    cdef int64_t num_keys
+
+    def __cinit__(self, list columns, int64_t num_keys, const int16_t[::1] small, const int64_t[::1] first,
+                  const int32_t[::1] octave):
+        cdef int j
+        if len(columns) != TOK_COLUMNS or small.shape[0] != TOK_SMALL or octave.shape[0] != TOK_OCTAVES:
+            raise ValueError(f"{len(columns)} columns, {small.shape[0]} and {octave.shape[0]} buckets: expected "
+                             f"{TOK_COLUMNS}, {TOK_SMALL} and {TOK_OCTAVES}")
+        if max(octave) >= first.shape[0] or any(out >= num_keys for out, _, _ in columns):
+            raise ValueError(f"a bucket past {first.shape[0]}, or a place past {num_keys}")
+        for j, (out, seed, is_count) in enumerate(columns):
+            self.columns[j] = tok_column(murmur_hash_null(seed), out, seed, is_count)
+        for j in range(TOK_OCTAVES):
+            self.buckets.octave[j] = octave[j]
+        self.buckets.small, self.buckets.first = &small[0], &first[0]
+        self._arrays = (small, first)
+        self.num_keys = num_keys
+
+    def tokenize(self, bytes text, bint labelled):
+        """Rows of a block of whole lines.
+
+        Returns
+        -------
+        labels : ndarray of float32, shape (n,)
+            Of length 0 if not `labelled`.
+        keys : ndarray of uint64, shape (n, num_keys)
+        odd : ndarray of int64, shape (m, 3)
+            Lines that are not plain: their number in the block from 0, where they begin, and the row that was left
+            free for them, or -1.
+        num_lines : int
+            Lines in the block.
+        """
+        _check_lines(text)
+        cdef const uint8_t *data = text
+        cdef int64_t size = len(text), rows, num_odd, num_lines = tok_count_lines(data, size)
+        cdef int64_t most = min(num_lines, tok_criteo_max_rows(size))
+        cdef cnp.ndarray labels = np.empty(most if labelled else 0, np.float32)
+        cdef cnp.ndarray keys = np.empty((most, self.num_keys), np.uint64)
+        cdef cnp.ndarray odd = np.empty((num_lines, 3), np.int64)
+        cdef float *to_labels = <float *>cnp.PyArray_DATA(labels)
+        cdef uint64_t *to_keys = <uint64_t *>cnp.PyArray_DATA(keys)
+        cdef tok_odd *to_odd = <tok_odd *>cnp.PyArray_DATA(odd)
+        with nogil:
+            rows = tok_criteo(data, size, labelled, self.columns, &self.buckets, self.num_keys, to_labels, to_keys,
+                              to_odd, &num_odd)
+        return labels[:rows], keys[:rows], odd[:num_odd], num_lines
+
+
+cdef class FieldTable:
+    """Numbers and seeds of fields, found by the bytes of their names; `append` gives the next number."""
+
+    cdef object _hashes, _numbers, _seeds
+    cdef tok_fields c
+    cdef Py_ssize_t count
+
+    def __cinit__(self):
+        self.count = 0
+        self._seeds = np.empty(8, np.uint32)
+        self._make_room(16)
+
+    def __len__(self):
+        return self.count
+
+    cdef _make_room(self, Py_ssize_t slots):
+        self._hashes, self._numbers = np.zeros(slots, np.uint64), np.full(slots, -1, np.int32)
+        self.c.mask = slots - 1
+        self._point()
+
+    cdef _point(self):
+        self.c.hashes = <const uint64_t *>cnp.PyArray_DATA(<cnp.ndarray>self._hashes)
+        self.c.numbers = <const int32_t *>cnp.PyArray_DATA(<cnp.ndarray>self._numbers)
+        self.c.seeds = <const uint32_t *>cnp.PyArray_DATA(<cnp.ndarray>self._seeds)
+
+    cdef _insert(self, uint64_t hash, int32_t number):
+        cdef uint64_t slot = hash & self.c.mask
+        while self.c.numbers[slot] >= 0:
+            slot = (slot + 1) & self.c.mask
+        self._hashes[slot], self._numbers[slot] = hash, number
+
+    def append(self, bytes name):
+        """Give `name` the next number."""
+        cdef object hashes = self._hashes, numbers = self._numbers
+        if 2 * self.count + 2 > len(hashes):
+            self._seeds = np.resize(self._seeds, len(hashes))
+            self._make_room(2 * len(hashes))
+            for slot in np.flatnonzero(numbers >= 0):
+                self._insert(hashes[slot], numbers[slot])
+        self._seeds[self.count] = mmh3.hash(name, 0, signed=False)
+        self._insert(murmur_hash(name, len(name), 0), self.count)
+        self.count += 1
+
+
+def tokenize_examples(bytes text, str format, FieldTable fields, object labels, int64_t max_line_bytes,
+                      int64_t begin=0, int64_t line=0):
+    """Examples of a block of whole lines, from the line at `begin`, which is number `line`, to the end or to a line
+    with a field that `fields` lacks.
+
+    Parameters
+    ----------
+    labels : dict of float to float, or None
+        At most four values that a label may have, and what they mean. None: labels are passed over.
+
+    Returns
+    -------
+    arrays : tuple of ndarray
+        labels (None without), offsets, keys, values, fields (None for libsvm), weights (None but for vw).
+    faults : ndarray of int64, shape (m, 4)
+        Line, code, and the beginning and length of the part of the text that is to blame.
+    stopped : tuple of int, or None
+        (begin, line) to go on from, and the beginning and length of the field's name.
+    """
+    cdef tok_rules rules
+    cdef tok_examples c
+    _check_lines(text)
+    if not 0 <= begin <= len(text) or (begin > 0 and text[begin - 1] != 10):
+        raise ValueError(f"no line begins at byte {begin} of {len(text)}")
+    if format == "libsvm" and len(fields) == 0:
+        raise ValueError("libsvm needs one field")
+    if labels is not None and len(labels) > 4:
+        raise ValueError(f"at most 4 values of the label, got {len(labels)}")
+    rules.format, rules.labelled = FORMATS.index(format), labels is not None
+    rules.max_line_bytes, rules.num_labels = max_line_bytes, 0
+    for value, meaning in (labels or {}).items():
+        rules.label_values[rules.num_labels], rules.label_meanings[rules.num_labels] = value, meaning
+        rules.num_labels += 1
+    cdef const uint8_t *data = text
+    cdef int64_t size = len(text), most = tok_max_features(size - begin)
+    cdef int64_t most_rows = tok_count_lines(data + begin, size - begin)
+    arrays = _example_arrays(format, most_rows, most, labels is not None)
+    faults = np.empty((most_rows, 4), np.int64)
+    c.labels, c.weights = <float *>_data(arrays[0]), <float *>_data(arrays[5])
+    c.offsets, c.keys = <int64_t *>_data(arrays[1]), <uint64_t *>_data(arrays[2])
+    c.values, c.fields = <float *>_data(arrays[3]), <int32_t *>_data(arrays[4])
+    c.faults = <tok_fault *>_data(faults)
+    c.rows = c.num_faults = 0
+    c.line, c.begin, c.offsets[0] = line, begin, 0
+    with nogil:
+        tok_examples_parse(data, size, &rules, &fields.c, &c)
+    stopped = None
+    if c.stopped.code == TOK_NEW_FIELD:
+        stopped = (c.begin, c.line, c.stopped.begin, c.stopped.length)
+    return _trimmed(arrays, c.rows, c.offsets[c.rows]), faults[:c.num_faults], stopped
+
+
+cdef void *_data(object array):
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef tuple _example_arrays(str format, int64_t rows, int64_t features, bint labelled):
+    return (np.empty(rows, np.float32) if labelled else None, np.empty(rows + 1, np.int64),
+            np.empty(features, np.uint64), np.empty(features, np.float32),
+            np.empty(features, np.int32) if format != "libsvm" else None,
+            np.empty(rows, np.float32) if format == "vw" else None)
+
+
+cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
+    """Copies of what was filled: what is not would stay reserved as long as the batches live."""
+    labels, offsets, keys, values, fields, weights = arrays
+    return (None if labels is None else labels[:rows].copy(), offsets[:rows + 1].copy(), keys[:features].copy(),
+            values[:features].copy(), None if fields is None else fields[:features].copy(),
+            None if weights is None else weights[:rows].copy())

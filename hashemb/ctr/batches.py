@@ -1,0 +1,105 @@
+"""Batches of examples, consecutive rows of the input as a matrix of keys or ragged: how they are cut and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Batch", "rebatch"]
+
+
+class Batch(NamedTuple):
+    """Consecutive examples of the input, n of them.
+
+    Attributes
+    ----------
+    labels : ndarray of float32, shape (n,), or None
+        0 or 1; None when the source has no labels.
+    keys : ndarray of uint64
+        Shape (n, num_fields), C-contiguous; column j belongs to ``reader.field_names[j]`` and is salted by that name.
+        Where `offsets` is given, shape (nnz,): examples of any number of features.
+    offsets : ndarray of int64, shape (n + 1,), or None
+        Example i owns ``keys[offsets[i]:offsets[i + 1]]``.
+    values : ndarray of float32, of the shape of `keys`, or None
+        Values of the features; None: all are 1.
+    fields : ndarray of int32, shape (nnz,), or None
+        Field of each key, a position in ``reader.field_names``. In the matrix form it is the column; libsvm has none.
+    weights : ndarray of float32, shape (n,), or None
+        Importance of the examples; None: all are 1.
+    """
+
+    labels: npt.NDArray[np.float32] | None
+    keys: npt.NDArray[np.uint64]
+    offsets: npt.NDArray[np.int64] | None = None
+    values: npt.NDArray[np.float32] | None = None
+    fields: npt.NDArray[np.int32] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the batch."""
+        return len(self.keys) if self.offsets is None else len(self.offsets) - 1
+
+    def features(self) -> dict[str, Any]:
+        """`offsets`, `values` and `fields`, those that are not None: what a model takes beside `keys`."""
+        given = {"offsets": self.offsets, "values": self.values, "fields": self.fields}
+        return {name: array for name, array in given.items() if array is not None}
+
+    def examples(self, first: int, last: int) -> Batch:
+        """Examples `first` up to `last`, as views where possible."""
+        rows = flat = slice(first, last)
+        offsets = self.offsets
+        if offsets is not None:
+            flat = slice(int(offsets[first]), int(offsets[last]))
+            offsets = offsets[first : last + 1] - offsets[first]
+        return Batch(
+            _part(self.labels, rows),
+            self.keys[flat],
+            offsets,
+            _part(self.values, flat),
+            _part(self.fields, flat),
+            _part(self.weights, rows),
+        )
+
+
+def _part(array: npt.NDArray[Any] | None, rows: slice) -> Any:
+    return None if array is None else array[rows]
+
+
+def rebatch(parts: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """The same examples in batches of `batch_size`; the last one may be shorter. Only what straddles is copied."""
+    waiting: list[Batch] = []
+    missing = batch_size
+    for part in parts:
+        size, first = part.num_examples, 0
+        while size - first >= missing:
+            waiting.append(part.examples(first, first + missing))
+            yield _join(waiting)
+            first, missing, waiting = first + missing, batch_size, []
+        if first < size:
+            waiting.append(part.examples(first, size))
+            missing -= size - first
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(batches: list[Batch]) -> Batch:
+    """One batch of several of the same form."""
+    if len(batches) == 1:
+        return batches[0]
+    labels, keys, _, values, fields, weights = (
+        None if any(array is None for array in arrays) else np.concatenate(arrays)
+        for arrays in zip(*batches, strict=True)
+    )
+    assert keys is not None
+    return Batch(labels, keys, _joined_offsets(batches), values, fields, weights)
+
+
+def _joined_offsets(batches: list[Batch]) -> npt.NDArray[np.int64] | None:
+    lengths = [np.diff(batch.offsets) for batch in batches if batch.offsets is not None]
+    if not lengths:
+        return None
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])

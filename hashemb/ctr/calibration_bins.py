@@ -1,0 +1,112 @@
+"""Predicted against observed click-through rates, bin by bin: quantiles of the score, and how sure one can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CalibrationBin", "calibration_bins", "expected_calibration_error", "wilson_interval"]
+
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+Floats = npt.NDArray[np.float64]
+
+
+class CalibrationBin(NamedTuple):
+    """Examples whose predictions are neighbours.
+
+    Attributes
+    ----------
+    weight : float
+        Sum of the weights of the examples; their number, where none were given.
+    predicted : float
+        Mean of the predictions.
+    observed : float
+        Share of positives.
+    low, high : float
+        95 % Wilson interval of the rate behind `observed`: calibrated predictions lie in it 19 times out of 20.
+    """
+
+    weight: float
+    predicted: float
+    observed: float
+    low: float
+    high: float
+
+
+def wilson_interval(rate: float, count: float) -> tuple[float, float]:
+    """The 95 % score interval of a share `rate` of `count` independent examples.
+
+    References
+    ----------
+    Wilson: Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
+
+    Examples
+    --------
+    >>> [round(limit, 4) for limit in wilson_interval(0.1, 100)]
+    [0.0552, 0.1744]
+    """
+    shrink = 1.0 / (1.0 + _Z95**2 / count)
+    centre = (rate + _Z95**2 / (2.0 * count)) * shrink
+    half = _Z95 * math.sqrt(rate * (1.0 - rate) / count + (_Z95 / (2.0 * count)) ** 2) * shrink
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
+
+
+def calibration_bins(
+    scores: Floats, weights: Floats, positive_weights: Floats, squared_weights: Floats, num_bins: int
+) -> list[CalibrationBin]:
+    """Bins of equal weight over groups of examples.
+
+    Parameters
+    ----------
+    scores : ndarray of float64, shape (g,)
+        Mean prediction of each group, ascending. Groups of equal scores share a bin.
+    weights, positive_weights, squared_weights : ndarray of float64, shape (g,)
+        Per group: the sum of weights, that of the positive examples, and the sum of squared weights.
+    num_bins : int
+        At least 1.
+
+    Returns
+    -------
+    list of CalibrationBin
+        Without empty ones. With unequal weights, the interval is that of ``(sum w)**2 / sum w**2`` examples
+        (Kish: Survey Sampling, 1965).
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+    total = np.cumsum(weights)
+    if not len(total) or not total[-1] > 0.0:
+        return []
+    shares = total[-1] * np.arange(1, num_bins) / num_bins
+    edges = scores[np.searchsorted(total, shares, side="left")]
+    bins = np.searchsorted(edges, scores, side="left")
+    columns = (weights, weights * scores, positive_weights, squared_weights)
+    sums = np.stack([np.bincount(bins, column, minlength=num_bins) for column in columns], axis=1)
+    return [_bin(*row) for row in sums.tolist() if row[0] > 0.0]
+
+
+def _bin(weight: float, predicted: float, positive: float, squared: float) -> CalibrationBin:
+    observed = min(1.0, positive / weight)
+    return CalibrationBin(weight, predicted / weight, observed, *wilson_interval(observed, weight * weight / squared))
+
+
+def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Mean distance between predicted and observed rate over the bins, by weight; NaN without any.
+
+    It grows with the number of bins, and is above 0 for a calibrated model too, by the noise of the rates.
+
+    References
+    ----------
+    Naeini et al.: Obtaining Well Calibrated Probabilities Using Bayesian Binning, AAAI 2015.
+
+    Examples
+    --------
+    >>> expected_calibration_error([CalibrationBin(3.0, 0.5, 0.25, 0.0, 1.0), CalibrationBin(1.0, 0.5, 0.5, 0.0, 1.0)])
+    0.1875
+    """
+    weight = sum(bin.weight for bin in bins)
+    return sum(bin.weight * abs(bin.predicted - bin.observed) for bin in bins) / weight if weight else math.nan

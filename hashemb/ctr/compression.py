@@ -1,0 +1,309 @@
+"""Tables much smaller than one row per distinct value, put together from the rows of an ordinary one.
+
+Beyond what a table has by itself (one hash, several hashes, 16-bit rows), two ways to spend few rows well:
+
+- `FrequentRows`: values that are seen often have rows of their own, the others share what is left;
+- `QuotientRemainder`: each value has a pair of rows, which are multiplied, and hardly any two have the same pair.
+
+Both have the three things of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a
+model takes one in place of its table. Neither holds anything that is learned: that stays in the table, for every
+process on it. docs/compression.md compares them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import hashemb
+from hashemb import reference
+from hashemb.ctr.models import BIAS_FIELD
+
+if TYPE_CHECKING:
+    from hashemb import EmbeddingTable
+
+__all__ = ["FrequentRows", "QuotientRemainder", "keys_for_rows", "most_frequent_keys"]
+
+Float32Array = npt.NDArray[np.float32]
+KeyArray = npt.NDArray[np.uint64]
+
+_FACTORS = (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser, last first
+_MAX_ROWS = 1 << 32  # up to which the inverse below is exact in 64 bits
+_SALT = np.uint64(0x9E3779B97F4A7C15)
+
+
+def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
+    """For each row a key that the table sends there.
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        Of at most 2**32 rows, and one hash.
+    rows : array_like of int, any shape
+        In [0, num_embeddings).
+
+    Returns
+    -------
+    ndarray of uint64, shape of `rows`
+        ``table.rows(keys_for_rows(table, rows))`` is `rows`.
+
+    Raises
+    ------
+    ValueError
+        The table has more rows or hashes, or a row is outside it.
+
+    Notes
+    -----
+    The table takes ``mulhi64(fmix64(key ^ salt), n)`` for the row. The least mixed value of row r is ``ceil(r 2**64 /
+    n)``, and `fmix64` is a bijection: its shifts and multiplications are taken back one by one. O(1) for each row.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=1000, embedding_dim=1) as table:
+    ...     table.rows(keys_for_rows(table, [0, 7, 999])).tolist()
+    [0, 7, 999]
+    """
+    n = table.num_embeddings
+    if n > _MAX_ROWS or table.num_hashes != 1:
+        raise ValueError(
+            f"keys can be found for the rows of a table of at most 2**32 rows and 1 hash, this has {n} and "
+            f"{table.num_hashes}"
+        )
+    wanted = np.asarray(rows)
+    if wanted.size and not 0 <= wanted.min() <= wanted.max() < n:
+        raise ValueError(f"rows must be in [0, {n}), got {wanted.min()} to {wanted.max()}")
+    step, rest = divmod(1 << 64, n)
+    r = wanted.astype(np.uint64)
+    if n == 1:
+        return r  # every key has the only row
+    mixed = r * np.uint64(step) + (r * np.uint64(rest) + np.uint64(n - 1)) // np.uint64(n)
+    salt = reference.splitmix64(table.seed, np.zeros(1, np.uint64))[0]
+    keys: KeyArray = _unmix(mixed) ^ salt
+    return keys
+
+
+def most_frequent_keys(keys: npt.NDArray[Any], count: int) -> KeyArray:
+    """The `count` keys that occur most often, the most frequent first; ties by key.
+
+    Parameters
+    ----------
+    keys : integer array, any shape
+        A sample of what will be learned, such as the first part of a log.
+    count : int
+        At least 0. If there are fewer distinct keys, all of them come back.
+
+    Returns
+    -------
+    ndarray of uint64, shape (at most count,)
+        O(n log n) in the size of the sample.
+
+    Examples
+    --------
+    >>> most_frequent_keys(np.array([[5, 8], [5, 9], [8, 5]]), 2).tolist()
+    [5, 8]
+    """
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    distinct, counts = np.unique(np.asarray(keys).astype(np.uint64, copy=False), return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:count]
+    return distinct[order]
+
+
+class FrequentRows:
+    """A small table in which the keys that matter most have rows of their own and the others share the rest.
+
+    With one hash, D keys in n rows leave few of them alone, and the frequent ones are hit as often as the rare. Here
+    the first rows belong to the keys of `frequent`, one each; all other keys are hashed to the rows after them.
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        Of one hash, and more rows than there are frequent keys.
+    frequent : integer array, shape (m,)
+        Keys to be given rows, distinct; `most_frequent_keys` finds them. A model's bias gets one as well. The same keys
+        must be given whenever the table is opened again: keep them with the model.
+
+    Attributes
+    ----------
+    table : EmbeddingTable
+    embedding_dim : int
+    num_own_rows : int
+        Rows 0 to `num_own_rows` belong to one key each.
+    index_bytes : int
+        Memory of the index of frequent keys, 4 bytes a key: part of what the model takes.
+
+    Raises
+    ------
+    ValueError
+        The table has not more rows than there are frequent keys, more than 2**32, or several hashes; a key comes twice.
+
+    Notes
+    -----
+    The index holds 32 bits of each frequent key's hash. Another key has one of m of them with probability m / 2**32,
+    and then shares its row, as keys of a hashed table do.
+
+    A look-up costs one binary search per key, O(log m), on top of the table's. Safe for concurrent look-ups.
+
+    References
+    ----------
+    Ginart et al.: Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, ISIT 2021,
+    for the observation that popular values deserve more of the memory. Zhang et al.: Model Size Reduction Using
+    Frequency Based Double Hashing for Recommender Systems, RecSys 2020, for own rows for frequent values and hashing
+    for the others.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> keys = np.array([[1, 2], [1, 3], [1, 4]], np.uint64)
+    >>> with hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=4, embedding_dim=1) as table:
+    ...     small = FrequentRows(table, most_frequent_keys(keys, 1))
+    ...     (small.rows(keys) == small.rows(keys)[0, 0]).tolist(), small.num_own_rows
+    ([[True, False], [True, False], [True, False]], 2)
+    """
+
+    def __init__(self, table: EmbeddingTable, frequent: npt.NDArray[Any]) -> None:
+        self.table, self.embedding_dim = table, table.embedding_dim
+        given = np.asarray(frequent).astype(np.uint64, copy=False).ravel()
+        if np.unique(given).size != given.size:
+            raise ValueError(f"frequent keys must be distinct, got {given.size} with {np.unique(given).size} distinct")
+        bias = hashemb.hash_keys(["bias"], field=BIAS_FIELD)
+        self._own = np.unique(_halves(np.concatenate([given, bias]))[0])
+        if self._own.size >= table.num_embeddings:
+            raise ValueError(
+                f"{self._own.size} keys with rows of their own (the bias is one) leave no row for the others in a "
+                f"table of {table.num_embeddings}"
+            )
+        keys_for_rows(table, [])  # says what is wrong with the table
+
+    @property
+    def num_own_rows(self) -> int:
+        """Rows that belong to one key each."""
+        return self._own.size
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the index of frequent keys."""
+        return self._own.nbytes
+
+    def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The row of each key, int64, shape of `keys`."""
+        high, low = _halves(keys)
+        place = np.minimum(np.searchsorted(self._own, high), self._own.size - 1)
+        shared = _scaled(low, self.table.num_embeddings - self._own.size)
+        rows: npt.NDArray[np.int64] = np.where(self._own[place] == high, place, shared + self._own.size)
+        return rows
+
+    def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
+        """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
+        return self.table.lookup(keys_for_rows(self.table, self.rows(keys)), out=out)
+
+    def update(self, keys: npt.NDArray[Any], grads: npt.NDArray[Any]) -> None:
+        """One optimiser step; `grads` as the result of `lookup`. As `EmbeddingTable.update`."""
+        self.table.update(keys_for_rows(self.table, self.rows(keys)), grads)
+
+
+class QuotientRemainder:
+    """A small table in which a key's vector is the product of two rows, ``r * (1 + q)``, element by element.
+
+    A number is known by its remainder and quotient by m, and m + D/m rows are enough to tell D numbers apart. Keys
+    are no numbers in [0, D), but 64-bit hashes: one half of the mixed bits chooses among `num_remainders` rows and
+    the other among the rest. Two of D keys have the same pair with a probability of about D / (num_remainders *
+    num_quotients), where with one hash it would be D / (num_remainders + num_quotients).
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        Of one hash and at least 2 rows.
+    num_remainders : int, optional
+        Rows for remainders, at least 1 and less than the table's; the others are for quotients. Default: half of them,
+        which makes the most pairs.
+
+    Attributes
+    ----------
+    table : EmbeddingTable
+    embedding_dim : int
+    num_remainders, num_quotients : int
+
+    Raises
+    ------
+    ValueError
+        The table has more than 2**32 rows or several hashes, or `num_remainders` leaves nothing for quotients.
+
+    Notes
+    -----
+    Shi et al. multiply r and q, both started uniformly at random in ±1/sqrt(rows). With rows started near zero, as in a
+    factorisation machine, products would be of second order small and so would be their gradients; a row q therefore
+    says how far its factor is from one. Twice the look-ups of the table, and an update looks up once more.
+
+    References
+    ----------
+    Shi, Mudigere, Naumov, Yang: Compositional Embeddings Using Complementary Partitions for Memory-Efficient
+    Recommendation Systems, KDD 2020, section 3 (operation: element-wise multiplication).
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=20, embedding_dim=2) as table:
+    ...     small = QuotientRemainder(table)
+    ...     vectors = small.lookup(np.arange(60))
+    ...     len(np.unique(vectors, axis=0)) > 20, small.num_quotients
+    (True, 10)
+    """
+
+    def __init__(self, table: EmbeddingTable, *, num_remainders: int | None = None) -> None:
+        self.table, self.embedding_dim = table, table.embedding_dim
+        self.num_remainders = table.num_embeddings // 2 if num_remainders is None else num_remainders
+        if not 1 <= self.num_remainders < table.num_embeddings:
+            raise ValueError(
+                f"num_remainders must be in [1, {table.num_embeddings}), the rows of the table, "
+                f"got {self.num_remainders}"
+            )
+        self.num_quotients = table.num_embeddings - self.num_remainders
+        keys_for_rows(table, [])  # says what is wrong with the table
+
+    def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The two rows of each key, int64, shape ``(2,) + keys.shape``: remainder, quotient."""
+        high, low = _halves(keys)
+        quotients = _scaled(high, self.num_quotients) + self.num_remainders
+        return np.stack([_scaled(low, self.num_remainders), quotients])
+
+    def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
+        """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
+        r, q = self.table.lookup(keys_for_rows(self.table, self.rows(keys)))
+        q += np.float32(1.0)
+        vectors: Float32Array = np.multiply(r, q, out=out)
+        return vectors
+
+    def update(self, keys: npt.NDArray[Any], grads: npt.NDArray[Any]) -> None:
+        """One optimiser step on both rows of every key; `grads` as the result of `lookup`.
+
+        ``d loss / d r = (1 + q) * grads`` and ``d loss / d q = r * grads``, at the values before the step.
+        """
+        pair = keys_for_rows(self.table, self.rows(keys))
+        r, q = self.table.lookup(pair)
+        g = np.asarray(grads, np.float32)
+        q += np.float32(1.0)
+        self.table.update(pair, np.stack([q * g, r * g]))
+
+
+def _halves(keys: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """The high and low 32 bits of the keys' hashes, independent of the row that a table would choose."""
+    mixed = reference.fmix64(np.asarray(keys).astype(np.uint64, copy=False) ^ _SALT)
+    return (mixed >> np.uint64(32)).astype(np.uint32), mixed.astype(np.uint32)
+
+
+def _scaled(half: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.int64]:
+    """``floor(half count / 2**32)``: 32 bits onto [0, count), for a count of at most 2**32."""
+    return (half.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+
+
+def _unmix(x: KeyArray) -> KeyArray:
+    """The inverse of `reference.fmix64`."""
+    x = x ^ (x >> np.uint64(33))
+    for factor in _FACTORS:
+        x = x * np.uint64(pow(factor, -1, 1 << 64))
+        x = x ^ (x >> np.uint64(33))
+    return x

@@ -1,0 +1,222 @@
+/* The models' kernels, compiled for each instruction set, and how a batch is spread over threads.
+ *
+ * The instruction set is chosen once, by what the CPU has; HASHEMB_ISA or hm_isa_force names another. */
+#include "maths.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "numerics.h"
+#include "parallel.h"
+
+/* Examples take a thread about .3 us each, and waking one takes some 10 us. */
+enum { HM_FLOATS_PER_THREAD = 1 << 15 };
+
+HE_INLINE int64_t hm_padded(int64_t n) { return (n + HM_LANES - 1) / HM_LANES * HM_LANES; }
+
+/* 1 / (1 + exp(-z)) in double precision, without overflow; NaN for NaN. */
+HE_INLINE double hm_probability(double z) {
+    if (z != z) return z;
+    double e = he_exp(z < 0.0 ? z : -z);
+    return (z < 0.0 ? e : 1.0) / (1.0 + e);
+}
+
+/* One example of a batch. */
+typedef struct {
+    float *vectors;
+    const float *values;
+    const int32_t *fields;
+    int64_t n;
+} hm_example;
+
+HE_INLINE hm_example hm_example_at(const hm_batch *b, int64_t e) {
+    const int64_t first = b->offsets ? b->offsets[e] - b->offsets[0] : e * b->num_fields;
+    hm_example x;
+    x.n = b->offsets ? b->offsets[e + 1] - b->offsets[e] : b->num_fields;
+    x.vectors = b->vectors + first * b->dim;
+    x.values = b->values ? b->values + first : NULL;
+    x.fields = b->offsets && b->fields ? b->fields + first : NULL;
+    return x;
+}
+
+HE_INLINE float hm_value(const hm_example *x, int64_t i) { return x->values ? x->values[i] : 1.0f; }
+HE_INLINE int64_t hm_field(const hm_example *x, int64_t i) { return x->fields ? x->fields[i] : i; }
+HE_INLINE int64_t hm_pair(int64_t f, int64_t g) { return f < g ? g * (g + 1) / 2 + f : f * (f + 1) / 2 + g; }
+
+#define HE_NAME(f) f##_baseline
+#include "maths_kernels.inc"
+#undef HE_NAME
+
+#if HE_X86
+HE_BEGIN_TARGET(HE_AVX2)
+#define HE_NAME(f) f##_avx2
+#include "maths_kernels.inc"
+#undef HE_NAME
+HE_END_TARGET
+
+HE_BEGIN_TARGET(HE_AVX512)
+#define HE_NAME(f) f##_avx512
+#include "maths_kernels.inc"
+#undef HE_NAME
+HE_END_TARGET
+#endif
+
+/* Slowest first. */
+static const hm_kernels variants[] = {
+    {"baseline", block_baseline},
+#if HE_X86
+    {"avx2", block_avx2},
+    {"avx512", block_avx512},
+#endif
+};
+enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]) };
+
+static int supported(int variant) {
+#if HE_X86
+    __builtin_cpu_init();
+    if (variant == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    if (variant == 2)
+        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+    return variant == 0;
+}
+
+static const hm_kernels *active;
+
+const hm_kernels *hm_kernels_active(void) {
+    if (!active)
+        for (int v = 0; v < NUM_VARIANTS; v++)
+            if (supported(v)) active = &variants[v];
+    return active;
+}
+
+int hm_isa_force(const char *name) {
+    for (int v = 0; v < NUM_VARIANTS; v++)
+        if (strcmp(name, variants[v].name) == 0 && supported(v)) {
+            active = &variants[v];
+            return 0;
+        }
+    return -1;
+}
+
+const char *hm_isa_available(int i) {
+    for (int v = 0; v < NUM_VARIANTS; v++)
+        if (supported(v) && i-- == 0) return variants[v].name;
+    return NULL;
+}
+
+/* ---- memory: what each thread works in, then what each block leaves ---- */
+
+static int64_t num_blocks(const hm_batch *b) { return (b->num_examples + HM_BLOCK - 1) / HM_BLOCK; }
+
+int64_t hm_num_pairs(const hm_batch *b) {
+    return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0;
+}
+
+static int64_t scratch_floats(const hm_batch *b) {
+    const int64_t rows = b->kind == HM_FM ? 1 : 2;
+    return hm_padded(b->dim) * (rows * b->max_keys + 2 + hm_num_pairs(b));
+}
+
+int64_t hm_memory_bytes(const hm_batch *b, int num_threads) {
+    const int64_t shared = num_blocks(b) * ((int64_t)sizeof(hm_shared) + hm_num_pairs(b) * 4);
+    return num_threads * scratch_floats(b) * 4 + shared + HE_LINE_BYTES;
+}
+
+static hm_scratch scratch_of(const hm_batch *b, float *memory) {
+    const int64_t stride = hm_padded(b->dim);
+    hm_scratch s;
+    s.sums = memory;
+    s.lanes = s.sums + stride;
+    s.rows = s.lanes + stride;
+    s.others = s.rows + b->max_keys * stride;
+    s.pairs = s.others + (b->kind == HM_FM ? 0 : b->max_keys * stride);
+    return s;
+}
+
+/* ---- a batch over threads: whoever is free takes the next block; each block leaves its own sums ---- */
+
+typedef struct {
+    const hm_batch *batch;
+    float *scratch;
+    hm_shared *shared;
+    int64_t next;
+} job_t;
+
+static void work(void *arg, int thread) {
+    job_t *job = arg;
+    const hm_batch *b = job->batch;
+    const hm_scratch s = scratch_of(b, job->scratch + thread * scratch_floats(b));
+    const int64_t n = num_blocks(b);
+    for (;;) {
+        const int64_t block = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        if (block >= n) return;
+        hm_kernels_active()->block(b, &s, block, &job->shared[block]);
+    }
+}
+
+static int threads_for(const hm_batch *b, int num_threads) {
+    const int64_t floats = b->num_examples * HE_MAX(b->max_keys, 1) * b->dim;
+    const int64_t useful = HE_MIN(floats / HM_FLOATS_PER_THREAD, num_blocks(b));
+    return (int)HE_MAX(1, HE_MIN(useful, num_threads));
+}
+
+void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) {
+    const int64_t blocks = num_blocks(b), pairs = hm_num_pairs(b);
+    job_t job = {b, (float *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)), NULL, 0};
+    job.shared = (hm_shared *)(job.scratch + num_threads * scratch_floats(b));
+    for (int64_t i = 0; i < blocks; i++) {
+        job.shared[i].residual = 0.0;
+        job.shared[i].pairs = (float *)(job.shared + blocks) + i * pairs;
+    }
+    he_parallel(work, &job, threads_for(b, num_threads));
+    for (int64_t i = 0; b->labels && i < blocks; i++) {
+        *residual += job.shared[i].residual;
+        for (int64_t p = 0; p < pairs; p++) pair_gradients[p] += (double)job.shared[i].pairs[p];
+    }
+}
+
+/* ---- small loops over a batch ---- */
+
+void hm_sigmoid(const float *logits, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (float)hm_probability((double)logits[i]);
+}
+
+static int is_score(double y, double p, double w) {
+    return (y == 0.0 || y == 1.0) && p >= 0.0 && p <= 1.0 && w >= 0.0 && w < HUGE_VAL;
+}
+
+int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights, int64_t n) {
+    const double per_logit = (double)s->num_bins / (2.0 * s->logit_limit), last = (double)(s->num_bins - 1);
+    for (int64_t i = 0; i < n; i++)
+        if (!is_score(labels[i], probabilities[i], weights ? weights[i] : 1.0)) return i;
+    for (int64_t i = 0; i < n; i++) {
+        const double w = weights ? weights[i] : 1.0;
+        const double p = HE_MIN(HE_MAX(probabilities[i], s->eps), 1.0 - s->eps);
+        const double log_p = log(p), log_not_p = log1p(-p);
+        const double bin = HE_MIN(HE_MAX((log_p - log_not_p + s->logit_limit) * per_logit, 0.0), last);
+        const int64_t at = (int64_t)bin + (labels[i] == 1.0 ? s->num_bins : 0);
+        s->loss -= w * (labels[i] == 1.0 ? log_p : log_not_p);
+        s->probabilities += w * probabilities[i];
+        s->histogram[at] += w;
+        if (s->squares) s->squares[at] += w * w;
+    }
+    return -1;
+}
+
+int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) {
+    int64_t most = 0;
+    for (int64_t e = 0; e < num_examples; e++) {
+        const int64_t n = offsets[e + 1] - offsets[e];
+        if (n < 0 || n > num_keys) return -1;
+        most = HE_MAX(most, n);
+    }
+    return offsets[num_examples] - offsets[0] == num_keys ? most : -1;
+}
+
+int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields) {
+    int fit = 1;
+    for (int64_t i = 0; i < n; i++) fit &= fields[i] >= 0 && fields[i] < num_fields;
+    return fit;
+}

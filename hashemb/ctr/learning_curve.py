@@ -1,0 +1,90 @@
+"""The progressive table as it is kept: its rows, thinned out when they become many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+__all__ = ["MAX_ROWS", "LearningCurve", "ProgressRow"]
+
+MAX_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ProgressRow:
+    """One row of the progressive table. Loss figures are of predictions made before learning.
+
+    Attributes
+    ----------
+    examples : int
+        Examples scored and learned so far in this pass.
+    logloss_since_last, logloss : float
+        Mean logistic loss (nats) since the row before, and since the pass began.
+    normalized_entropy, auc : float
+        Since the pass began.
+    examples_per_second : float
+        Since the row before, in this process; NaN for a row made when nothing was learned yet.
+    """
+
+    examples: int
+    logloss_since_last: float
+    logloss: float
+    normalized_entropy: float
+    auc: float
+    examples_per_second: float
+
+
+class LearningCurve:
+    """Rows of one pass, at most `MAX_ROWS`: past that, every two neighbours become one.
+
+    What is "since the row before" is then averaged over both, so that nothing is lost but resolution.
+
+    Examples
+    --------
+    >>> curve = LearningCurve([ProgressRow(n, 0.5, 0.5, 0.9, 0.7, 100.0) for n in range(10, 10 * MAX_ROWS + 20, 10)])
+    >>> rows = list(curve)
+    >>> len(rows), [row.examples for row in rows[:2]], rows[-1].examples
+    (129, [20, 40], 2570)
+    """
+
+    def __init__(self, rows: Iterable[ProgressRow] = ()) -> None:
+        self._rows: list[ProgressRow] = []
+        for row in rows:
+            self.add(row)
+
+    def __iter__(self) -> Iterator[ProgressRow]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: ProgressRow) -> None:
+        """Append a row; it has more examples than those before it."""
+        self._rows.append(row)
+        if len(self._rows) > MAX_ROWS:
+            starts = [0, *(previous.examples for previous in self._rows[:-1])]
+            pairs = range(0, len(self._rows) - 1, 2)
+            merged = [_merged(starts[i], self._rows[i], self._rows[i + 1]) for i in pairs]
+            self._rows = merged + self._rows[2 * len(merged) :]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON holds them: what is not a number is null, and the speed, which is of one run, left out."""
+        rows = [replace(row, examples_per_second=math.nan) for row in self._rows]
+        return [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]
+
+    @classmethod
+    def from_json(cls, rows: Iterable[dict[str, Any]]) -> LearningCurve:
+        """The curve that `to_json` gave; `TypeError` for anything else."""
+        return cls(
+            ProgressRow(**{name: math.nan if value is None else value for name, value in row.items()})  # type: ignore[arg-type]
+            for row in rows
+        )
+
+
+def _merged(start: int, a: ProgressRow, b: ProgressRow) -> ProgressRow:
+    first, second = a.examples - start, b.examples - a.examples
+    loss = (first * a.logloss_since_last + second * b.logloss_since_last) / (first + second)
+    seconds = first / a.examples_per_second + second / b.examples_per_second
+    return ProgressRow(b.examples, loss, b.logloss, b.normalized_entropy, b.auc, (first + second) / seconds)

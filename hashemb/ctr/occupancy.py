@@ -1,0 +1,220 @@
+"""How a table is used: which keys of the data share rows, and how large the rows have become.
+
+What is counted here is exact for the data that it is counted on. `EmbeddingTable.stats` has the estimates that need
+none: from the number of rows touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb.ctr._power_law import splitmix
+
+if TYPE_CHECKING:
+    from hashemb import EmbeddingTable
+    from hashemb.ctr.readers import Batch
+
+__all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "expected_rate", "row_norms"]
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+_PENDING_KEYS = 1 << 20
+_BLOCKS_OFFSET_BYTES = 4096  # docs/format.md: the data of every array file starts here
+_EPOCHS_PER_READ = 1 << 20
+_FMIX_INVERSES = (0x9CB4B2F8129337DB, 0x4F74430C22A54005)  # of MurmurHash3's multipliers, last first, modulo 2**64
+
+
+class FieldCollisions(NamedTuple):
+    """One field's distinct keys, and how many of them share every row of theirs with another key of the data."""
+
+    field: str
+    distinct_keys: int
+    sharing_keys: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the keys; 0 without keys."""
+        return self.sharing_keys / self.distinct_keys if self.distinct_keys else 0.0
+
+
+def expected_rate(distinct_keys: int, num_embeddings: int, num_hashes: int = 1) -> float:
+    """Share of so many keys that are expected to share every row of theirs with another one of them.
+
+    ``(1 - (1 - 1/n)**(k (D - 1)))**k``, for D keys and k hashes into n rows.
+
+    >>> round(expected_rate(1000, 1000), 3), expected_rate(1, 1000), round(expected_rate(1000, 1000, 2), 3)
+    (0.632, 0.0, 0.747)
+    """
+    if distinct_keys < 2 or num_embeddings == 1:
+        return float(distinct_keys > 1)
+    shared = -math.expm1(num_hashes * (distinct_keys - 1) * math.log1p(-1.0 / num_embeddings))
+    return float(shared**num_hashes)
+
+
+class KeyCensus:
+    """The distinct keys of each field, gathered batch by batch. Holds 8 bytes for each of them, and 8 MiB.
+
+    Parameters
+    ----------
+    fields : sequence of str
+        Names of the fields, in the order of the key columns.
+
+    Examples
+    --------
+    >>> from hashemb.ctr.readers import Batch
+    >>> census = KeyCensus(["user", "ad"])
+    >>> census.add(Batch(None, np.array([[1, 5], [2, 5], [1, 6]], np.uint64)))
+    >>> [keys.tolist() for keys in census.distinct()]
+    [[1, 2], [5, 6]]
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        self.fields = list(fields)
+        self._distinct = [np.empty(0, np.uint64) for _ in self.fields]
+        self._pending: list[list[U64]] = [[] for _ in self.fields]
+        self._num_pending = 0
+
+    def add(self, batch: Batch) -> None:
+        """Take in the keys of a batch; of a ragged one those whose field has a name here."""
+        for number in range(len(self.fields)):
+            keys = batch.keys[:, number] if batch.keys.ndim == 2 else batch.keys[_in_field(batch, number)]
+            self._pending[number].append(keys)
+            self._num_pending += keys.size
+        if self._num_pending > _PENDING_KEYS:
+            self._merge()
+
+    def distinct(self) -> list[U64]:
+        """The distinct keys of each field, ascending."""
+        self._merge()
+        return self._distinct
+
+    def _merge(self) -> None:
+        for number, pending in enumerate(self._pending):
+            self._distinct[number] = np.unique(np.concatenate([self._distinct[number], *pending]))
+            pending.clear()
+        self._num_pending = 0
+
+    def collisions(self, table: EmbeddingTable) -> list[FieldCollisions]:
+        """Who shares rows in `table`, field by field. O(n log n) in all distinct keys."""
+        columns = self.distinct()
+        keys, codes = np.unique(np.concatenate([*columns, np.empty(0, np.uint64)]), return_inverse=True)
+        sharing = _sharing(table.rows(keys).reshape(len(keys), -1))[codes.reshape(-1)]
+        ends = np.cumsum([len(column) for column in columns])
+        return [
+            FieldCollisions(field, len(column), int(sharing[end - len(column) : end].sum()))
+            for field, column, end in zip(self.fields, columns, ends.tolist(), strict=True)
+        ]
+
+
+def _in_field(batch: Batch, number: int) -> npt.NDArray[np.bool_]:
+    if batch.fields is None:
+        return np.full(batch.keys.shape, number == 0)
+    inside: npt.NDArray[np.bool_] = batch.fields == number
+    return inside
+
+
+def _sharing(rows: I64) -> npt.NDArray[np.bool_]:
+    """Whether all rows of each key (one line of `rows`) are those of another key too."""
+    _, codes, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    own = (rows[:, :, None] == rows[:, None, :]).sum(axis=2)
+    shared: npt.NDArray[np.bool_] = (counts[codes.reshape(rows.shape)] > own).all(axis=1)
+    return shared
+
+
+class RowNorms(NamedTuple):
+    """Euclidean norms of rows that have been learned.
+
+    Attributes
+    ----------
+    norms : ndarray of float32
+    sampled : bool
+        Whether they are those of some of the written blocks, evenly spaced, and not of all.
+    as_stored : bool
+        Whether the decay that a row still owes is missing; only where rows can't be looked up one by one, in a table
+        with several hashes per key.
+    """
+
+    norms: npt.NDArray[np.float32]
+    sampled: bool
+    as_stored: bool
+
+
+def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int = 1 << 16) -> RowNorms:
+    """Norms of the rows touched: of all, or of at most `max_rows` in at most `max_blocks` of the blocks written.
+
+    Both are evenly spaced. Reads the marks of written blocks and those blocks, by default at most 64 MiB of rows;
+    blocks never written, holes in the files, are left alone.
+    """
+    with open(Path(table.path, "meta.json"), encoding="utf-8") as file:
+        block_rows = int(json.load(file)["block_rows"])
+    written = _written_blocks(table.path)
+    blocks = _evenly(written, max_blocks)
+    rows = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
+    rows = rows[rows < table.num_embeddings]
+    stored = table.weight[rows]
+    touched = np.flatnonzero(stored.view(f"u{stored.dtype.itemsize}").any(axis=1))
+    chosen = _evenly(touched, max_rows)
+    sampled = len(blocks) < len(written) or len(chosen) < len(touched)
+    if table.num_hashes == 1:
+        vectors = table.lookup(_keys_of_rows(rows[chosen], table.num_embeddings, table.seed))
+    else:
+        vectors = _as_float32(stored[chosen])
+    as_stored = table.num_hashes > 1 and table.optimizer.weight_decay > 0.0
+    return RowNorms(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), sampled, as_stored)
+
+
+def _evenly(numbers: I64, most: int) -> I64:
+    """All of them, or so many at equal distances."""
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
+
+
+def _written_blocks(path: str | os.PathLike[str]) -> I64:
+    """Numbers of the blocks ever written, ascending; holes of the file are skipped."""
+    found = [np.empty(0, np.int64)]
+    with open(Path(path, "blocks.npy"), "rb", buffering=0) as file:
+        for first, count in _data_ranges(file.fileno()):
+            for start in range(first, first + count, _EPOCHS_PER_READ):
+                file.seek(_BLOCKS_OFFSET_BYTES + 4 * start)
+                epochs = np.frombuffer(file.read(4 * min(_EPOCHS_PER_READ, first + count - start)), "<u4")
+                found.append(start + np.flatnonzero(epochs))
+    return np.concatenate(found)
+
+
+def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    """(first epoch, number of epochs) of the parts of blocks.npy that are not holes."""
+    end, position = os.fstat(descriptor).st_size, _BLOCKS_OFFSET_BYTES
+    while position < end:
+        try:
+            begin = os.lseek(descriptor, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end
+            return
+        position = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        first = (begin - _BLOCKS_OFFSET_BYTES) // 4
+        yield first, (position - _BLOCKS_OFFSET_BYTES) // 4 - first
+
+
+def _keys_of_rows(rows: I64, num_embeddings: int, seed: int) -> U64:
+    """A key for each row: the inverse of ``row = mulhi64(fmix64(key ^ salt), num_embeddings)``."""
+    mixed = np.array([-(-(row << 64) // num_embeddings) for row in rows.tolist()], np.uint64)
+    for inverse in _FMIX_INVERSES:
+        mixed ^= mixed >> np.uint64(33)
+        mixed *= np.uint64(inverse)
+    mixed ^= mixed >> np.uint64(33)
+    return mixed ^ np.uint64(next(splitmix(seed)))
+
+
+def _as_float32(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    if stored.dtype == np.uint16:  # bfloat16
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)

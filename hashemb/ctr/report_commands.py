@@ -1,0 +1,50 @@
+"""`hashemb report`: options in, one HTML page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from hashemb.ctr._extras import require
+from hashemb.ctr._writers import replacing
+from hashemb.ctr.arguments import DataFormat, Label
+from hashemb.ctr.commands import app, typer
+from hashemb.ctr.console import progress_bar
+from hashemb.ctr.report_facts import gather
+from hashemb.ctr.report_page import page
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["report"]
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the model.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Labelled data to score. [default: figures kept while learning]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Page to write. [default: RUN.html]")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field that says whose impression it is: adds the GAUC.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="Another model, for AUC against memory. Repeatable.")
+    ] = None,
+    data_format: DataFormat = None,
+    label: Label = None,
+) -> None:
+    """Write a page about a model: learning curve, calibration, collisions, norms, AUC against memory."""
+    require("matplotlib", "report")
+    target = output or run.absolute().with_name(run.absolute().name + ".html")
+    console = require("rich.console").Console(stderr=True)
+    with progress_bar(console, "scoring", None) as advance:
+        facts = gather(
+            run, files or (), user=user, compare=compare or (), progress=advance, data_format=data_format, label=label
+        )
+    with replacing(target) as temporary:
+        temporary.write_text(page(facts), encoding="utf-8")
+    print(target)

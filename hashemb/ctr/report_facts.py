@@ -1,0 +1,236 @@
+"""What a report on a model says, gathered: from its directory alone, and from data scored with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import hashemb
+from hashemb.ctr.inspection import Facts, describe
+from hashemb.ctr.learning_curve import LearningCurve, ProgressRow
+from hashemb.ctr.metrics import StreamingMetrics, gauc
+from hashemb.ctr.model_dir import ModelCard, SourcePosition, load_model
+from hashemb.ctr.occupancy import FieldCollisions, KeyCensus, RowNorms, row_norms
+from hashemb.ctr.readahead import read_ahead
+from hashemb.ctr.scoring import open_for_scoring
+
+if TYPE_CHECKING:
+    from hashemb.ctr.readers import Batch, Reader
+
+__all__ = ["Evaluation", "MemoryPoint", "RunFacts", "evaluate", "gather", "memory_point"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Evaluation:
+    """What a model makes of data.
+
+    Attributes
+    ----------
+    paths : list of str
+        The data; empty for metrics that were kept while learning.
+    metrics : StreamingMetrics
+    gauc : float or None
+        If a user column was named.
+    bad_rows : int
+        Rows of the data that could not be used.
+    collisions : list of FieldCollisions
+        Of the data's distinct keys; empty without data.
+    """
+
+    paths: list[str]
+    metrics: StreamingMetrics
+    gauc: float | None = None
+    bad_rows: int = 0
+    collisions: list[FieldCollisions] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """What a model is worth, and what it costs: `disk_bytes` are those of its table, optimiser state included."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    dtype: str
+    disk_bytes: int
+    auc: float
+    logloss: float
+
+
+@dataclass
+class RunFacts:
+    """All that a page about one model shows.
+
+    Attributes
+    ----------
+    name : str
+        Last part of the model's path.
+    settings : list of (str, str)
+    sources : dict of str to SourcePosition
+        What it has learned.
+    curve : list of ProgressRow
+        Of the first pass, in which every example was unseen.
+    passes : int
+        Pass under way, or the last one.
+    learning : StreamingMetrics
+        Of the pass under way, before each example was learned.
+    evaluation : Evaluation or None
+        Of the data given.
+    stats : TableStats
+    num_hashes : int
+        Rows per key.
+    norms : RowNorms
+    memory : list of MemoryPoint
+        This model first, then those it is compared with.
+    """
+
+    name: str
+    settings: Facts
+    sources: dict[str, SourcePosition]
+    curve: list[ProgressRow]
+    passes: int
+    learning: StreamingMetrics
+    evaluation: Evaluation | None
+    stats: hashemb.TableStats
+    num_hashes: int
+    norms: RowNorms
+    memory: list[MemoryPoint]
+
+
+def gather(
+    run: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]] = (),
+    *,
+    user: str | None = None,
+    compare: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress | None = None,
+    **reading: Any,
+) -> RunFacts:
+    """All about the model in the directory `run`.
+
+    Parameters
+    ----------
+    run : path
+    files : sequence of path
+        Labelled data to score. Without any, the metrics are those kept while learning.
+    user : str, optional
+        Field that says whose impression it is, for GAUC.
+    compare : sequence of path
+        Other models, to set AUC against memory.
+    progress : callable, optional
+        Bytes and examples scored so far.
+    **reading
+        `data_format` and `label` as for `open_for_scoring`.
+
+    Raises
+    ------
+    ValueError
+        No such field, data without labels, or a user column without data.
+    FileNotFoundError, FormatError
+        As for `load_model`.
+    """
+    if user is not None and not files:
+        raise ValueError(f"GAUC by {user!r} needs data to score")
+    model, card = load_model(run)
+    with closing(model.table) as table:
+        evaluation = evaluate(model, card, files, user=user, progress=progress, **reading) if files else None
+        stats, norms = table.stats(), row_norms(table)
+        settings = [fact for fact in describe(run) if fact[0] != "size, in memory"]  # of the moment, not of the model
+    others = [memory_point(path, files, **reading) for path in compare]
+    first = card.progress.get("rows" if card.progress.get("pass") == 1 else "first_pass_rows", ())
+    learning = learning_metrics(card)
+    return RunFacts(
+        name=Path(run).absolute().name,
+        settings=settings,
+        sources=card.sources,
+        curve=list(LearningCurve.from_json(first)),
+        passes=card.progress.get("pass", 0),
+        learning=learning,
+        evaluation=evaluation,
+        stats=stats,
+        num_hashes=hashemb.info(run).num_hashes,
+        norms=norms,
+        memory=[_point(run, stats.disk_bytes, evaluation.metrics if evaluation else learning), *others],
+    )
+
+
+def evaluate(
+    model: Any,
+    card: ModelCard,
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    user: str | None = None,
+    progress: Progress | None = None,
+    **reading: Any,
+) -> Evaluation:
+    """Score labelled files: metrics, and who shares rows. Memory grows with the distinct keys, and with a user column
+    by 20 bytes an example."""
+    with open_for_scoring(card, files, strict=False, **reading) as reader:
+        column = _column_of(user, reader)
+        census, metrics, negatives = KeyCensus(reader.field_names), StreamingMetrics(), card.negatives()
+        scored: list[tuple[Any, Any, Any]] = []
+        with closing(read_ahead(reader)) as batches:
+            for batch in batches:
+                if batch.labels is None:
+                    raise ValueError(f"{os.fspath(files[0])}: no labels to compare predictions with")
+                probabilities = model.predict_proba(batch.keys, **batch.features())
+                probabilities = probabilities if negatives is None else negatives.corrected(probabilities)
+                metrics.update(batch.labels, probabilities, batch.weights)
+                census.add(batch)
+                if column is not None:
+                    scored.append((batch.labels, probabilities, _users(batch, column)))
+                if progress is not None:
+                    progress(reader.bytes_read, metrics.examples)
+        return Evaluation(
+            paths=[os.fspath(path) for path in files],
+            metrics=metrics,
+            gauc=gauc(*(np.concatenate(part) for part in zip(*scored, strict=True))) if scored else None,
+            bad_rows=reader.report.rows_bad,
+            collisions=census.collisions(model.table),
+        )
+
+
+def _column_of(user: str | None, reader: Reader) -> int | None:
+    if user is None:
+        return None
+    if user not in reader.field_names:
+        raise ValueError(f"no field {user!r} to tell users by; the model has {', '.join(reader.field_names)}")
+    return reader.field_names.index(user)
+
+
+def _users(batch: Batch, column: int) -> npt.NDArray[np.uint64]:
+    if batch.keys.ndim != 2:
+        raise ValueError("users can't be told apart in data whose examples have several values of a field, or none")
+    return batch.keys[:, column].copy()
+
+
+def memory_point(
+    run: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]] = (), **reading: Any
+) -> MemoryPoint:
+    """AUC and bytes of another model: on the files, or else as it was while learning."""
+    model, card = load_model(run)
+    with closing(model.table) as table:
+        metrics = evaluate(model, card, files, **reading).metrics if files else learning_metrics(card)
+        return _point(run, table.stats().disk_bytes, metrics)
+
+
+def _point(run: str | os.PathLike[str], disk_bytes: int, metrics: StreamingMetrics) -> MemoryPoint:
+    info = hashemb.info(run)
+    return MemoryPoint(
+        Path(run).absolute().name, info.num_embeddings, info.embedding_dim, info.dtype, disk_bytes,
+        metrics.auc, metrics.logloss,
+    )  # fmt: skip
+
+
+def learning_metrics(card: ModelCard) -> StreamingMetrics:
+    """The metrics of the pass under way, or the last one; empty before the first."""
+    return StreamingMetrics.from_state_dict(card.progress["metrics"]) if card.progress else StreamingMetrics()

@@ -1,0 +1,200 @@
+"""Metrics of a stream of batches, in bounded memory: sums, and a histogram of the scores of each class."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb.ctr._maths import add_scores
+from hashemb.ctr._metric_basics import Floats, as_floats, checked, entropy, ratio
+from hashemb.ctr.calibration_bins import CalibrationBin, calibration_bins
+
+__all__ = ["StreamingMetrics"]
+
+_EPS = float(np.finfo(np.float64).eps)
+
+# Scores are counted in bins of equal width on the logit scale; beyond ±16 (1e-7) everything shares the end bins.
+_LOGIT_LIMIT = 16.0
+_NUM_BINS = 1 << 14
+_BINS_PER_LOGIT = _NUM_BINS / (2 * _LOGIT_LIMIT)
+
+
+class StreamingMetrics:
+    """The same metrics over a stream of batches, in memory that does not grow (256 KiB, with weights 512 KiB).
+
+    Log loss, normalised entropy and calibration come from float64 sums and are exact up to rounding. AUC comes
+    from a histogram of the scores, 512 bins per unit of logit: pairs that share a bin count half, so it is off
+    by at most `auc_error_bound`, half the share of (positive, negative) pairs that fall into one bin. On
+    ordinary data that is a few 1e-4, and the error itself far smaller, because within so narrow a bin about
+    half of the pairs are in order. `calibration_by_quantile` comes from the same histogram: its predictions are
+    off by at most 1/1024 on the logit scale.
+
+    `copy` gives a snapshot, and ``metrics - snapshot`` the metrics of what came in between. Not thread-safe.
+
+    Examples
+    --------
+    >>> metrics = StreamingMetrics()
+    >>> metrics.update([1, 0, 0], [0.8, 0.3, 0.1])
+    >>> before = metrics.copy()
+    >>> metrics.update([1], [0.5])
+    >>> metrics.examples, (metrics - before).examples, round((metrics - before).logloss, 4), metrics.auc
+    (4, 1, 0.6931, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self._sum_loss = 0.0
+        self._sum_probabilities = 0.0
+        self._examples = 0
+        self._histogram = np.zeros((2, _NUM_BINS))  # [label, bin of the logit] -> sum of weights
+        self._squares: Floats | None = None  # the same of squared weights; None while all weights have been 1
+
+    def update(self, labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
+        """Add a batch; arguments and errors as for `auc`. A batch that is refused changes nothing."""
+        y, p, w = as_floats(labels), as_floats(probabilities), None if weights is None else as_floats(weights)
+        if y.ndim != 1 or y.shape != p.shape or (w is not None and w.shape != y.shape):
+            checked(y, p, w)
+        squares = self._squares
+        if w is not None and squares is None:
+            squares = self._histogram.copy()
+        sums = add_scores(y, p, w, self._histogram, squares, logit_limit=_LOGIT_LIMIT, eps=_EPS)
+        if sums is None:
+            checked(y, p, w)
+            raise AssertionError("scores were refused that are in order")
+        self._squares = squares
+        self._sum_loss += sums[0]
+        self._sum_probabilities += sums[1]
+        self._examples += len(y)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples, whatever their weights."""
+        return self._examples
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights; without weights the number of examples."""
+        return float(self._histogram.sum())
+
+    @property
+    def positives(self) -> float:
+        """Sum of the weights of the examples with label 1; without weights their number."""
+        return float(self._histogram[1].sum())
+
+    @property
+    def logloss(self) -> float:
+        """Mean log loss; NaN without examples."""
+        return ratio(self._sum_loss, self.weight)
+
+    @property
+    def best_constant_logloss(self) -> float:
+        """Log loss of predicting the mean label for every example: its entropy. NaN without examples."""
+        return entropy(self.positives, self.weight)
+
+    @property
+    def normalized_entropy(self) -> float:
+        """`logloss` over `best_constant_logloss`; NaN if one of the classes is absent."""
+        return ratio(self.logloss, self.best_constant_logloss)
+
+    @property
+    def calibration(self) -> float:
+        """Sum of the probabilities over the number of positives; NaN without positives."""
+        return ratio(self._sum_probabilities, self.positives)
+
+    @property
+    def auc(self) -> float:
+        """Area under the ROC curve, within `auc_error_bound`; NaN if one of the classes is absent."""
+        negatives, positives = self._histogram
+        below = np.cumsum(negatives) - negatives
+        return ratio(float((positives * (below + 0.5 * negatives)).sum()), float(positives.sum() * negatives.sum()))
+
+    @property
+    def auc_error_bound(self) -> float:
+        """The most that `auc` can be off, given the histogram; NaN if one of the classes is absent."""
+        negatives, positives = self._histogram
+        return ratio(0.5 * float((positives * negatives).sum()), float(positives.sum() * negatives.sum()))
+
+    def calibration_by_quantile(self, num_bins: int = 10) -> list[CalibrationBin]:
+        """As the function of this name, from the histogram; quantiles fall on its bins."""
+        logits = (np.arange(_NUM_BINS) + 0.5) / _BINS_PER_LOGIT - _LOGIT_LIMIT
+        squares = self._histogram if self._squares is None else self._squares
+        weights = self._histogram.sum(axis=0)
+        return calibration_bins(
+            1.0 / (1.0 + np.exp(-logits)), weights, self._histogram[1], squares.sum(axis=0), num_bins
+        )
+
+    def copy(self) -> StreamingMetrics:
+        """An independent copy."""
+        return self._minus(StreamingMetrics())
+
+    def __sub__(self, earlier: StreamingMetrics) -> StreamingMetrics:
+        """Metrics of the examples added since the snapshot `earlier`; a ValueError if it is not one of these."""
+        if not isinstance(earlier, StreamingMetrics):
+            return NotImplemented
+        since = self._minus(earlier)
+        if since._histogram.min() < -(0.5 if self._squares is None else 1e-9 * self.weight) or since._examples < 0:
+            raise ValueError(
+                f"not an earlier state of these metrics: {earlier.examples} examples, these have {self.examples}"
+            )
+        np.maximum(since._histogram, 0.0, out=since._histogram)  # what sums of fractions leave
+        return since
+
+    def _minus(self, earlier: StreamingMetrics) -> StreamingMetrics:
+        since = StreamingMetrics()
+        since._sum_loss = self._sum_loss - earlier._sum_loss
+        since._sum_probabilities = self._sum_probabilities - earlier._sum_probabilities
+        since._examples = self._examples - earlier._examples
+        since._histogram = self._histogram - earlier._histogram
+        if self._squares is not None:
+            earlier_squares = earlier._histogram if earlier._squares is None else earlier._squares
+            since._squares = np.maximum(self._squares - earlier_squares, 0.0)
+        return since
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as a dict that JSON can hold (without weights a few ten kilobytes). Floats survive exactly."""
+        state = {
+            "sum_loss": self._sum_loss,
+            "sum_probabilities": self._sum_probabilities,
+            "num_bins": _NUM_BINS,
+            "histogram": _packed(self._histogram, "<i8" if self._squares is None else "<f8"),
+        }
+        if self._squares is not None:
+            state |= {"examples": self._examples, "squares": _packed(self._squares, "<f8")}
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> StreamingMetrics:
+        """The metrics whose `state_dict` this is; a ValueError if it is not one."""
+        metrics = cls()
+        try:
+            num_bins, weighted = int(state["num_bins"]), "squares" in state
+            metrics._sum_loss = float(state["sum_loss"])
+            metrics._sum_probabilities = float(state["sum_probabilities"])
+            metrics._histogram = _unpacked(state["histogram"], "<f8" if weighted else "<i8", num_bins)
+            metrics._squares = _unpacked(state["squares"], "<f8", num_bins) if weighted else None
+            metrics._examples = int(state["examples"] if weighted else metrics._histogram.sum())
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"not a state of StreamingMetrics: {error!r}") from error
+        if num_bins != _NUM_BINS:
+            raise ValueError(f"state has {num_bins} bins, this version has {_NUM_BINS}")
+        return metrics
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamingMetrics(examples={self.examples}, logloss={self.logloss:.6f}, "
+            f"normalized_entropy={self.normalized_entropy:.6f}, auc={self.auc:.6f}, "
+            f"calibration={self.calibration:.4f})"
+        )
+
+
+def _packed(values: Floats, dtype: str) -> str:
+    return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 9)).decode("ascii")
+
+
+def _unpacked(text: str, dtype: str, num_bins: int) -> Floats:
+    values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+    return values.astype(np.float64).reshape(2, num_bins)

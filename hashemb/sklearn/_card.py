@@ -1,0 +1,123 @@
+"""`estimator.json`: what a table's rows mean to an estimator, kept in the table's directory.
+
+With it a path is all that another process needs. It is written before the first update and never changes; directories
+that `hashemb train` made have a `model.json` instead, which is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb.ctr.model_dir import MODEL_FILE, read_card
+from hashemb.errors import FormatError
+from hashemb.sklearn._columns import check_kinds
+from hashemb.sklearn._layout import Layout
+
+__all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
+
+ESTIMATOR_FILE = "estimator.json"
+_FORMAT = 1
+#: By kind of model and whether it has factors.
+_ESTIMATORS = {
+    ("factorization_machine", False): "HashedLogisticRegression",
+    ("factorization_machine", True): "HashedFMClassifier",
+    ("field_weighted_fm", True): "HashedFwFMClassifier",
+}
+
+
+@dataclass(frozen=True)
+class EstimatorCard:
+    """What a fitted estimator is, apart from its table and its hyper-parameters.
+
+    Attributes
+    ----------
+    estimator : str
+        Name of the class; of a model that `hashemb train` made and no class is for, what it is.
+    classes : ndarray, shape (2,)
+        Labels, sorted; the second is the one whose probability the model gives.
+    layout : Layout
+    """
+
+    estimator: str
+    classes: npt.NDArray[Any]
+    layout: Layout
+
+    def as_json(self) -> str:
+        """Text that `read` takes; `TypeError` for labels that JSON has no form for."""
+        try:
+            values = json.dumps(self.classes.tolist())
+        except TypeError as error:
+            raise TypeError(
+                f"labels {self.classes.tolist()!r} cannot be written to {ESTIMATOR_FILE} ({error}): map them to "
+                "strings, integers, floats or booleans"
+            ) from error
+        content = {
+            "format": _FORMAT,
+            "estimator": self.estimator,
+            "classes": json.loads(values),
+            "classes_dtype": self.classes.dtype.str,
+            "num_columns": self.layout.num_columns,
+            "named": self.layout.named,
+            "columns": self.layout.kinds,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def write(self, directory: str | os.PathLike[str]) -> None:
+        """Put the card into a table's directory, at once and whole."""
+        path = Path(directory, ESTIMATOR_FILE)
+        temporary = path.with_suffix(".json.new")
+        temporary.write_text(self.as_json(), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str]) -> EstimatorCard:
+        """The card of a table's directory, or one made of its `model.json`.
+
+        Raises
+        ------
+        FileNotFoundError
+            Neither is there.
+        FormatError
+            Not a card, or one of a newer format.
+        """
+        path = Path(directory, ESTIMATOR_FILE)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return cls._of_model(directory)
+        try:
+            return cls._parse(json.loads(text))
+        except (ValueError, TypeError, KeyError) as error:
+            raise FormatError(f"{path}: not an estimator's card: {error!r}") from error
+
+    @classmethod
+    def _parse(cls, values: dict[str, Any]) -> EstimatorCard:
+        if values["format"] > _FORMAT:
+            raise ValueError(f"format {values['format']} is newer than this version reads ({_FORMAT})")
+        classes = np.array(values["classes"], dtype=np.dtype(values["classes_dtype"]))
+        if classes.shape != (2,):
+            raise ValueError(f"{classes.size} classes, expected 2")
+        kinds = None if values["columns"] is None else check_kinds(values["columns"])
+        if kinds is not None and len(kinds) != values["num_columns"]:
+            raise ValueError(f"{len(kinds)} columns, expected {values['num_columns']}")
+        return cls(values["estimator"], classes, Layout(int(values["num_columns"]), kinds, bool(values["named"])))
+
+    @classmethod
+    def _of_model(cls, directory: str | os.PathLike[str]) -> EstimatorCard:
+        try:
+            card = read_card(directory)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{os.fspath(directory)}: no estimator here: neither {ESTIMATOR_FILE} nor {MODEL_FILE} found"
+            ) from None
+        if not card.schema:
+            raise FormatError(f"{os.fspath(directory)}: {MODEL_FILE} names no fields yet: the model has seen no data")
+        estimator = _ESTIMATORS.get((card.kind, card.rank > 0), card.description)
+        return cls(estimator, np.array([0, 1]), Layout(len(card.schema), check_kinds(dict(card.schema)), named=True))

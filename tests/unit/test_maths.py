@@ -1,0 +1,173 @@
+"""The compiled maths of the models against its slow twin, bit for bit: every form of a batch, CPU and thread count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from hashemb.ctr import _maths, _reference_maths
+
+# (kind, dim, fields of the model): rows of one lane, of whole lanes, of more, with and without a rest.
+MODELS = [
+    ("fm", 1, 7), ("fm", 2, 5), ("fm", 11, 10), ("fm", 16, 39), ("fm", 17, 3), ("fm", 32, 4), ("fm", 40, 1),
+    ("fwfm", 2, 5), ("fwfm", 16, 6), ("fwfm", 11, 1), ("fwfm", 35, 4),
+    ("ffm", 1 + 5, 5), ("ffm", 1 + 6 * 4, 6), ("ffm", 1 + 3 * 8, 3), ("ffm", 1 + 2 * 21, 2), ("ffm", 1 + 3, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(params=_maths.available_isas())
+def isa(request: Any) -> Iterator[str]:
+    before = _maths.get_isa()
+    _maths.set_isa(request.param)
+    yield request.param
+    _maths.set_isa(before)
+
+
+def batch(kind: str, dim: int, num_fields: int, form: str, n: int = 150) -> dict[str, Any]:
+    """Arguments of the twin. Ragged examples have 0 to 6 keys, in no order of their fields, and repeat fields."""
+    rng = np.random.default_rng(dim * 100 + num_fields)
+    counts = np.full(n, num_fields) if form in ("matrix", "values") else rng.integers(0, 7, n)
+    num_keys = int(counts.sum())
+    arguments: dict[str, Any] = {
+        "vectors": rng.normal(0.0, 0.4, (num_keys, dim)).astype(np.float32),
+        "labels": rng.integers(0, 2, n).astype(np.float32),
+        "bias": 0.25,
+        "num_fields": num_fields,
+    }
+    if form != "matrix":
+        arguments["values"] = rng.normal(1.0, 1.0, num_keys).astype(np.float32)
+    if form == "ragged":
+        arguments["offsets"] = np.concatenate([[0], np.cumsum(counts)])
+        arguments["fields"] = rng.integers(0, num_fields, num_keys).astype(np.int32)
+        arguments["weights"] = rng.uniform(0.0, 3.0, n).astype(np.float32)
+    if kind == "fwfm":
+        r = rng.normal(1.0, 1.0, (num_fields, num_fields)).astype(np.float32)
+        arguments["pair_weights"] = np.tril(r) + np.tril(r, -1).T
+    return arguments
+
+
+def run(kind: str, arguments: dict[str, Any], num_threads: int = 1) -> _reference_maths.Outcome:
+    """The extension, with the twin's arguments and results."""
+    rest = {name: value for name, value in arguments.items() if name not in ("vectors", "labels", "weights")}
+    maths = _maths.Maths(kind, arguments["vectors"].shape[1], arguments["num_fields"])
+    vectors = arguments["vectors"].copy()
+    logits, probabilities = np.empty((2, len(arguments["labels"])), np.float32)
+    maths.run(vectors, logits, logits=True, num_threads=num_threads, **rest)
+    np.testing.assert_array_equal(vectors, arguments["vectors"], "without labels nothing is written to the vectors")
+    learning = {"labels": arguments["labels"], "weights": arguments.get("weights")}
+    maths.run(vectors, probabilities, num_threads=num_threads, **learning, **rest)
+    return _reference_maths.Outcome(logits, probabilities, vectors, maths.residual, maths.pair_gradients)
+
+
+def assert_same_bits(a: _reference_maths.Outcome, b: _reference_maths.Outcome) -> None:
+    for name in ("logits", "probabilities", "gradients", "residual", "pair_gradients"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
+
+
+@pytest.mark.parametrize("form", ["matrix", "values", "ragged"])
+@pytest.mark.parametrize(("kind", "dim", "num_fields"), MODELS)
+def test_fast_equals_slow(isa: str, kind: str, dim: int, num_fields: int, form: str) -> None:
+    arguments = batch(kind, dim, num_fields, form)
+    expected = _reference_maths.run(kind, **arguments)
+    assert np.abs(expected.gradients).max() > 0.1
+    assert len(np.unique(expected.logits)) > 100
+    assert_same_bits(run(kind, arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "num_fields"), [("fm", 16, 39), ("fm", 11, 9), ("fwfm", 16, 39), ("ffm", 157, 39)]
+)
+def test_any_number_of_threads_gives_the_same_bits(kind: str, dim: int, num_fields: int) -> None:
+    arguments = batch(kind, dim, num_fields, "values", n=1000)
+    one = run(kind, arguments)
+    for num_threads in (2, 3, 7):
+        assert_same_bits(run(kind, arguments, num_threads), one)
+
+
+@pytest.mark.parametrize(("kind", "dim", "num_fields"), [("fm", 16, 5), ("fwfm", 4, 5)])
+def test_sums_do_not_depend_on_where_a_batch_is_cut(kind: str, dim: int, num_fields: int) -> None:
+    arguments = batch(kind, dim, num_fields, "matrix", n=5 * _maths.BLOCK_EXAMPLES + 3)
+    whole = run(kind, arguments)
+    maths = _maths.Maths(kind, dim, num_fields)
+    out = np.empty(len(arguments["labels"]), np.float32)
+    cut = 3 * _maths.BLOCK_EXAMPLES
+    for part in (slice(0, cut), slice(cut, None)):
+        rows = slice(part.start * num_fields, None if part.stop is None else part.stop * num_fields)
+        maths.run(
+            arguments["vectors"][rows].copy(), out[part], bias=0.25, num_fields=num_fields,
+            labels=arguments["labels"][part], pair_weights=arguments.get("pair_weights"),
+        )  # fmt: skip
+    assert maths.residual == whole.residual
+    np.testing.assert_array_equal(maths.pair_gradients, whole.pair_gradients)
+    maths.start()
+    assert maths.residual == 0.0
+    assert not maths.pair_gradients.any()
+
+
+def test_sigmoid_is_rounded_once() -> None:
+    """Off by at most .501 units in the last place of the exact value; exact at the ends."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.normal(0, 4, 20000), rng.uniform(-100, 100, 20000), [0.0, -0.0, 88.8, -103.0]])
+    z = z.astype(np.float32)
+    p = np.empty_like(z)
+    _maths.sigmoid(z, p)
+    exact = expit(z.astype(np.float64))
+    assert np.max(np.abs(p - exact) / np.spacing(exact.astype(np.float32)).astype(np.float64)) <= 0.501
+    np.testing.assert_array_equal(p, _reference_maths.sigmoid(z).astype(np.float32))
+    ends = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan], np.float32)
+    _maths.sigmoid(ends, ends)
+    np.testing.assert_array_equal(ends, [1.0, 0.0, 1.0, 0.0, np.nan])
+
+
+def test_logits_that_are_not_finite_are_left_in_place_of_probabilities() -> None:
+    vectors = np.array([[np.inf], [-np.inf], [np.nan], [1.0]], np.float32)
+    out = np.empty(4, np.float32)
+    _maths.Maths("fm", 1, 0).run(vectors, out, bias=0.0, num_fields=1)
+    np.testing.assert_array_equal(out[:3], [np.inf, -np.inf, np.nan])
+    assert out[3] == np.float32(expit(1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"vectors": np.zeros((7, 3), np.float32)}, ValueError, "7 vectors are not those of 4 examples of 2 keys"),
+        ({"vectors": np.zeros((8, 3))}, TypeError, "vectors: expected a C-contiguous array.*float64"),
+        ({"out": np.zeros(8, np.float32)[::2]}, TypeError, "out: expected a C-contiguous array"),
+        ({"labels": np.zeros(3, np.float32)}, ValueError, "labels: expected 4 elements, got 3"),
+        ({"values": np.zeros(9, np.float32)}, ValueError, "values: expected 8 elements, got 9"),
+        ({"offsets": np.array([0, 2, 4, 6, 9])}, ValueError, "offsets must rise to 8"),
+        ({"offsets": np.array([0, 5, 4, 6, 8])}, ValueError, "offsets must rise to 8"),
+        ({"offsets": np.array([0, 2, 8])}, ValueError, "offsets: expected 5 elements, got 3"),
+        ({"offsets": np.arange(0, 9, 2)}, ValueError, "each key needs a field between 0 and 1"),
+        ({"offsets": np.arange(0, 9, 2), "fields": np.full(8, 2, np.int32)}, ValueError, "between 0 and 1"),
+        ({"offsets": np.arange(0, 9, 2), "fields": np.full(8, -1, np.int32)}, ValueError, "between 0 and 1"),
+        ({"pair_weights": None}, ValueError, "fwfm needs pair_weights"),
+    ],
+)
+def test_what_would_reach_outside_an_array(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "vectors": np.zeros((8, 3), np.float32),
+        "out": np.zeros(4, np.float32),
+        "pair_weights": np.ones((2, 2), np.float32),
+    }
+    maths = _maths.Maths("fwfm", 3, 2)
+    maths.run(bias=0.0, **arguments)
+    with pytest.raises(error, match=message):
+        maths.run(bias=0.0, **(arguments | changes))
+
+
+@pytest.mark.parametrize(("kind", "dim", "num_fields"), [("fm", 0, 3), ("fwfm", 4, 0), ("ffm", 4, 2), ("ffm", 4, -3)])
+def test_impossible_models(kind: str, dim: int, num_fields: int) -> None:
+    with pytest.raises(ValueError, match=kind):
+        _maths.Maths(kind, dim, num_fields)
+
+
+def test_instruction_sets_by_name() -> None:
+    assert _maths.get_isa() in _maths.available_isas()
+    assert _maths.available_isas()[0] == "baseline"
+    with pytest.raises(ValueError, match="no kernels for the instruction set 'sse9'"):
+        _maths.set_isa("sse9")

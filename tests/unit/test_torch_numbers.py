@@ -205,3 +205,22 @@ def test_one_update_for_look_ups_of_every_kind(table: hashemb.EmbeddingTable) ->
         tables.step()
         assert_same_rows(table, theirs)
     assert table.step == 10
+
+
+@pytest.mark.parametrize("kind", ["Embedding", "EmbeddingBag"])
+def test_l2_is_a_term_of_the_loss(table: hashemb.EmbeddingTable, kind: str) -> None:
+    """Once for each distinct row of a look-up, however often its key occurs in it."""
+    rng = np.random.default_rng(6)
+    ours = Embedding(table, l2=0.3) if kind == "Embedding" else EmbeddingBag(table, mode="sum", l2=0.3)
+    theirs, adagrad = dense_twin(table, torch.nn.Embedding)
+    keys_by_row = key_of_row(table)
+    for _ in range(20):
+        rows = rng.integers(0, NUM_ROWS, (6, 4))
+        vectors, distinct = theirs(torch.from_numpy(rows)), torch.from_numpy(np.unique(rows))
+        expected = vectors if kind == "Embedding" else vectors.sum(1)
+        adagrad.zero_grad()
+        (expected.sin().sum() + 0.15 * theirs(distinct).square().sum()).backward()
+        adagrad.step()
+        ours(torch.from_numpy(keys_by_row[rows])).sin().sum().backward()
+        assert_same_rows(table, theirs)
+    assert table.step == 20

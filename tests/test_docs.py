@@ -45,9 +45,9 @@ def run_page(name: str, page: str) -> int:
 
 
 def broken_links(page: str, folder: Path) -> list[str]:
-    """Relative links of a page that lead nowhere."""
+    """Relative links of a page that lead nowhere, or into the package: the tests of a release have it elsewhere."""
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)", page)
-    return [link for link in links if not (folder / link).exists()]
+    return [link for link in links if link.startswith("../hashemb/") or not (folder / link).exists()]
 
 
 def is_missing_extra(error: BaseException) -> bool:
@@ -79,9 +79,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_canary_links(tmp_path: Path) -> None:
-    page = "[a](gone.md#part) [b](https://example.com) [c](#here) [d](there.md)"
+    page = "[a](gone.md#part) [b](https://example.com) [c](#here) [d](there.md) [e](../hashemb/__init__.py)"
     (tmp_path / "there.md").touch()
-    assert broken_links(page, tmp_path) == ["gone.md"]
+    assert broken_links(page, tmp_path) == ["gone.md", "../hashemb/__init__.py"]
 
 
 def test_the_readme_holds_a_program() -> None:

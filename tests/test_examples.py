@@ -42,9 +42,18 @@ def frappe() -> ModuleType:
 
 
 @needs_script
-@pytest.mark.parametrize(("number", "least_auc"), [(0, 0.935), (1, 0.965)], ids=["LR", "FM"])
+@pytest.mark.parametrize(
+    ("number", "least_auc"),
+    [
+        (0, 0.935),
+        (1, 0.965),
+        pytest.param(2, 0.975, marks=pytest.mark.slow),
+        pytest.param(3, 0.978, marks=pytest.mark.slow),
+    ],
+    ids=["LR", "FM", "FwFM", "FFM"],
+)
 def test_frappe(frappe: ModuleType, number: int, least_auc: float, tmp_path: Path) -> None:
-    """BARS reports .9356 for logistic regression and .9671 for a factorisation machine."""
+    """BARS reports .9356 for logistic regression, .9671 for a factorisation machine and .9786 for a field-aware one."""
     directory = real("frappe")
     data = {name: frappe.load(directory / f"{name}.csv.gz") for name in ("train", "valid", "test")}
     assert {name: keys.shape for name, (keys, _) in data.items()} == {

@@ -17,8 +17,8 @@ __all__ = ["Plan", "default_table", "look", "reading_text"]
 
 SMALL_EXAMPLES = 50_000
 LOG_FORMATS = ("criteo", "vw")  # of streams, which come once
-LOG_BATCH, TABLE_BATCH = 256, 32
-WARM_UP_EXAMPLES = 1 << 14  # of a log
+LOG_BATCH, TABLE_BATCH = 1024, 32
+WARM_UP_EXAMPLES = 1 << 17  # of a log
 TABLE_PASSES, CHOSEN_MODEL_PASSES = 10, 5
 
 

@@ -44,6 +44,7 @@ ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_f
 MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
 MODEL_FORMAT = 1
+SMALLEST_BATCH = 32
 KINDS = {
     "factorization_machine": "factorization machine",
     "field_weighted_fm": "field-weighted factorization machine",
@@ -132,7 +133,7 @@ class ModelCard:
     batch_size, passes : int
         Examples per update, and how often files are learned unless another number is asked for.
     warm_up : int
-        Examples at the beginning of the first pass that are learned in batches of `WARM_UP_BATCH`.
+        Examples of the first pass over which batches grow to `batch_size`, from 32.
     table_step : int
         The table's step when this card was written; more updates than that in the table mean that it was trained
         without the card following.
@@ -180,6 +181,18 @@ class ModelCard:
         """Elements of a row of the model's table."""
         vectors = (self.num_fields or 0) if self.kind == "field_aware_fm" else 1
         return 1 + vectors * self.rank
+
+    def warm_batch_size(self, learned: int) -> int:
+        """Examples per update after `learned` of the first pass: doubled whenever those have doubled.
+
+        >>> card = ModelCard(rank=0, batch_size=1000, warm_up=100_000)
+        >>> [card.warm_batch_size(learned) for learned in (0, 6_399, 6_400, 99_999, 100_000)]
+        [32, 32, 64, 512, 1000]
+        """
+        if learned >= self.warm_up:
+            return self.batch_size
+        share = self.batch_size * learned // self.warm_up
+        return min(max(SMALLEST_BATCH, 1 << (share.bit_length() - 1) if share else 0), self.batch_size)
 
     def negatives(self, seed: int = 0) -> NegativeSampling | None:
         """Which negatives the model learns from, chosen by `seed`, and its correction; None if all."""

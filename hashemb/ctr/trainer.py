@@ -26,7 +26,6 @@ from hashemb.ctr.readers import BadLine, Reader, open_reader
 
 __all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
 
-WARM_UP_BATCH = 32
 _READ_AHEAD_EXAMPLES = 8192
 
 
@@ -278,16 +277,19 @@ class Trainer:
             position.note_bad_lines(reader.report)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What is learned at once: small parts of the batch at the beginning of the first pass, then all of it.
+        """What is learned at once: parts of the batch that grow during the first pass's warm-up, then all of it.
 
         A new model's first examples teach it most, and a batch learns nothing from one example for the next. Batches
         are whole again between two steps, so that a stop changes no cut.
         """
         assert self.validator is not None
-        if self.pass_number > 1 or self.validator.examples >= self.card.warm_up:
+        size = batch.num_examples
+        if self.pass_number == 1:
+            size = self.card.warm_batch_size(self.validator.examples)
+        if size >= batch.num_examples:
             return [batch]
-        starts = range(0, batch.num_examples, WARM_UP_BATCH)
-        return [batch.examples(start, min(start + WARM_UP_BATCH, batch.num_examples)) for start in starts]
+        starts = range(0, batch.num_examples, size)
+        return [batch.examples(start, min(start + size, batch.num_examples)) for start in starts]
 
     def _settle(self) -> None:
         """Move the positions on by what has been learned."""

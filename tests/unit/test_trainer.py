@@ -389,13 +389,13 @@ def test_counts() -> None:
     ]  # fmt: skip
 
 
-def test_a_log_is_learned_in_small_batches_at_first(tmp_path: Path) -> None:
+def test_a_log_is_learned_in_growing_batches_at_first(tmp_path: Path) -> None:
     """The model steps as one that is given those batches does, and a run that is stopped goes on with the same cuts."""
     path = write_clicks(tmp_path / "a.csv", 0, 700)
     bits = []
     for name, stop_after in (("whole", None), ("stopped", 3)):
         model, card = open_or_create(tmp_path / name, SMALL)
-        card.batch_size, card.warm_up = 100, 350
+        card.batch_size, card.warm_up = 100, 600
         for stop in (stop_after, None):
             trainer = Trainer(tmp_path / name, model, card, [path])
             for number, _ in enumerate(trainer.run(), 1):
@@ -403,7 +403,7 @@ def test_a_log_is_learned_in_small_batches_at_first(tmp_path: Path) -> None:
                     break
             trainer.save()
             card = read_card(tmp_path / name)
-        assert model.table.step == 4 * 4 + 3  # four batches of 100 in 32 + 32 + 32 + 4, then three
+        assert model.table.step == 4 * 4 + 2 * 2 + 1  # 100 are 32 + 32 + 32 + 4, then 64 + 36, then whole
         bits.append(np.array(model.table.weight))
         model.table.close()
     assert np.array_equal(*bits)

@@ -92,12 +92,14 @@ def criteo_head(directory: str | os.PathLike[str]) -> Rows | None:
 
 
 def write_parquet(rows: Rows) -> None:
-    """Columns label, I1 … I13 as int32, C1 … C26 as dictionaries; zstd."""
+    """Columns label, I1 … I13 as int32, C1 … C26 as text, as programs write them that don't know Arrow; zstd."""
     from pyarrow import parquet
 
     writer = None
     for table in tables(rows):
-        writer = writer or parquet.ParquetWriter(rows.parquet, table.schema, compression="zstd", compression_level=1)
+        writer = writer or parquet.ParquetWriter(
+            rows.parquet, table.schema, compression="zstd", compression_level=1, store_schema=False
+        )
         writer.write_table(table)
     assert writer is not None
     writer.close()

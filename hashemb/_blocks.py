@@ -166,11 +166,7 @@ def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> By
 def read_units(fd: int, size: int, file_bytes: int, units: Numbers) -> Bytes:
     """The same of an array file with `size` bytes for each unit."""
     out = np.zeros((units.size, size), np.uint8)
-    flat = out.reshape(-1).data
-    for position, first, count in runs(units):
-        at = DATA_OFFSET_BYTES + first * size
-        wanted = min(count * size, file_bytes - at)
-        _pread_into(fd, flat[position * size : position * size + wanted], at)
+    _core.read_units(fd, np.ascontiguousarray(units, np.int64), DATA_OFFSET_BYTES, file_bytes, out)
     return out
 
 
@@ -208,16 +204,13 @@ def write_rows(fd: int, first: int, rows: npt.NDArray[Any], filename: str) -> No
 def read_at(fd: int, size: int, at: int) -> bytearray:
     """`size` bytes of a file from byte `at`; `OSError` if it ends before."""
     out = bytearray(size)
-    _pread_into(fd, memoryview(out), at)
-    return out
-
-
-def _pread_into(fd: int, view: memoryview, at: int) -> None:
+    view = memoryview(out)
     while view:
         done = os.preadv(fd, [view], at)
         if not done:
             raise OSError(f"the file ended at byte {at} while it was read")
         view, at = view[done:], at + done
+    return out
 
 
 def write_at(fd: int, data: bytes | memoryview, at: int) -> None:

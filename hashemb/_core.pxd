@@ -93,6 +93,8 @@ cdef extern from "table.h" nogil:
     uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
+    int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes,
+                      char *out) noexcept
     int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state) noexcept
     int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) noexcept
     void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept

@@ -16,6 +16,19 @@ def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int
     return error
 
 
+def read_units(int fd, cnp.ndarray units not None, int64_t offset, int64_t file_bytes, cnp.ndarray out not None):
+    """Reads the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
+    cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, b"units")
+    cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, b"out")
+    cdef int64_t n = cnp.PyArray_SIZE(units), size = 0 if n == 0 else cnp.PyArray_SIZE(out) // n
+    cdef int error
+    if cnp.PyArray_SIZE(out) != n * size or (n and not 0 <= source[0] <= source[n - 1] < file_bytes // size + 1):
+        raise ValueError(f"{out.size} bytes are not those of {n} units of a file of {file_bytes} bytes")
+    with nogil:
+        error = he_read_units(fd, source, n, size, offset, file_bytes, target)
+    raise_errno(error)
+
+
 cdef int raise_errno(int error) except -1:
     if error:
         raise OSError(error, os.strerror(error))

@@ -1,6 +1,7 @@
 /* The worker threads of this process. One call uses them at a time; a call that finds them busy runs serially,
  * which gives the same result. Workers don't survive fork(), so a child starts with none and with one thread.
  *
+ * Whoever is free takes the next task: a call never waits for a worker whose CPU others are using, only for tasks begun.
  * An update is several parallel passes in a row, so whoever waits looks for a few microseconds before it sleeps. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -16,13 +17,13 @@ typedef struct {
     pthread_cond_t work, done;
     void (*fn)(void *, int);
     void *arg;
-    int num_tasks, num_pending, num_workers;
+    int num_tasks, next_task, num_running, num_workers; /* num_running: tasks that workers are at */
     uint64_t generation;
 } pool_t;
 
 #define POOL_EMPTY                                                                                        \
     {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, \
-     NULL, NULL, 0, 0, 0, 0}
+     NULL, NULL, 0, 0, 0, 0, 0}
 
 enum { SPINS = 150 }; /* a pause takes some 50 ns on x86 since Skylake, less elsewhere */
 
@@ -37,39 +38,39 @@ static void after_fork_in_child(void) {
 
 __attribute__((constructor)) static void set_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
-/* Returns, with pool.lock held, when there is a call newer than *seen that has a task for worker `index`. */
-static void wait_for_task(int index, uint64_t *seen) {
-    for (int i = 0; i < SPINS && __atomic_load_n(&pool.generation, __ATOMIC_RELAXED) == *seen; i++) he_pause();
-    pthread_mutex_lock(&pool.lock);
-    while (pool.generation == *seen || index >= pool.num_tasks) {
-        *seen = pool.generation;
-        pthread_cond_wait(&pool.work, &pool.lock);
+/* Does tasks as long as there are any that nobody has begun. Called and left with pool.lock held. */
+static void take_tasks(int is_worker) {
+    while (pool.next_task < pool.num_tasks) {
+        void (*fn)(void *, int) = pool.fn;
+        void *arg = pool.arg;
+        const int task = pool.next_task++;
+        __atomic_store_n(&pool.num_running, pool.num_running + is_worker, __ATOMIC_RELAXED);
+        pthread_mutex_unlock(&pool.lock);
+        fn(arg, task);
+        pthread_mutex_lock(&pool.lock);
+        __atomic_store_n(&pool.num_running, pool.num_running - is_worker, __ATOMIC_RELAXED);
     }
-    *seen = pool.generation;
 }
 
 static void *worker_main(void *arg) {
-    int index = (int)(intptr_t)arg;
     uint64_t seen = 0;
     for (;;) {
-        wait_for_task(index, &seen);
-        void (*fn)(void *, int) = pool.fn;
-        void *fn_arg = pool.arg;
-        pthread_mutex_unlock(&pool.lock);
-        fn(fn_arg, index);
+        for (int i = 0; i < SPINS && __atomic_load_n(&pool.generation, __ATOMIC_RELAXED) == seen; i++) he_pause();
         pthread_mutex_lock(&pool.lock);
-        __atomic_store_n(&pool.num_pending, pool.num_pending - 1, __ATOMIC_RELAXED);
-        if (pool.num_pending == 0) pthread_cond_signal(&pool.done);
+        while (pool.generation == seen) pthread_cond_wait(&pool.work, &pool.lock);
+        seen = pool.generation;
+        take_tasks(1);
+        if (pool.num_running == 0) pthread_cond_signal(&pool.done);
         pthread_mutex_unlock(&pool.lock);
     }
-    return NULL;
+    return arg;
 }
 
-/* Starts workers up to index n - 1; returns how many tasks can run at once. Called with in_use held. */
+/* Starts workers until there are n - 1; returns how many tasks can run at once. Called with in_use held. */
 static int ensure_workers(int n) {
     while (pool.num_workers + 1 < n) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, worker_main, (void *)(intptr_t)(pool.num_workers + 1))) break;
+        if (pthread_create(&thread, NULL, worker_main, NULL)) break;
         pthread_detach(thread);
         pool.num_workers++;
     }
@@ -81,15 +82,16 @@ static void run_with_workers(void (*fn)(void *, int), void *arg, int n) {
     pool.fn = fn;
     pool.arg = arg;
     pool.num_tasks = n;
-    pool.num_pending = n - 1;
+    pool.next_task = 0;
     __atomic_store_n(&pool.generation, pool.generation + 1, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&pool.work);
-    pthread_mutex_unlock(&pool.lock);
-    fn(arg, 0);
-    for (int i = 0; i < SPINS && __atomic_load_n(&pool.num_pending, __ATOMIC_RELAXED) > 0; i++) he_pause();
-    pthread_mutex_lock(&pool.lock);
-    while (pool.num_pending > 0) pthread_cond_wait(&pool.done, &pool.lock);
-    pool.num_tasks = 0;
+    take_tasks(0);
+    if (pool.num_running > 0) {
+        pthread_mutex_unlock(&pool.lock);
+        for (int i = 0; i < SPINS && __atomic_load_n(&pool.num_running, __ATOMIC_RELAXED) > 0; i++) he_pause();
+        pthread_mutex_lock(&pool.lock);
+    }
+    while (pool.num_running > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
 

@@ -6,7 +6,7 @@
 
 enum { HE_MAX_THREADS = 64 };
 
-/* Runs fn(arg, i) for i in [0, n), i = 0 on the caller. Serially while another call uses the workers. */
+/* Runs fn(arg, i) for i in [0, n), begun in this order. Serially while another call uses the workers. */
 void he_parallel(void (*fn)(void *, int), void *arg, int n);
 int he_threads_get(void);
 void he_threads_set(int n);

@@ -39,6 +39,17 @@ static int write_all(int fd, const char *data, int64_t n, int64_t at) { return t
 
 static int read_all(int fd, char *data, int64_t n, int64_t at) { return transfer(fd, data, n, at, 0); }
 
+int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes, char *out) {
+    int error = 0;
+    for (int64_t i = 0, end; i < n && error == 0; i = end) {
+        end = i + 1;
+        while (end < n && units[end] == units[end - 1] + 1) end++;
+        const int64_t at = offset + units[i] * size;
+        error = read_all(fd, out + i * size, HE_MIN((end - i) * size, file_bytes - at), at);
+    }
+    return error;
+}
+
 /* Blocks [begin, end) of every file. */
 static int copy_run(const he_saving *s, int64_t begin, int64_t end) {
     for (int i = 0; i < s->num_files; i++) {

@@ -85,6 +85,9 @@ typedef struct {
     uint64_t rows_touched; /* first updates of a row, once applied */
 } he_share;
 
+/* Floats for the sums of a plan's first n entries: a row that is summed has two or more; rows of one float all are. */
+static inline int64_t he_sums_before(int64_t n, int64_t dim) { return dim == 1 ? n : n / 2 * dim; }
+
 /* See update.c. An occurrence is one of a key's rows: number key * num_hashes + h. */
 typedef struct {
     he_batch batch;
@@ -183,6 +186,10 @@ typedef struct {
 void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
+
+/* save.c: reads units of `size` bytes, ascending, of the array that a file holds behind `offset`: to `out`, one after the
+ * other. What the last lacks of the array's end is left as it is. 0 or an errno: EIO where the file ends before. */
+int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes, char *out);
 
 /* locks.c: places in the file `lock`. Always taken in this order: snapshot, turnstile, gate, blocks (one range at a time),
  * entry, rows (ascending). Nobody who holds a later one waits for an earlier one. */

@@ -63,7 +63,7 @@ static char *lay_out(const he_table *t, he_plan *p, char *at) {
     p->bucket_begin = take(&at, (p->num_buckets + 1) * 8);
     p->counts = take(&at, p->num_threads * p->num_buckets * 8);
     for (int i = 0; i < p->num_threads; i++) p->shares[i].scratch = take(&at, 2 * row);
-    p->sums = take(&at, n / 2 * row);
+    p->sums = take(&at, he_sums_before(n, t->dim) * (int64_t)sizeof(float));
     return at;
 }
 

@@ -129,7 +129,7 @@ Seed = Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial r
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        parser=COUNT, metavar="COUNT", help="Examples per update. [new model: 256, at first 32; 32 if small]"
+        parser=COUNT, metavar="COUNT", help="Examples per update. [new model: 1,024, at first 32; 32 if small]"
     ),
 ]
 Passes = Annotated[

@@ -192,7 +192,7 @@ class StreamingMetrics:
 
 
 def _packed(values: Floats, dtype: str) -> str:
-    return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 1)).decode("ascii")
 
 
 def _unpacked(text: str, dtype: str, num_bins: int) -> Floats:

@@ -28,7 +28,7 @@ import hashemb
 from bench.harness import Mismatch, Result, Settings, digest
 from hashemb.ctr.compression import FrequentRows, QuotientRemainder, keys_for_rows, most_frequent_keys
 from hashemb.ctr.metrics import StreamingMetrics, auc, logloss
-from hashemb.ctr.models import FactorizationMachine
+from hashemb.ctr.models import PAIR_FIELD, FactorizationMachine, FieldWeightedFM, HashedModel
 from hashemb.ctr.readers import open_reader
 from hashemb.ctr.synthetic import ImpressionStream
 
@@ -45,7 +45,10 @@ MAX_EPOCHS, PATIENCE = 40, 3
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to spend bytes. `own` of them, as a share, go to values with rows of their own (0: plain hashing)."""
+    """A way to spend bytes. `own` of them, as a share, go to values with rows of their own (0: plain hashing).
+
+    With `num_fields` the model is a field-weighted machine, whose weights of pairs are among the own rows.
+    """
 
     name: str
     rank: int
@@ -53,10 +56,17 @@ class Variant:
     num_hashes: int = 1
     pairs: bool = False
     own: float = 0.0
+    num_fields: int = 0
     lr: float = 0.2
     weight_decay: float = 1e-3
     initial_accumulator: float = 0.0
     init_scale: float = 0.01
+
+    @property
+    def pair_keys(self) -> Keys:
+        """Of the rows that hold the weights of pairs of fields."""
+        pairs = self.num_fields * (self.num_fields + 1) // 2
+        return hashemb.hash_keys(np.arange(-(-pairs // (1 + self.rank))), field=PAIR_FIELD)
 
     @property
     def row_bytes(self) -> int:
@@ -99,11 +109,12 @@ def sized(variant: Variant, budget_bytes: int, num_values: int) -> Sized | None:
         return Sized(variant, num_values + 2, num_values + 1)  # and the bias, and one that nobody uses
     own = min(int(budget_bytes * variant.own / (variant.row_bytes + INDEX_BYTES)), num_values + 1)
     rows = own + (budget_bytes - own * (variant.row_bytes + INDEX_BYTES)) // variant.row_bytes
-    return Sized(variant, rows, own) if rows - own >= 4 else None
+    least_own = len(variant.pair_keys) + 1 if variant.num_fields else 0
+    return Sized(variant, rows, own) if rows - own >= 4 and own >= least_own else None
 
 
 @contextmanager
-def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterator[FactorizationMachine]:
+def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterator[HashedModel]:
     """A model on a table of that size; `frequent` are all keys, the most frequent first."""
     v = point.variant
     optimizer = hashemb.Adagrad(
@@ -118,10 +129,12 @@ def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterato
     ):  # fmt: skip
         store: Any = table
         if point.own and len(frequent):
-            store = FrequentRows(table, frequent[: point.own - 1])  # the bias is one more
+            reserved = v.pair_keys
+            values = frequent[: point.own - 1 - len(reserved)]  # the bias is one more
+            store = FrequentRows(table, np.concatenate([reserved, values]))
         elif v.pairs:
             store = QuotientRemainder(table)
-        yield FactorizationMachine(store)
+        yield FieldWeightedFM(store, num_fields=v.num_fields) if v.num_fields else FactorizationMachine(store)
 
 
 # ---- Frappe ----
@@ -236,6 +249,7 @@ def variants(data: str) -> list[Variant]:
     """The reference first, as all the others are compared with it."""
     plain = STREAM if data == "generated" else FRAPPE
     half = replace(plain, dtype="bfloat16")
+    num_fields = 39 if data == "generated" else 10
     return [
         replace(plain, name=REFERENCE),
         replace(plain, name="one hash"),
@@ -248,6 +262,9 @@ def variants(data: str) -> list[Variant]:
         replace(half, name="own rows, bfloat16", own=0.9),
         replace(half, name=f"two hashes, bfloat16, rank {SHORT}", num_hashes=2, rank=SHORT),
         replace(half, name=f"own rows, bfloat16, rank {SHORT}", own=0.6, rank=SHORT),
+        replace(
+            half, name=f"the same, field-weighted, rank {SHORT}", own=0.6, rank=SHORT, num_fields=num_fields
+        ),
     ]
 
 

@@ -108,22 +108,23 @@ def test_unknown_isa_is_refused():
         _core.set_isa("avx1024")
 
 
+@pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_threads_do_not_change_bits(tmp_path, optimizer):
+def test_threads_do_not_change_bits(tmp_path, optimizer, dim):
     """Large enough that all threads take part."""
     rng = np.random.default_rng(5)
     keys = rng.integers(0, 3000, 40_000)
     offsets = np.concatenate([[0], np.sort(rng.integers(0, 40_000, 9_999)), [40_000]])
     weights = rng.random(40_000).astype(np.float32)
-    grads, bag_grads = (rng.normal(size=(n, 5)).astype(np.float32) for n in (40_000, 10_000))
+    grads, bag_grads = (rng.normal(size=(n, dim)).astype(np.float32) for n in (40_000, 10_000))
     call = {"offsets": offsets, "pooling": "sqrtn", "per_sample_weights": weights}
-    slow = ReferenceTable(num_embeddings=2000, embedding_dim=5, optimizer=optimizer)
+    slow = ReferenceTable(num_embeddings=2000, embedding_dim=dim, optimizer=optimizer)
     slow.update(keys, grads)
     slow.update(keys, bag_grads, **call)
     for num_threads in (1, 2, 3, 8):
         hashemb.set_num_threads(num_threads)
         with hashemb.create(
-            tmp_path / f"t{num_threads}", num_embeddings=2000, embedding_dim=5, optimizer=optimizer
+            tmp_path / f"t{num_threads}", num_embeddings=2000, embedding_dim=dim, optimizer=optimizer
         ) as fast:
             fast.update(keys, grads)
             fast.update(keys, bag_grads, **call)
@@ -132,19 +133,20 @@ def test_threads_do_not_change_bits(tmp_path, optimizer):
             assert_same(fast, slow, keys, **call)
 
 
+@pytest.mark.parametrize("dim", [1, 3])
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("num_embeddings", [1, 2, 3, 255, 257, 4096, 5000, 2**16 + 1])
-def test_updates_are_merged_alike_whatever_the_buckets(tmp_path, num_embeddings, num_threads):
+def test_updates_are_merged_alike_whatever_the_buckets(tmp_path, num_embeddings, num_threads, dim):
     """Rows fewer than buckets, buckets of no rows, one key in half of the batch, one key in all of it."""
     hashemb.set_num_threads(num_threads)
     rng = np.random.default_rng(num_embeddings)
     keys = rng.integers(0, 2**63, 20_000)
     keys[rng.random(20_000) < 0.5] = 7
-    options = {"num_embeddings": num_embeddings, "embedding_dim": 3, "num_hashes": 2}
+    options = {"num_embeddings": num_embeddings, "embedding_dim": dim, "num_hashes": 2}
     fast, slow = make_pair(tmp_path, **options)
     with fast:
         for batch in (keys, keys[:9], keys[:700], np.full(6000, 7)):
-            grads = rng.normal(size=(batch.size, 3)).astype(np.float32)
+            grads = rng.normal(size=(batch.size, dim)).astype(np.float32)
             fast.update(batch, grads)
             slow.update(batch, grads)
             assert_same_bytes(fast, slow)

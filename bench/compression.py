@@ -249,6 +249,7 @@ def variants(data: str) -> list[Variant]:
     """The reference first, as all the others are compared with it."""
     plain = STREAM if data == "generated" else FRAPPE
     half = replace(plain, dtype="bfloat16")
+    short_own = replace(half, name=f"own rows, bfloat16, rank {SHORT}", own=0.6, rank=SHORT)
     num_fields = 39 if data == "generated" else 10
     return [
         replace(plain, name=REFERENCE),
@@ -261,10 +262,8 @@ def variants(data: str) -> list[Variant]:
         replace(half, name="quotient-remainder, bfloat16", pairs=True),
         replace(half, name="own rows, bfloat16", own=0.9),
         replace(half, name=f"two hashes, bfloat16, rank {SHORT}", num_hashes=2, rank=SHORT),
-        replace(half, name=f"own rows, bfloat16, rank {SHORT}", own=0.6, rank=SHORT),
-        replace(
-            half, name=f"the same, field-weighted, rank {SHORT}", own=0.6, rank=SHORT, num_fields=num_fields
-        ),
+        short_own,
+        replace(short_own, name=f"{short_own.name}, field-weighted", num_fields=num_fields),
     ]
 
 

@@ -65,7 +65,8 @@ def kilobytes(count: int) -> str:
 def limits(result: dict[str, Any]) -> list[str]:
     checks = result["checks"]
     if "best_possible_auc" not in checks:
-        return [f"Medians of {checks['seeds']} seeds, {result['case']['values']:,} distinct values.", ""]
+        seeds = f"Medians of {checks['seeds']} seeds" if checks["seeds"] > 1 else "One seed"
+        return [f"{seeds}, {result['case']['values']:,} distinct values.", ""]
     return [
         f"{checks['impressions']:,} impressions, {result['case']['values']:,} distinct values. The true probabilities "
         f"have AUC {checks['best_possible_auc']:.4f}, logloss {checks['best_possible_logloss']:.4f}.",
@@ -87,7 +88,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         axes.axhline(reference["auc"], color="black", linewidth=0.8, label=reference["name"])
         for number, variant in enumerate(dict.fromkeys(s["name"] for r in results for s in r["sides"][1:])):
             points = sorted((s["bytes"], s["auc"]) for r in results for s in r["sides"] if s["name"] == variant)
-            style = {"linestyle": "--" if "bfloat16" in variant else "-", "color": f"C{number % 5}"}
+            style = {"linestyle": "--" if "bfloat16" in variant else "-", "color": f"C{number % 10}"}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=variant, **style)
         axes.set(title=TITLES[name], xscale="log", xlabel="bytes of weights and index", ylabel="AUC")
         axes.legend(fontsize="small")

@@ -27,7 +27,8 @@ _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 _TMPFS_MAGIC = 0x01021994
 _COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; more where a call has written more extents than that
-_LOOKS_PER_EXTENT = 8
+_LOOKS_PER_EXTENT = 16
+_WORTH_COLLAPSING = 4  # blocks of an extent for each that has been written: the earlier, the fewer pages are copied
 _PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -95,7 +96,7 @@ def _text(path: str) -> str:
 class Extents:
     """The 2 MiB extents of one row file on tmpfs, each collapsed into a huge page at most once by this process.
 
-    Without `always` an extent's turn comes when half of its blocks have been written, so that a sparse table stays
+    Without `always` an extent's turn comes when a quarter of its blocks have been written, so that a sparse table stays
     sparse.
 
     Parameters
@@ -142,7 +143,7 @@ class Extents:
             written = blocks.size * self._block_bytes // HUGE_PAGE_BYTES
             extents = self._due(extents, ends, max(_COLLAPSES_PER_CALL, written))
         for extent in extents.tolist():
-            if self._always or self._is_half_written(extent):
+            if self._always or self._is_worth_it(extent):
                 self._collapse(extent)
 
     def _touched(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -165,12 +166,12 @@ class Extents:
         self._ends[extents] = 0
         return extents
 
-    def _is_half_written(self, extent: int) -> bool:
+    def _is_worth_it(self, extent: int) -> bool:
         begin = extent * HUGE_PAGE_BYTES - DATA_OFFSET_BYTES
         first, end = max(0, begin) // self._block_bytes, -(-(begin + HUGE_PAGE_BYTES) // self._block_bytes)
         data = os.pread(self._blocks_fd, 4 * (end - first), DATA_OFFSET_BYTES + 4 * first)
         epochs = np.frombuffer(data, np.uint32)
-        return 2 * int(np.count_nonzero(epochs)) >= epochs.size
+        return _WORTH_COLLAPSING * int(np.count_nonzero(epochs)) >= epochs.size
 
     def _collapse(self, extent: int) -> None:
         self._tried[extent] = True

@@ -143,7 +143,7 @@ def open(
         Whether this process asks for pages of 2 MiB: a random row then takes about three fifths of the time.
         They hold, and `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table
         fits both the space left and what the kernel lets become dirty before it writes; on tmpfs,
-        the parts that are half full.
+        the parts of which a quarter has been written.
         True: always, which makes a sparse table dense; False: never. `TableStats.huge_page_bytes` says what came of it.
 
     Raises

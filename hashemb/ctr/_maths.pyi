@@ -26,11 +26,20 @@ class Maths:
         offsets: npt.NDArray[np.int64] | None = None,
         values: npt.NDArray[np.float32] | None = None,
         fields: npt.NDArray[np.int32] | None = None,
+        index: npt.NDArray[np.int32] | None = None,
         labels: npt.NDArray[np.float32] | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        gradients: npt.NDArray[np.float32] | None = None,
         logits: bool = False,
         num_threads: int = 1,
     ) -> None: ...
+
+@disjoint_base
+class DistinctKeys:
+    def __new__(cls) -> Self: ...
+    def find(
+        self, keys: npt.NDArray[np.uint64], distinct: npt.NDArray[np.uint64], index: npt.NDArray[np.int32]
+    ) -> int: ...
 
 def sigmoid(logits: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None: ...
 def add_scores(

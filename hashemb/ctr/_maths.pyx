@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -26,8 +26,10 @@ cdef extern from "maths.h" nogil:
 
     ctypedef struct hm_batch:
         int32_t kind, wants_logits
-        int64_t dim, num_fields, num_examples, max_keys
-        float *vectors
+        int64_t dim, num_fields, num_examples, num_keys, max_keys
+        const float *vectors
+        const int32_t *index
+        float *gradients
         const int64_t *offsets
         const float *values
         const int32_t *fields
@@ -46,9 +48,11 @@ cdef extern from "maths.h" nogil:
     int64_t hm_num_pairs(const hm_batch *b) noexcept
     int64_t hm_memory_bytes(const hm_batch *b, int num_threads) noexcept
     void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) noexcept
+    int64_t hm_slots(int64_t n) noexcept
+    int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *bits) noexcept
+    int hm_index_fits(const int32_t *index, int64_t n, int64_t num_vectors) noexcept
     void hm_sigmoid(const float *logits, int64_t n, float *out) noexcept
     int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) noexcept
-    int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields) noexcept
 
     ctypedef struct hm_scores:
         int64_t num_bins
@@ -120,12 +124,13 @@ cdef class Maths:
         self.pair_gradients[:] = 0.0
 
     def run(self, cnp.ndarray vectors not None, cnp.ndarray out not None, *, float bias, int num_fields=0, pair_weights=None,
-            offsets=None, values=None, fields=None, labels=None, weights=None, bint logits=False, int num_threads=1):
-        """Writes the probability (or logit) of each example to `out`; with labels, gradients over the vectors.
+            offsets=None, values=None, fields=None, index=None, labels=None, weights=None, gradients=None, bint logits=False,
+            int num_threads=1):
+        """Writes the probability (or logit) of each example to `out`; with labels, adds to the gradients of the vectors.
 
         Parameters
         ----------
-        vectors : ndarray of float32, shape (num_keys, dim)
+        vectors : ndarray of float32, shape (num_keys, dim), or (num_vectors, dim) with an index
         out : ndarray of float32, shape (num_examples,)
             A logit that is not finite is left as it is.
         bias : float
@@ -136,24 +141,31 @@ cdef class Maths:
         offsets : ndarray of int64, shape (num_examples + 1,), optional
             Example e owns keys offsets[e] - offsets[0] to offsets[e + 1] - offsets[0].
         values, fields : ndarray of float32, int32, shape (num_keys,), optional
+        index : ndarray of int32, shape (num_keys,), optional
+            Which vector each key has.
         labels, weights : ndarray of float32, shape (num_examples,), optional
+        gradients : ndarray of float32, of the shape of vectors
+            With labels, as is an index; added to in the order of the examples.
         logits : bool
         num_threads : int
         """
         cdef hm_batch b = self.batch
-        cdef int64_t n = cnp.PyArray_SIZE(out), num_keys = cnp.PyArray_SIZE(vectors) // b.dim
-        b.num_examples, b.bias, b.wants_logits = n, bias, logits
+        cdef int64_t n = cnp.PyArray_SIZE(out), num_vectors = cnp.PyArray_SIZE(vectors) // b.dim
+        cdef int64_t num_keys = num_vectors if index is None else index.size
+        b.num_examples, b.num_keys, b.bias, b.wants_logits = n, num_keys, bias, logits
         if b.kind == HM_FM:
             b.num_fields = num_fields
-        b.vectors = <float *>data_of(vectors, cnp.NPY_FLOAT32, num_keys * b.dim, "vectors")
+        b.vectors = <const float *>data_of(vectors, cnp.NPY_FLOAT32, num_vectors * b.dim, "vectors")
         b.out = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
         b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, n + 1, "offsets")
         b.values = <const float *>data_of(values, cnp.NPY_FLOAT32, num_keys, "values")
         b.fields = <const int32_t *>data_of(fields, cnp.NPY_INT32, num_keys, "fields")
+        b.index = <const int32_t *>data_of(index, cnp.NPY_INT32, num_keys, "index")
         b.labels = <const float *>data_of(labels, cnp.NPY_FLOAT32, n, "labels")
         b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, n, "weights")
+        b.gradients = <float *>data_of(gradients, cnp.NPY_FLOAT32, num_vectors * b.dim, "gradients")
         b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, b.num_fields * b.num_fields, "pair_weights")
-        self.check(&b, num_keys)
+        self.check(&b, num_vectors)
         num_threads = max(1, min(num_threads, HE_MAX_THREADS))
         self.reserve(hm_memory_bytes(&b, num_threads))
         cdef double residual = self.residual
@@ -162,19 +174,24 @@ cdef class Maths:
             hm_run(&b, num_threads, self.memory, &residual, pair_gradients)
         self.residual = residual
 
-    cdef int check(self, hm_batch *b, int64_t num_keys) except -1:
+    cdef int check(self, hm_batch *b, int64_t num_vectors) except -1:
         """What a kernel relies on to stay within the arrays."""
+        cdef int64_t num_keys = b.num_keys
         b.max_keys = b.num_fields
         if b.kind == HM_FWFM and b.pair_weights == NULL:
             raise ValueError("fwfm needs pair_weights")
+        if b.labels != NULL and (b.index == NULL or b.gradients == NULL):
+            raise ValueError("labels need an index and gradients")
+        if b.index != NULL and not hm_index_fits(b.index, num_keys, num_vectors):
+            raise ValueError(f"an index must be between 0 and {num_vectors - 1}, the vectors")
         if b.offsets == NULL:
             if num_keys != b.num_examples * b.num_fields:
-                raise ValueError(f"{num_keys} vectors are not those of {b.num_examples} examples of {b.num_fields} keys")
+                raise ValueError(f"{num_keys} keys are not those of {b.num_examples} examples of {b.num_fields} keys")
             return 0
         b.max_keys = hm_max_keys(b.offsets, b.num_examples, num_keys)
         if b.max_keys < 0:
-            raise ValueError(f"offsets must rise to {num_keys}, the number of vectors")
-        if b.kind != HM_FM and (b.fields == NULL or not hm_fields_fit(b.fields, num_keys, b.num_fields)):
+            raise ValueError(f"offsets must rise to {num_keys}, the number of keys")
+        if b.kind != HM_FM and (b.fields == NULL or not hm_index_fits(b.fields, num_keys, b.num_fields)):
             raise ValueError(f"each key needs a field between 0 and {b.num_fields - 1}")
         return 0
 
@@ -189,6 +206,43 @@ cdef class Maths:
             raise MemoryError(f"the maths of this batch needs {needed} bytes of scratch memory")
         self.memory_bytes = needed
         return 0
+
+
+cdef class DistinctKeys:
+    """Finds the distinct keys of batches, in the memory of the last one. One call at a time."""
+
+    cdef uint32_t *slots
+    cdef int64_t num_slots
+    cdef int guess
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    def find(self, cnp.ndarray keys not None, cnp.ndarray distinct not None, cnp.ndarray index not None):
+        """Writes the distinct keys to the front of `distinct`, as they come; returns how many there are. O(n).
+
+        Parameters
+        ----------
+        keys, distinct : ndarray of uint64, shape (n,)
+        index : ndarray of int32, shape (n,)
+            Becomes the place of each key in `distinct`.
+        """
+        cdef int64_t n = cnp.PyArray_SIZE(keys), count, needed = hm_slots(n)
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, n, "keys")
+        cdef uint64_t *target = <uint64_t *>data_of(distinct, cnp.NPY_UINT64, n, "distinct")
+        cdef int32_t *places = <int32_t *>data_of(index, cnp.NPY_INT32, n, "index")
+        if n >= 2**31:
+            raise ValueError(f"a batch of {n} keys is too large to be learned in one call: divide it")
+        if needed > self.num_slots:
+            free(self.slots)
+            self.num_slots = 0
+            self.slots = <uint32_t *>malloc(needed * sizeof(uint32_t))
+            if self.slots == NULL:
+                raise MemoryError(f"the distinct of {n} keys need {needed * 4} bytes of scratch memory")
+            self.num_slots = needed
+        with nogil:
+            count = hm_distinct(source, n, target, places, self.slots, &self.guess)
+        return count
 
 
 def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):

@@ -28,7 +28,7 @@ _HALF = np.float32(0.5)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Maths.run` leaves: in `out`, of either form; over the vectors; in its sums."""
+    """What `Maths.run` leaves: in `out`, of either form; in the gradients of the vectors; in its sums."""
 
     logits: Floats
     probabilities: Floats
@@ -54,10 +54,12 @@ def run(
     offsets: Ints | None = None,
     values: Floats | None = None,
     fields: Ints | None = None,
+    index: Ints,
     weights: Floats | None = None,
     pair_weights: Floats | None = None,
 ) -> Outcome:
     """A whole batch; arguments as of `Maths` and `Maths.run`."""
+    sums, vectors = np.zeros_like(vectors), vectors[index]
     n, dim = len(labels), vectors.shape[1]
     ends = np.arange(n + 1) * num_fields if offsets is None else offsets
     x = np.ones(len(vectors), np.float32) if values is None else values
@@ -82,7 +84,8 @@ def run(
             total += block_total
             totals += [_fold(lanes) for lanes in pairs]
             block_total, pairs = 0.0, np.zeros_like(pairs)
-    return Outcome(logits, probabilities, gradients, total, totals)
+    np.add.at(sums, index, gradients)  # one after another
+    return Outcome(logits, probabilities, sums, total, totals)
 
 
 def _interactions(kind: str, v: Floats, x: Floats, f: Ints, num_fields: int, pair_weights: Any) -> Interactions:

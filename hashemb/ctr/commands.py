@@ -149,6 +149,9 @@ def train(
         learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
         sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
         card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
+        if learner.kind == "fm" and not os.environ.get("HASHEMB_NUM_THREADS"):
+            # Reading an example takes as long as learning it, and threads that wait for a CPU hold both up.
+            hashemb.set_num_threads(max(1, hashemb.get_num_threads() - 1))
         trainer = Trainer(
             table, learner, card, files, passes=passes or card.passes, strict=strict, schedule=progress,
             label_delay=label_delay, save_seconds=save_every, columns=columns, checkpoints=checkpoints)  # fmt: skip

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 import hashemb
 from hashemb.ctr._examples import Examples, check_examples, check_labels, check_weights
-from hashemb.ctr._maths import BLOCK_EXAMPLES, Maths
+from hashemb.ctr._maths import BLOCK_EXAMPLES, DistinctKeys, Maths
 
 if TYPE_CHECKING:
     from hashemb import EmbeddingTable
@@ -65,8 +65,9 @@ class HashedModel:
         self.table = table
         self._reserved_keys = self._reserved()
         self._maths = Maths(self.kind, table.embedding_dim, self.num_fields or 0)
-        self._keys = np.empty(0, np.uint64)
-        self._vectors = np.empty((0, table.embedding_dim), np.float32)
+        self._distinct = DistinctKeys()
+        self._keys, self._index = np.empty(0, np.uint64), np.empty(0, np.int32)
+        self._vectors = self._gradients = np.empty((0, table.embedding_dim), np.float32)
 
     def __repr__(self) -> str:
         fields = "" if self.num_fields is None else f"num_fields={self.num_fields}, "
@@ -148,65 +149,67 @@ class HashedModel:
 
         Notes
         -----
-        One look-up and one update of the rows, O(keys x embedding_dim); for field-weighted and field-aware models
-        O(keys x keys of the example x rank) arithmetic. The gradients take the place of the looked-up vectors.
+        One look-up and one update of the rows of the batch's distinct keys, and O(keys x embedding_dim) arithmetic; for
+        field-weighted and field-aware models O(keys x keys of the example x rank). The gradients of a key are summed in
+        the order of the examples.
         """
         examples = check_examples(keys, offsets, values, fields, num_fields=self.num_fields)
         y, w = check_labels(labels, examples.count), check_weights(weights, examples.count)
         probabilities = np.empty(examples.count, np.float32)
         if examples.count == 0:
             return probabilities
-        keys, vectors = self._run(examples, probabilities, labels=y, weights=w)
+        first = len(self._reserved_keys)
+        keys, vectors, gradients, index = self._find_distinct(examples.keys)
+        self.table.lookup(keys, out=vectors)
+        self._maths.start()
+        self._run(vectors, examples, probabilities, index=index, labels=y, weights=w, gradients=gradients[first:])
         _check_finite(probabilities)
-        self._put_shared_gradients(vectors[: len(self._reserved_keys)])
-        self.table.update(keys, vectors)
+        self._put_shared_gradients(gradients[:first])
+        self.table.update(keys, gradients)
         return probabilities
 
     def _predict(self, examples: Examples, *, logits: bool) -> Float32Array:
+        """Look up, then compute, chunk by chunk, so that vectors are still in cache when they are used."""
+        first = len(self._reserved_keys)
         out = np.empty(examples.count, np.float32)
         for start, stop in self._chunks(examples):
-            self._run(examples.part(start, stop), out[start:stop], logits=logits)
+            part = examples.part(start, stop)
+            self._reserve(count := part.keys.size)
+            self._keys[first : first + count].reshape(part.keys.shape)[...] = part.keys
+            vectors = self._vectors[: first + count]
+            self.table.lookup(self._keys[: first + count], out=vectors)
+            self._run(vectors, part, out[start:stop], logits=logits)
         return out
 
-    def _run(
-        self,
-        examples: Examples,
-        out: Float32Array,
-        *,
-        labels: Float32Array | None = None,
-        weights: Float32Array | None = None,
-        logits: bool = False,
-    ) -> tuple[npt.NDArray[np.uint64], Float32Array]:
-        """Look up, then compute, chunk by chunk, so that vectors are still in cache when they are used.
+    def _run(self, vectors: Float32Array, examples: Examples, out: Float32Array, **learning: Any) -> None:
+        """The kernels, on the vectors of the reserved keys and then those of the examples."""
+        first = len(self._reserved_keys)
+        self._maths.run(
+            vectors[first:],
+            out,
+            num_fields=examples.num_fields,
+            offsets=examples.offsets,
+            values=examples.values,
+            fields=examples.fields,
+            num_threads=hashemb.get_num_threads(),
+            **self._shared(vectors[:first]),
+            **learning,
+        )
 
-        Returns all keys, the reserved ones first, and their vectors; with labels, those of the examples have become
-        gradients, and what the examples share the gradient of is summed in `_maths`.
+    def _find_distinct(
+        self, keys: KeyArray
+    ) -> tuple[npt.NDArray[np.uint64], Float32Array, Float32Array, npt.NDArray[np.int32]]:
+        """The reserved and the distinct keys, room for their vectors, gradients of 0, and where each key stands.
+
+        A batch of clicks repeats most of its keys: 1,024 rows of Criteo's file have some 8 distinct keys a row of their 39.
         """
-        first = looked_up = len(self._reserved_keys)
-        keys, vectors = self._stage(examples.keys)
-        self._maths.start()
-        shared: dict[str, Any] = {}
-        for start, stop in self._chunks(examples):
-            end = first + examples.keys_before(stop)
-            rows = slice(looked_up if shared else 0, end)
-            self.table.lookup(keys[rows], out=vectors[rows])
-            shared = shared or self._shared(vectors[:first])
-            part = examples.part(start, stop)
-            self._maths.run(
-                vectors[looked_up:end],
-                out[start:stop],
-                num_fields=part.num_fields,
-                offsets=part.offsets,
-                values=part.values,
-                fields=part.fields,
-                labels=None if labels is None else labels[start:stop],
-                weights=None if weights is None else weights[start:stop],
-                logits=logits,
-                num_threads=hashemb.get_num_threads(),
-                **shared,
-            )
-            looked_up = end
-        return keys, vectors
+        first = len(self._reserved_keys)
+        self._reserve(keys.size)
+        index, room = self._index[: keys.size], self._keys[first : first + keys.size]
+        count = first + self._distinct.find(np.ascontiguousarray(keys, np.uint64).reshape(-1), room, index)
+        gradients = self._gradients[:count]
+        gradients.fill(0.0)
+        return self._keys[:count], self._vectors[:count], gradients, index
 
     def _chunks(self, examples: Examples) -> Iterator[tuple[int, int]]:
         """Ranges of examples whose vectors fit the cache; cut where no sum depends on it."""
@@ -215,16 +218,14 @@ class HashedModel:
         for start in range(0, examples.count, size):
             yield start, min(start + size, examples.count)
 
-    def _stage(self, keys: KeyArray) -> tuple[npt.NDArray[np.uint64], Float32Array]:
-        """The reserved keys and `keys` as one array, and the buffer for their vectors."""
+    def _reserve(self, num_keys: int) -> None:
+        """Make room for the reserved keys and so many others."""
         first, dim = len(self._reserved_keys), self.table.embedding_dim
-        count = first + keys.size
+        count = first + num_keys
         if self._keys.size < count:
-            self._keys = np.empty(count, np.uint64)
+            self._keys, self._index = np.empty(count, np.uint64), np.empty(count, np.int32)
             self._keys[:first] = self._reserved_keys
-            self._vectors = _empty_at_line(count * dim).reshape(count, dim)
-        self._keys[first:count].reshape(keys.shape)[...] = keys
-        return self._keys[:count], self._vectors[:count]
+            self._vectors, self._gradients = (_empty_at_line(count * dim).reshape(count, dim) for _ in range(2))
 
     def _shared(self, vectors: Float32Array) -> dict[str, Any]:
         """What all examples share, from the vectors of the reserved keys, as arguments of the kernels."""

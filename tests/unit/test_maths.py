@@ -28,12 +28,16 @@ def isa(request: Any) -> Iterator[str]:
 
 
 def batch(kind: str, dim: int, num_fields: int, form: str, n: int = 150) -> dict[str, Any]:
-    """Arguments of the twin. Ragged examples have 0 to 6 keys, in no order of their fields, and repeat fields."""
+    """Arguments of the twin. Ragged examples have 0 to 6 keys, in no order of their fields, and repeat fields.
+
+    There are half as many vectors as keys: some occur in several examples, some more than once in one, some nowhere.
+    """
     rng = np.random.default_rng(dim * 100 + num_fields)
     counts = np.full(n, num_fields) if form in ("matrix", "values") else rng.integers(0, 7, n)
     num_keys = int(counts.sum())
     arguments: dict[str, Any] = {
-        "vectors": rng.normal(0.0, 0.4, (num_keys, dim)).astype(np.float32),
+        "vectors": rng.normal(0.0, 0.4, (num_keys // 2, dim)).astype(np.float32),
+        "index": rng.integers(0, num_keys // 2, num_keys).astype(np.int32),
         "labels": rng.integers(0, 2, n).astype(np.float32),
         "bias": 0.25,
         "num_fields": num_fields,
@@ -53,14 +57,18 @@ def batch(kind: str, dim: int, num_fields: int, form: str, n: int = 150) -> dict
 def run(kind: str, arguments: dict[str, Any], num_threads: int = 1) -> _reference_maths.Outcome:
     """The extension, with the twin's arguments and results."""
     rest = {name: value for name, value in arguments.items() if name not in ("vectors", "labels", "weights")}
-    maths = _maths.Maths(kind, arguments["vectors"].shape[1], arguments["num_fields"])
     vectors = arguments["vectors"].copy()
-    logits, probabilities = np.empty((2, len(arguments["labels"])), np.float32)
+    maths = _maths.Maths(kind, vectors.shape[1], arguments["num_fields"])
+    logits, other_logits, probabilities = np.empty((3, len(arguments["labels"])), np.float32)
     maths.run(vectors, logits, logits=True, num_threads=num_threads, **rest)
-    np.testing.assert_array_equal(vectors, arguments["vectors"], "without labels nothing is written to the vectors")
-    learning = {"labels": arguments["labels"], "weights": arguments.get("weights")}
+    each = rest | {"index": None}
+    maths.run(vectors[arguments["index"]], other_logits, logits=True, num_threads=num_threads, **each)
+    np.testing.assert_array_equal(logits, other_logits, "a vector for each key")
+    gradients = np.zeros_like(vectors)
+    learning = {"labels": arguments["labels"], "weights": arguments.get("weights"), "gradients": gradients}
     maths.run(vectors, probabilities, num_threads=num_threads, **learning, **rest)
-    return _reference_maths.Outcome(logits, probabilities, vectors, maths.residual, maths.pair_gradients)
+    np.testing.assert_array_equal(vectors, arguments["vectors"], "nothing is written to the vectors")
+    return _reference_maths.Outcome(logits, probabilities, gradients, maths.residual, maths.pair_gradients)
 
 
 def assert_same_bits(a: _reference_maths.Outcome, b: _reference_maths.Outcome) -> None:
@@ -74,7 +82,7 @@ def test_fast_equals_slow(isa: str, kind: str, dim: int, num_fields: int, form: 
     arguments = batch(kind, dim, num_fields, form)
     expected = _reference_maths.run(kind, **arguments)
     assert np.abs(expected.gradients).max() > 0.1
-    assert len(np.unique(expected.logits)) > 100
+    assert len(np.unique(expected.logits)) > 50
     assert_same_bits(run(kind, arguments), expected)
 
 
@@ -95,17 +103,47 @@ def test_sums_do_not_depend_on_where_a_batch_is_cut(kind: str, dim: int, num_fie
     maths = _maths.Maths(kind, dim, num_fields)
     out = np.empty(len(arguments["labels"]), np.float32)
     cut = 3 * _maths.BLOCK_EXAMPLES
+    gradients = np.zeros_like(arguments["vectors"])
     for part in (slice(0, cut), slice(cut, None)):
-        rows = slice(part.start * num_fields, None if part.stop is None else part.stop * num_fields)
+        keys = slice(part.start * num_fields, None if part.stop is None else part.stop * num_fields)
         maths.run(
-            arguments["vectors"][rows].copy(), out[part], bias=0.25, num_fields=num_fields,
-            labels=arguments["labels"][part], pair_weights=arguments.get("pair_weights"),
+            arguments["vectors"], out[part], bias=0.25, num_fields=num_fields, index=arguments["index"][keys],
+            gradients=gradients, labels=arguments["labels"][part], pair_weights=arguments.get("pair_weights"),
         )  # fmt: skip
+    np.testing.assert_array_equal(gradients, whole.gradients)
     assert maths.residual == whole.residual
     np.testing.assert_array_equal(maths.pair_gradients, whole.pair_gradients)
     maths.start()
     assert maths.residual == 0.0
     assert not maths.pair_gradients.any()
+
+
+@pytest.mark.parametrize("num_distinct", [1, 3, 100, 1000, 10**9])
+def test_distinct_keys_come_in_the_order_of_their_first_places(num_distinct: int) -> None:
+    """Also the same object on batches of other sizes, and keys that differ in their highest or lowest bits only."""
+    rng, finder = np.random.default_rng(num_distinct), _maths.DistinctKeys()
+    for n in (1000, 1, 0, 20_000, 7):
+        for shift in (0, 34):
+            keys = rng.integers(0, num_distinct, n, np.uint64) << np.uint64(shift)
+            found, index = np.zeros(n, np.uint64), np.empty(n, np.int32)
+            count = finder.find(keys, found, index)
+            np.testing.assert_array_equal(found[:count], keys[np.sort(np.unique(keys, return_index=True)[1])])
+            np.testing.assert_array_equal(found[index], keys)
+            assert not found[count:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": np.zeros(4, np.int64)}, TypeError, "keys: expected a C-contiguous array.*int64"),
+        ({"distinct": np.zeros(3, np.uint64)}, ValueError, "distinct: expected 4 elements, got 3"),
+        ({"index": np.zeros(5, np.int32)}, ValueError, "index: expected 4 elements, got 5"),
+    ],
+)
+def test_distinct_keys_stay_within_their_arrays(change: Any, error: type[Exception], message: str) -> None:
+    arrays = {"keys": np.zeros(4, np.uint64), "distinct": np.zeros(4, np.uint64), "index": np.zeros(4, np.int32)}
+    with pytest.raises(error, match=message):
+        _maths.DistinctKeys().find(**(arrays | change))
 
 
 def test_sigmoid_is_rounded_once() -> None:
@@ -134,7 +172,7 @@ def test_logits_that_are_not_finite_are_left_in_place_of_probabilities() -> None
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"vectors": np.zeros((7, 3), np.float32)}, ValueError, "7 vectors are not those of 4 examples of 2 keys"),
+        ({"vectors": np.zeros((7, 3), np.float32)}, ValueError, "7 keys are not those of 4 examples of 2 keys"),
         ({"vectors": np.zeros((8, 3))}, TypeError, "vectors: expected a C-contiguous array.*float64"),
         ({"out": np.zeros(8, np.float32)[::2]}, TypeError, "out: expected a C-contiguous array"),
         ({"labels": np.zeros(3, np.float32)}, ValueError, "labels: expected 4 elements, got 3"),
@@ -146,6 +184,12 @@ def test_logits_that_are_not_finite_are_left_in_place_of_probabilities() -> None
         ({"offsets": np.arange(0, 9, 2), "fields": np.full(8, 2, np.int32)}, ValueError, "between 0 and 1"),
         ({"offsets": np.arange(0, 9, 2), "fields": np.full(8, -1, np.int32)}, ValueError, "between 0 and 1"),
         ({"pair_weights": None}, ValueError, "fwfm needs pair_weights"),
+        ({"labels": np.zeros(4, np.float32)}, ValueError, "labels need an index and gradients"),
+        ({"index": np.full(8, 8, np.int32)}, ValueError, "an index must be between 0 and 7"),
+        ({"index": np.full(8, -1, np.int32)}, ValueError, "an index must be between 0 and 7"),
+        ({"index": np.zeros(9, np.int32)}, ValueError, "9 keys are not those of 4 examples of 2 keys"),
+        ({"index": np.zeros(8)}, TypeError, "index: expected a C-contiguous array.*float64"),
+        ({"gradients": np.zeros((7, 3), np.float32)}, ValueError, "gradients: expected 24 elements, got 21"),
     ],
 )
 def test_what_would_reach_outside_an_array(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -9,8 +9,9 @@
 #include "numerics.h"
 #include "parallel.h"
 
-/* Examples take a thread about .3 us each, and waking one takes some 10 us. */
-enum { HM_FLOATS_PER_THREAD = 1 << 15 };
+/* Examples take a thread about .3 us each, and waking one takes some 10 us. A thread alone sums gradients as it goes; where
+ * there are several, one does it when all are done, which a factorisation machine gains by only from four on. */
+enum { HM_FLOATS_PER_THREAD = 1 << 15, HM_FM_THREADS = 4 };
 
 HE_INLINE int64_t hm_padded(int64_t n) { return (n + HM_LANES - 1) / HM_LANES * HM_LANES; }
 
@@ -21,19 +22,21 @@ HE_INLINE double hm_probability(double z) {
     return (z < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
-/* One example of a batch. */
+/* One example of a batch. Its vectors are written to only where they are copies. */
 typedef struct {
     float *vectors;
+    const int32_t *index;
     const float *values;
     const int32_t *fields;
     int64_t n;
 } hm_example;
 
-HE_INLINE hm_example hm_example_at(const hm_batch *b, int64_t e) {
+HE_INLINE hm_example hm_example_at(const hm_batch *b, const hm_scratch *s, int64_t e) {
     const int64_t first = b->offsets ? b->offsets[e] - b->offsets[0] : e * b->num_fields;
     hm_example x;
     x.n = b->offsets ? b->offsets[e + 1] - b->offsets[e] : b->num_fields;
-    x.vectors = b->vectors + first * b->dim;
+    x.vectors = b->index ? s->vectors + (s->has_batch ? first * b->dim : 0) : (float *)b->vectors + first * b->dim;
+    x.index = b->index ? b->index + first : NULL;
     x.values = b->values ? b->values + first : NULL;
     x.fields = b->offsets && b->fields ? b->fields + first : NULL;
     return x;
@@ -63,10 +66,10 @@ HE_END_TARGET
 
 /* Slowest first. */
 static const hm_kernels variants[] = {
-    {"baseline", block_baseline},
+    {"baseline", block_baseline, add_gradients_baseline},
 #if HE_X86
-    {"avx2", block_avx2},
-    {"avx512", block_avx512},
+    {"avx2", block_avx2, add_gradients_avx2},
+    {"avx512", block_avx512, add_gradients_avx512},
 #endif
 };
 enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]) };
@@ -114,20 +117,47 @@ int64_t hm_num_pairs(const hm_batch *b) {
     return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0;
 }
 
+static int threads_for(const hm_batch *b, int num_threads) {
+    const int64_t floats = b->num_examples * HE_MAX(b->max_keys, 1) * b->dim;
+    const int64_t useful = HE_MIN(floats / HM_FLOATS_PER_THREAD, num_blocks(b));
+    if (b->kind == HM_FM && b->labels && HE_MIN(useful, num_threads) < HM_FM_THREADS) return 1;
+    return (int)HE_MAX(1, HE_MIN(useful, num_threads));
+}
+
 static int64_t scratch_floats(const hm_batch *b) {
     const int64_t rows = b->kind == HM_FM ? 1 : 2;
     return hm_padded(b->dim) * (rows * b->max_keys + 2 + hm_num_pairs(b));
 }
 
-int64_t hm_memory_bytes(const hm_batch *b, int num_threads) {
-    const int64_t shared = num_blocks(b) * ((int64_t)sizeof(hm_shared) + hm_num_pairs(b) * 4);
-    return num_threads * scratch_floats(b) * 4 + shared + HE_LINE_BYTES;
+/* Vectors that are copied: of an example if one thread sums their gradients as it goes, else of the batch. */
+static int64_t copied_floats(const hm_batch *b, int num_threads) {
+    if (!b->index) return 0;
+    return hm_padded(b->labels && num_threads > 1 ? b->num_keys * b->dim : num_threads * hm_padded(b->max_keys * b->dim));
 }
 
-static hm_scratch scratch_of(const hm_batch *b, float *memory) {
+int64_t hm_memory_bytes(const hm_batch *b, int num_threads) {
+    const int64_t shared = num_blocks(b) * ((int64_t)sizeof(hm_shared) + hm_num_pairs(b) * 4);
+    num_threads = threads_for(b, num_threads);
+    return (copied_floats(b, num_threads) + num_threads * scratch_floats(b)) * 4 + shared + HE_LINE_BYTES;
+}
+
+/* ---- a batch over threads: whoever is free takes the next block; each block leaves its own sums ---- */
+
+typedef struct {
+    const hm_batch *batch;
+    float *copies, *scratch;
+    hm_shared *shared;
+    int64_t next;
+    int num_threads;
+} job_t;
+
+static hm_scratch scratch_of(const job_t *job, int thread) {
+    const hm_batch *b = job->batch;
     const int64_t stride = hm_padded(b->dim);
     hm_scratch s;
-    s.sums = memory;
+    s.has_batch = b->labels && job->num_threads > 1;
+    s.vectors = job->copies + (s.has_batch ? 0 : thread * hm_padded(b->max_keys * b->dim));
+    s.sums = job->scratch + thread * scratch_floats(b);
     s.lanes = s.sums + stride;
     s.rows = s.lanes + stride;
     s.others = s.rows + b->max_keys * stride;
@@ -135,19 +165,10 @@ static hm_scratch scratch_of(const hm_batch *b, float *memory) {
     return s;
 }
 
-/* ---- a batch over threads: whoever is free takes the next block; each block leaves its own sums ---- */
-
-typedef struct {
-    const hm_batch *batch;
-    float *scratch;
-    hm_shared *shared;
-    int64_t next;
-} job_t;
-
 static void work(void *arg, int thread) {
     job_t *job = arg;
     const hm_batch *b = job->batch;
-    const hm_scratch s = scratch_of(b, job->scratch + thread * scratch_floats(b));
+    const hm_scratch s = scratch_of(job, thread);
     const int64_t n = num_blocks(b);
     for (;;) {
         const int64_t block = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
@@ -156,25 +177,70 @@ static void work(void *arg, int thread) {
     }
 }
 
-static int threads_for(const hm_batch *b, int num_threads) {
-    const int64_t floats = b->num_examples * HE_MAX(b->max_keys, 1) * b->dim;
-    const int64_t useful = HE_MIN(floats / HM_FLOATS_PER_THREAD, num_blocks(b));
-    return (int)HE_MAX(1, HE_MIN(useful, num_threads));
-}
-
 void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) {
     const int64_t blocks = num_blocks(b), pairs = hm_num_pairs(b);
-    job_t job = {b, (float *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)), NULL, 0};
-    job.shared = (hm_shared *)(job.scratch + num_threads * scratch_floats(b));
+    float *start = (float *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1));
+    job_t job = {b, start, NULL, NULL, 0, threads_for(b, num_threads)};
+    job.scratch = start + copied_floats(b, job.num_threads);
+    job.shared = (hm_shared *)(job.scratch + job.num_threads * scratch_floats(b));
     for (int64_t i = 0; i < blocks; i++) {
         job.shared[i].residual = 0.0;
         job.shared[i].pairs = (float *)(job.shared + blocks) + i * pairs;
     }
-    he_parallel(work, &job, threads_for(b, num_threads));
-    for (int64_t i = 0; b->labels && i < blocks; i++) {
+    he_parallel(work, &job, job.num_threads);
+    if (!b->labels) return;
+    const hm_scratch s = scratch_of(&job, 0);
+    if (s.has_batch) hm_kernels_active()->add_gradients(b, &s);
+    for (int64_t i = 0; i < blocks; i++) {
         *residual += job.shared[i].residual;
         for (int64_t p = 0; p < pairs; p++) pair_gradients[p] += (double)job.shared[i].pairs[p];
     }
+}
+
+/* ---- distinct keys: open addressing, at most a quarter of the slots taken; a slot holds a number + 1 ---- */
+
+enum { HM_LEAST_SLOT_BITS = 8 };
+
+static int slot_bits_for(int64_t n) {
+    int bits = HM_LEAST_SLOT_BITS;
+    while (INT64_C(1) << bits < 4 * n) bits++;
+    return bits;
+}
+
+int64_t hm_slots(int64_t n) { return INT64_C(1) << slot_bits_for(n); }
+
+static void fill_slots(const uint64_t *distinct, int64_t count, uint32_t *slots, int bits) {
+    const uint64_t mask = (UINT64_C(1) << bits) - 1;
+    memset(slots, 0, sizeof(*slots) << bits);
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t at = (distinct[i] * HE_GOLDEN) >> (64 - bits);
+        while (slots[at]) at = (at + 1) & mask;
+        slots[at] = (uint32_t)i + 1;
+    }
+}
+
+int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *guess) {
+    const int most = slot_bits_for(n);
+    int bits = HE_MIN(HE_MAX(*guess, HM_LEAST_SLOT_BITS), most);
+    int64_t count = 0, i = 0;
+    for (; i < n; bits = HE_MIN(bits + 2, most)) {
+        const uint64_t mask = (UINT64_C(1) << bits) - 1;
+        const int64_t room = bits == most ? n : INT64_C(1) << (bits - 2);
+        fill_slots(distinct, count, slots, bits);
+        for (; i < n && count < room; i++) {
+            const uint64_t key = keys[i];
+            uint64_t at = (key * HE_GOLDEN) >> (64 - bits);
+            uint32_t number;
+            while ((number = slots[at]) != 0 && HE_UNLIKELY(distinct[number - 1] != key)) at = (at + 1) & mask;
+            if (!number) {
+                distinct[count] = key;
+                slots[at] = number = (uint32_t)++count;
+            }
+            index[i] = (int32_t)number - 1;
+        }
+    }
+    *guess = slot_bits_for(count);
+    return count;
 }
 
 /* ---- small loops over a batch ---- */
@@ -215,8 +281,8 @@ int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_ke
     return offsets[num_examples] - offsets[0] == num_keys ? most : -1;
 }
 
-int hm_fields_fit(const int32_t *fields, int64_t n, int64_t num_fields) {
-    int fit = 1;
-    for (int64_t i = 0; i < n; i++) fit &= fields[i] >= 0 && fields[i] < num_fields;
-    return fit;
+int hm_index_fits(const int32_t *index, int64_t n, int64_t limit) {
+    uint32_t outside = 0;
+    for (int64_t i = 0; i < n; i++) outside |= (uint32_t)((int64_t)(uint32_t)index[i] >= limit);
+    return !outside;
 }

@@ -75,7 +75,7 @@ class ParquetSource:
 
     def _record_batches(self, columns: list[str]) -> Iterator[Any]:
         try:
-            yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
+            yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=True)
         except OSError as error:
             raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
 

@@ -26,7 +26,7 @@ from hashemb.ctr.readers import BadLine, Reader, open_reader
 
 __all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
 
-_READ_AHEAD_EXAMPLES = 8192
+_READ_AHEAD_EXAMPLES = 1 << 15
 
 
 @dataclass

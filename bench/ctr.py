@@ -28,7 +28,7 @@ from bench.ctr_sides import FM, LR, START_ROWS, Side, sides
 from bench.harness import OURS, Clock, Mismatch, Result, Settings, available, summaries
 from bench.process import Usage, run_command, usable_cpus
 
-ROWS = {"smoke": 2_000, "usual": 1_000_000, "full": 10_000_000}
+ROWS = {"smoke": 2_000, "usual": 4_000_000, "full": 20_000_000}
 MAX_REPEATS = 5
 CPUS = 2
 TIMEOUT_S = 4 * 3600.0

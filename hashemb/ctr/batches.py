@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Batch", "rebatch"]
+from hashemb.ctr._maths import DistinctKeys
+
+__all__ = ["Batch", "number_keys", "rebatch"]
 
 
 class Batch(NamedTuple):
@@ -29,6 +31,8 @@ class Batch(NamedTuple):
         Field of each key, a position in ``reader.field_names``. In the matrix form it is the column; libsvm has none.
     weights : ndarray of float32, shape (n,), or None
         Importance of the examples; None: all are 1.
+    numbering : (ndarray of uint64, shape (m,), ndarray of int32, of as many elements as `keys`), or None
+        The distinct keys, and where in them each key stands, if somebody has found that out before the batch is learned.
     """
 
     labels: npt.NDArray[np.float32] | None
@@ -37,6 +41,7 @@ class Batch(NamedTuple):
     values: npt.NDArray[np.float32] | None = None
     fields: npt.NDArray[np.int32] | None = None
     weights: npt.NDArray[np.float32] | None = None
+    numbering: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -63,6 +68,18 @@ class Batch(NamedTuple):
             _part(self.fields, flat),
             _part(self.weights, rows),
         )
+
+
+def number_keys(finder: DistinctKeys) -> Callable[[Batch], Batch]:
+    """What adds the `numbering` to a batch, with a finder that nobody else uses."""
+
+    def numbered(batch: Batch) -> Batch:
+        keys = batch.keys.reshape(-1)
+        distinct, index = np.empty(keys.size, np.uint64), np.empty(keys.size, np.int32)
+        count = finder.find(keys, distinct, index)
+        return batch._replace(numbering=(distinct[:count].copy(), index))
+
+    return numbered
 
 
 def _part(array: npt.NDArray[Any] | None, rows: slice) -> Any:
@@ -92,7 +109,7 @@ def _join(batches: list[Batch]) -> Batch:
         return batches[0]
     labels, keys, _, values, fields, weights = (
         None if any(array is None for array in arrays) else np.concatenate(arrays)
-        for arrays in zip(*batches, strict=True)
+        for arrays in zip(*(batch[:-1] for batch in batches), strict=True)  # a numbering can't be joined
     )
     assert keys is not None
     return Batch(labels, keys, _joined_offsets(batches), values, fields, weights)

@@ -19,6 +19,7 @@ __all__ = ["BIAS_FIELD", "HashedModel"]
 
 Float32Array = npt.NDArray[np.float32]
 KeyArray = npt.NDArray[Any]
+Numbering = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]
 
 BIAS_FIELD = "hashemb.bias"  # reserved: no data column may have this name
 _CHUNK_BYTES = 1 << 20  # of vectors between look-up and maths: half of a common per-core L2 cache
@@ -119,6 +120,7 @@ class HashedModel:
         values: Any = None,
         fields: Any = None,
         weights: npt.ArrayLike | None = None,
+        numbering: Numbering | None = None,
     ) -> Float32Array:
         """Score a batch, then take one optimiser step on its summed logistic loss.
 
@@ -130,6 +132,9 @@ class HashedModel:
             In [0, 1]; 0 or 1 for clicks.
         weights : array_like, shape (n,), optional
             Importance of each example, finite and >= 0: what its loss is multiplied by. Default: all 1.
+        numbering : (ndarray of uint64, ndarray of int32), optional
+            The distinct keys of the batch, and where in them each key stands, if they are known: `Batch.numbering`. That they
+            are those of `keys` is not checked.
 
         Returns
         -------
@@ -159,7 +164,7 @@ class HashedModel:
         if examples.count == 0:
             return probabilities
         first = len(self._reserved_keys)
-        keys, vectors, gradients, index = self._find_distinct(examples.keys)
+        keys, vectors, gradients, index = self._find_distinct(examples.keys, numbering)
         self.table.lookup(keys, out=vectors)
         self._maths.start()
         self._run(vectors, examples, probabilities, index=index, labels=y, weights=w, gradients=gradients[first:])
@@ -197,7 +202,7 @@ class HashedModel:
         )
 
     def _find_distinct(
-        self, keys: KeyArray
+        self, keys: KeyArray, numbering: Numbering | None
     ) -> tuple[npt.NDArray[np.uint64], Float32Array, Float32Array, npt.NDArray[np.int32]]:
         """The reserved and the distinct keys, room for their vectors, gradients of 0, and where each key stands.
 
@@ -206,7 +211,12 @@ class HashedModel:
         first = len(self._reserved_keys)
         self._reserve(keys.size)
         index, room = self._index[: keys.size], self._keys[first : first + keys.size]
-        count = first + self._distinct.find(np.ascontiguousarray(keys, np.uint64).reshape(-1), room, index)
+        if numbering is None:
+            count = first + self._distinct.find(np.ascontiguousarray(keys, np.uint64).reshape(-1), room, index)
+        else:
+            distinct, index = numbering
+            count = first + len(distinct)
+            self._keys[first:count] = distinct
         gradients = self._gradients[:count]
         gradients.fill(0.0)
         return self._keys[:count], self._vectors[:count], gradients, index

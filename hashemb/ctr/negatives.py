@@ -127,4 +127,5 @@ def _selected(batch: Batch, kept: npt.NDArray[np.bool_]) -> Batch:
         values=None if batch.values is None else batch.values[of_keys],
         fields=None if batch.fields is None else batch.fields[of_keys],
         weights=None if batch.weights is None else batch.weights[kept],
+        numbering=None,
     )

@@ -33,8 +33,8 @@ __all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValida
 class Learner(Protocol):
     """A model that learns in batches and answers what it believed before it saw the labels.
 
-    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name, `learn` its ``weights`` too; what a
-    batch does not have is not passed.
+    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name, `learn` its ``weights`` and ``numbering``
+    too; what a batch does not have is not passed.
     """
 
     def learn(
@@ -46,6 +46,7 @@ class Learner(Protocol):
         values: npt.NDArray[np.float32] | None = None,
         fields: npt.NDArray[np.int32] | None = None,
         weights: npt.NDArray[np.float32] | None = None,
+        numbering: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Probabilities before the update, shape (n,)."""
 
@@ -272,6 +273,8 @@ class ProgressiveValidator:
             batch = batch._replace(weights=self.negatives.importance(batch))
         assert batch.labels is not None
         importance: dict[str, Any] = {} if batch.weights is None else {"weights": batch.weights}
+        if batch.numbering is not None:
+            importance["numbering"] = batch.numbering
         return self.model.learn(batch.keys, batch.labels, **batch.features(), **importance)
 
     def _already(self, batch: Batch, examples: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 __all__ = ["read_ahead"]
@@ -12,7 +12,9 @@ __all__ = ["read_ahead"]
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+def read_ahead(
+    items: Iterable[T], depth: int = 2, *, at_leisure: Callable[[T], T] | None = None
+) -> Generator[T, None, None]:
     """Iterate over `items` from a thread of its own, at most `depth` items ahead.
 
     The order is kept, an exception of `items` is raised here in its place, and closing the iterator ends the
@@ -24,13 +26,15 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
         Advanced by the thread only.
     depth : int
         Items held ready, >= 1.
+    at_leisure : callable, optional
+        What the thread does to an item if at least half as many as it holds are ready: work that the caller does otherwise.
 
     Examples
     --------
     >>> list(read_ahead(range(3)))
     [0, 1, 2]
     """
-    buffer: _Buffer[T] = _Buffer(depth)
+    buffer: _Buffer[T] = _Buffer(depth, at_leisure)
     thread = threading.Thread(target=buffer.fill, args=(items,), name="hashemb-read-ahead", daemon=True)
     thread.start()
     try:
@@ -46,8 +50,8 @@ class _Buffer(Generic[T]):
     Once full it is filled again only when half empty: to wake a thread costs as much as to learn from some of them.
     """
 
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
+    def __init__(self, depth: int, at_leisure: Callable[[T], T] | None) -> None:
+        self._depth, self._at_leisure = depth, at_leisure
         self._ready: deque[T] = deque()
         self._changed = threading.Condition()
         self._is_stopped = self._is_done = False
@@ -57,6 +61,8 @@ class _Buffer(Generic[T]):
         """Take all items, or as many as are wanted; keep what they raise."""
         try:
             for item in items:
+                if self._at_leisure is not None and 2 * len(self._ready) >= self._depth:
+                    item = self._at_leisure(item)
                 if not self._put(item):
                     return
         except BaseException as error:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hashemb.ctr.batches import Batch
+from hashemb.ctr._maths import DistinctKeys
+from hashemb.ctr.batches import Batch, number_keys
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, write_card
 from hashemb.ctr.models import HashedModel
@@ -252,7 +253,8 @@ class Trainer:
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
         reader = open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
-        batches = read_ahead(reader, depth=max(2, _READ_AHEAD_EXAMPLES // self.card.batch_size))
+        depth = max(2, _READ_AHEAD_EXAMPLES // self.card.batch_size)
+        batches = read_ahead(reader, depth, at_leisure=number_keys(DistinctKeys()))
         try:
             for batch in batches:
                 rows = []

@@ -6,6 +6,10 @@ Everything that can be set is in frappe_deep.json beside this file; --set change
 run. --tune never reads the test file: it is how the settings were found. DIRECTORY is that of frappe.py. BARS reports,
 on the test file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
 
+The names that end in "-redrawn" learn with other negatives in every epoch, as is usual where negatives are sampled: the
+train file's own are no observations, but one draw of two items for each positive, uniform over the items that are not
+positive for its user. These models draw them again by that rule from the train file alone, as many as it has.
+
 Both learning rates, the table's and the tower's, fall in a straight line from their first value to 0 over all epochs.
 Test figures are those of the epoch with the best validation AUC.
 """
@@ -47,6 +51,7 @@ def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: boo
         embedding_dim=settings["embedding_dim"],
         optimizer=getattr(hashemb, optimizer.pop("class"))(**optimizer),
         init=hashemb.Normal(settings["init_std"]),
+        dtype=settings["dtype"],
         seed=seed,
     )
     with table:
@@ -66,7 +71,10 @@ def fit(
     best: dict[str, float] = {"valid_auc": 0.0}
     started = time.perf_counter()
     for epoch in range(1, settings["epochs"] + 1):
-        for loss in losses(model, data["train"], settings["batch_size"], rng):
+        keys, labels = data["train"]
+        if settings["negatives"] == "redrawn":
+            keys = redrawn(keys, labels, rng)
+        for loss in losses(model, (keys, labels), settings["batch_size"], rng):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -81,6 +89,20 @@ def fit(
             test = evaluate(model, data["test"], "test") if "test" in data else {}
             best = {"epoch": epoch, **figures, **test}
     return best | {"seconds": time.perf_counter() - started}
+
+
+def redrawn(keys: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The keys with another item in each negative: any of the file but those positive for its user in the file."""
+    users, items = np.unique(keys[:, 0], return_inverse=True)[1], np.unique(keys[:, 1])
+    positive = np.zeros((users.max() + 1, items.size), bool)
+    is_positive = labels == 1
+    positive[users[is_positive], np.searchsorted(items, keys[is_positive, 1])] = True
+    keys, rows = keys.copy(), np.flatnonzero(~is_positive)
+    while rows.size:
+        drawn = rng.integers(items.size, size=rows.size)
+        keys[rows, 1] = items[drawn]
+        rows = rows[positive[users[rows], drawn]]
+    return keys
 
 
 def losses(
@@ -143,7 +165,7 @@ def main(arguments: list[str]) -> None:
         data = {name: (keys[:20_000], labels[:20_000]) for name, (keys, labels) in data.items()}
         models = {name: settings | {"epochs": 2} for name, settings in models.items()}
     names = ["valid_auc", *(["test_auc", "test_logloss"] if "test" in data else []), "epoch", "seconds"]
-    print(f"{'':<16}" + "".join(f"{name:>14}" for name in names))
+    print(f"{'':<24}" + "".join(f"{name:>14}" for name in names))
     for name in options.models or models:
         runs = []
         for seed in options.seeds:
@@ -158,7 +180,7 @@ def show(title: str, runs: list[dict[str, float]], names: list[str]) -> None:
     """A line of medians."""
     medians = [statistics.median(run[name] for run in runs) for name in names]
     cells = [f"{m:>14.0f}" if n in ("epoch", "seconds") else f"{m:>14.4f}" for n, m in zip(names, medians, strict=True)]
-    print(f"{title:<16}" + "".join(cells), flush=True)
+    print(f"{title:<24}" + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

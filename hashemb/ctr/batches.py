@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     weights : ndarray of float32, shape (n,), or None
         Importance of the examples; None: all are 1.
     numbering : (ndarray of uint64, shape (m,), ndarray of int32, of as many elements as `keys`), or None
-        The distinct keys, and where in them each key stands, if somebody has found that out before the batch is learned.
+        The distinct keys, and where in them each key stands, if that has been found out before the batch is learned.
     """
 
     labels: npt.NDArray[np.float32] | None

@@ -133,8 +133,8 @@ class HashedModel:
         weights : array_like, shape (n,), optional
             Importance of each example, finite and >= 0: what its loss is multiplied by. Default: all 1.
         numbering : (ndarray of uint64, ndarray of int32), optional
-            The distinct keys of the batch, and where in them each key stands, if they are known: `Batch.numbering`. That they
-            are those of `keys` is not checked.
+            The distinct keys of the batch, and where in them each key stands, if they are known: `Batch.numbering`.
+            That they are those of `keys` is not checked.
 
         Returns
         -------
@@ -206,7 +206,7 @@ class HashedModel:
     ) -> tuple[npt.NDArray[np.uint64], Float32Array, Float32Array, npt.NDArray[np.int32]]:
         """The reserved and the distinct keys, room for their vectors, gradients of 0, and where each key stands.
 
-        A batch of clicks repeats most of its keys: 1,024 rows of Criteo's file have some 8 distinct keys a row of their 39.
+        A batch of clicks repeats most of its keys: 1,024 rows of Criteo's file have 8 distinct keys a row, of 39.
         """
         first = len(self._reserved_keys)
         self._reserve(keys.size)

@@ -33,8 +33,8 @@ __all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValida
 class Learner(Protocol):
     """A model that learns in batches and answers what it believed before it saw the labels.
 
-    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name, `learn` its ``weights`` and ``numbering``
-    too; what a batch does not have is not passed.
+    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name, `learn` its ``weights`` and
+    ``numbering`` too; what a batch does not have is not passed.
     """
 
     def learn(

@@ -27,7 +27,7 @@ def read_ahead(
     depth : int
         Items held ready, >= 1.
     at_leisure : callable, optional
-        What the thread does to an item if at least half as many as it holds are ready: work that the caller does otherwise.
+        What the thread does to an item while half of `depth` or more are ready: work that the caller does otherwise.
 
     Examples
     --------

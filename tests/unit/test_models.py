@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 import hashemb
+from hashemb.ctr import _reference_maths
+from hashemb.ctr._maths import DistinctKeys
+from hashemb.ctr.batches import Batch, number_keys
 from hashemb.ctr.models import BIAS_FIELD, FactorizationMachine, logistic_loss
 
 RANKS = (0, 1, 4, 15)
@@ -107,16 +110,60 @@ def test_probability_is_the_same_in_any_batch(make_table: MakeTable, rank: int, 
     np.testing.assert_array_equal(whole, np.concatenate([model.predict_proba(part) for part in np.split(keys, 3)]))
 
 
-def test_learning_does_not_depend_on_the_cache_chunks(make_table: MakeTable, monkeypatch: Any) -> None:
+def test_predictions_do_not_depend_on_the_cache_chunks(make_table: MakeTable, monkeypatch: Any) -> None:
     keys, labels = random_batch(1000, 7)
-    results = []
+    model, results = FactorizationMachine(make_table(4)), []
+    before = model.learn(keys, labels)
     for chunk_bytes in (1, 10_000, 1 << 30):
         monkeypatch.setattr("hashemb.ctr.hashed_model._CHUNK_BYTES", chunk_bytes)
-        table = make_table(4)
-        FactorizationMachine(table).learn(keys, labels)
-        results.append(table.weight.copy())
+        results.append(model.predict_proba(keys))
+    assert not np.array_equal(results[0], before)
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize("rank", RANKS)
+def test_learning_is_the_update_of_all_keys(make_table: MakeTable, rank: int, num_threads: int) -> None:
+    """Bit for bit, where no two keys share a row: the table itself sums a gradient for each key of each example."""
+    keys, labels = random_batch(3000, 7)
+    bias_key = hashemb.hash_keys(["bias"], field=BIAS_FIELD)
+    options = {"num_embeddings": 10**7, "optimizer": hashemb.Adagrad(lr=0.1)}
+    fast, slow = make_table(rank, **options), make_table(rank, **options)
+    assert len(np.unique(fast.rows(np.append(keys, bias_key)))) == len(np.unique(keys)) + 1
+    hashemb.set_num_threads(num_threads)
+    try:
+        probabilities = FactorizationMachine(fast).learn(keys, labels)
+    finally:
+        hashemb.set_num_threads(2)
+    vectors = slow.lookup(keys.ravel())
+    expected = _reference_maths.run(
+        "fm", vectors, labels, bias=float(slow.lookup(bias_key)[0, 0]), num_fields=7, index=np.arange(keys.size)
+    )
+    bias_gradient = np.zeros((1, 1 + rank), np.float32)
+    bias_gradient[0, 0] = expected.residual
+    slow.update(np.append(bias_key, keys), np.concatenate([bias_gradient, expected.gradients]))
+    np.testing.assert_array_equal(probabilities, expected.probabilities)
+    np.testing.assert_array_equal(fast.weight, slow.weight)
+    np.testing.assert_array_equal(fast.state["accumulator"], slow.state["accumulator"])
+
+
+def test_keys_that_were_numbered_before(make_table: MakeTable) -> None:
+    keys, labels = random_batch(500, 7)
+    batch = number_keys(DistinctKeys())(Batch(labels, keys))
+    assert batch.numbering is not None
+    np.testing.assert_array_equal(batch.numbering[0][batch.numbering[1]], keys.ravel())
+    assert batch.examples(0, 100).numbering is None
+    plain, numbered = make_table(4), make_table(4)
+    FactorizationMachine(plain).learn(keys, labels)
+    model = FactorizationMachine(numbered)
+    model.learn(keys, labels, numbering=batch.numbering)
+    np.testing.assert_array_equal(plain.weight, numbered.weight)
+    with pytest.raises(ValueError, match="490 keys are not those of 500 examples of 7 keys"):
+        model.learn(keys, labels, numbering=(batch.numbering[0], batch.numbering[1][:490]))
+    with pytest.raises(ValueError, match="an index must be between 0 and 9"):
+        model.learn(keys, labels, numbering=(batch.numbering[0][:10], batch.numbering[1]))
+    np.testing.assert_array_equal(plain.weight, numbered.weight)
 
 
 def test_loss_is_summed_over_the_batch(make_table: MakeTable) -> None:

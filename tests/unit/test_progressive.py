@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,15 @@ def test_read_ahead_keeps_order_and_raises_in_place() -> None:
     assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
         next(ahead)
+
+
+def test_read_ahead_does_work_at_leisure_when_it_is_ahead() -> None:
+    items = read_ahead(range(100), depth=8, at_leisure=lambda item: -item)
+    time.sleep(0.2)
+    first = list(itertools.islice(items, 8))
+    assert first == [0, 1, 2, 3, -4, -5, -6, -7]
+    rest = list(items)
+    assert [abs(item) for item in first + rest] == list(range(100))
 
 
 def test_read_ahead_stays_within_its_depth_and_stops_when_closed() -> None:

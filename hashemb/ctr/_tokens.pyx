@@ -4,6 +4,8 @@ It knows blocks of whole lines and numbers, no files and no schema. Every call a
 for one pass over the text, and trims them.
 """
 
+import os
+
 import mmh3
 import numpy as np
 
@@ -42,6 +44,8 @@ cdef extern from "tokens.h" nogil:
                        const tok_buckets *buckets, int64_t row_keys, float *labels, uint64_t *keys, tok_odd *odd,
                        int64_t *num_odd) noexcept
     int64_t tok_criteo_max_rows(int64_t size) noexcept
+    int tok_uses_avx512() noexcept
+    void tok_limit_isa(int limited) noexcept
 
     ctypedef int tok_format
     ctypedef struct tok_fields:
@@ -269,3 +273,19 @@ cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
     return (None if labels is None else labels[:rows].copy(), offsets[:rows + 1].copy(), keys[:features].copy(),
             values[:features].copy(), None if fields is None else fields[:features].copy(),
             None if weights is None else weights[:rows].copy())
+
+
+def get_isa():
+    """The instruction set in use: "baseline" or "avx512"."""
+    return "avx512" if tok_uses_avx512() else "baseline"
+
+
+def set_isa(name):
+    """Uses no more than one instruction set: "baseline", "avx2" (for which there is nothing of its own) or "avx512"."""
+    if name not in ("baseline", "avx2", "avx512"):
+        raise ValueError(f"no instruction set {name!r}: there are baseline, avx2 and avx512")
+    tok_limit_isa(name != "avx512")
+
+
+if os.environ.get("HASHEMB_ISA"):
+    set_isa(os.environ["HASHEMB_ISA"])

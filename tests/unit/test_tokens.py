@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ SCHEMAS: list[dict[str, Kind]] = [
     {"I5": "count"},
     dict(reversed(CRITEO_SCHEMA.items())),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["baseline", "avx512"])
+def isa(request: Any) -> Iterator[None]:
+    before = _tokens.get_isa()
+    _tokens.set_isa(request.param)
+    if _tokens.get_isa() != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield
+    _tokens.set_isa(before)
+
+
+def test_instruction_sets_by_name() -> None:
+    with pytest.raises(ValueError, match="no instruction set 'sse9'"):
+        _tokens.set_isa("sse9")
 
 
 class Lines:

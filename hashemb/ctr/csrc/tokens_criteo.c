@@ -1,9 +1,10 @@
 /* Criteo lines -> keys. A line in which anything is out of the ordinary is not judged here but handed back. */
 #include "lines.h"
 #include "numbers.h"
+#include "portability.h"
 #include "tokens.h"
 
-enum { MIN_LINE_BYTES = TOK_COLUMNS - 1, MAX_TABS = TOK_COLUMNS + 1 };
+enum { MIN_LINE_BYTES = TOK_COLUMNS - 1, MAX_TABS = TOK_COLUMNS + 1, ROW_WORDS = 40 };
 
 /* Where the columns of a line end: at tabs, and the last one at its line feed. */
 typedef struct {
@@ -13,11 +14,32 @@ typedef struct {
     int is_plain;
 } line_index;
 
-typedef struct {
+typedef struct criteo_work criteo_work;
+typedef struct line_words line_words;
+
+struct criteo_work {
     const tok_column *columns;
     const tok_buckets *buckets;
     const uint8_t *limit; /* where the text ends */
-} criteo_work;
+    uint64_t seeds[ROW_WORDS], null_keys[ROW_WORDS]; /* of the columns, and padding */
+    int takes_all; /* every column is wanted, in the order of the file */
+    void (*hash_words)(const criteo_work *work, line_words *line);
+};
+
+static int is_limited; /* to what every CPU of its kind runs */
+
+void tok_limit_isa(int limited) { is_limited = limited; }
+
+int tok_uses_avx512(void)
+{
+#if HE_X86
+    __builtin_cpu_init();
+    return !is_limited && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+           && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
+#else
+    return 0;
+#endif
+}
 
 int64_t tok_count_lines(const uint8_t *text, int64_t size) { return lines_count(text, size); }
 
@@ -66,40 +88,81 @@ static inline int64_t count_bucket(const tok_buckets *buckets, int64_t x)
     return low;
 }
 
+/* What is hashed of a line: a word for each column, all bytes of which count; places past the columns are padding. */
+struct line_words {
+    uint64_t words[ROW_WORDS], lengths[ROW_WORDS], is_missing[ROW_WORDS], keys[ROW_WORDS];
+};
+
 /* Returns 0 where the integers of the line are not all plain ones. */
-static inline int hash_integers_of(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
-                                   uint64_t *row)
+static inline int take_integers(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
+                                line_words *to)
 {
     for (int j = 0; j < TOK_INTEGERS; j++) {
-        const tok_column *column = &work->columns[j];
         const uint8_t *p = line + begin;
         int32_t length = ends[j] - begin;
         int64_t value = 0;
         begin = ends[j] + 1;
         if (length > 0 && !parse_integer(p, length, work->limit - p, &value))
             return 0;
-        if (column->out < 0)
-            continue;
-        if (column->is_count)
+        if (work->columns[j].is_count)
             value = count_bucket(work->buckets, value);
-        row[column->out] = length > 0 ? murmur_hash_word((uint64_t)value, column->seed) : column->null_key;
+        to->words[j] = (uint64_t)value;
+        to->lengths[j] = sizeof value;
+        to->is_missing[j] = length == 0;
     }
     return 1;
 }
 
-static inline void hash_categories_of(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
-                                      uint64_t *row)
+/* Returns the set of the columns that are longer than a word. */
+static inline uint64_t take_categories(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
+                                       line_words *to)
 {
-    for (int j = 0; j < TOK_CATEGORIES; j++) {
-        const tok_column *column = &work->columns[TOK_INTEGERS + j];
+    uint64_t longer = 0;
+    for (int j = TOK_INTEGERS; j < TOK_COLUMNS; j++) {
         const uint8_t *p = line + begin;
-        int32_t length = ends[j] - begin;
+        size_t length = (size_t)(ends[j] - begin);
         begin = ends[j] + 1;
-        if (column->out < 0)
-            continue;
-        uint64_t key = murmur_hash_within(p, (size_t)length, (size_t)(work->limit - p), column->seed);
-        row[column->out] = length > 0 ? key : column->null_key;
+        to->words[j] = work->limit - p >= 8 ? murmur_load64(p) & murmur_byte_mask(length) : murmur_load_upto8(p, length);
+        to->lengths[j] = length;
+        to->is_missing[j] = length == 0;
+        longer |= (uint64_t)(length > 8) << j;
     }
+    return longer;
+}
+
+/* The columns side by side: murmur_hash_short of one word. */
+static inline void hash_words(const criteo_work *work, line_words *line)
+{
+    for (int j = 0; j < ROW_WORDS; j++) {
+        uint64_t seed = work->seeds[j];
+        uint64_t key = murmur_finish(seed ^ murmur_mix1(line->words[j]), seed, line->lengths[j]);
+        line->keys[j] = line->is_missing[j] ? work->null_keys[j] : key;
+    }
+}
+
+static void hash_words_baseline(const criteo_work *work, line_words *line) { hash_words(work, line); }
+
+#if HE_X86
+HE_BEGIN_TARGET(HE_AVX512) /* which multiplies words of 64 bits */
+static void hash_words_avx512(const criteo_work *work, line_words *line) { hash_words(work, line); }
+HE_END_TARGET
+#endif
+
+static void hash_line(const criteo_work *work, const uint8_t *line, const int32_t *ends, uint64_t longer, line_words *words,
+                      uint64_t *row)
+{
+    work->hash_words(work, words);
+    for (; longer; longer &= longer - 1) {
+        int j = __builtin_ctzll(longer);
+        const uint8_t *p = line + ends[j - 1] + 1;
+        words->keys[j] = murmur_hash_within(p, words->lengths[j], (size_t)(work->limit - p), work->columns[j].seed);
+    }
+    if (work->takes_all)
+        memcpy(row, words->keys, TOK_COLUMNS * sizeof *row);
+    else
+        for (int j = 0; j < TOK_COLUMNS; j++)
+            if (work->columns[j].out >= 0)
+                row[work->columns[j].out] = words->keys[j];
 }
 
 static inline int take_line(const criteo_work *work, const uint8_t *line, line_index *index, int labelled,
@@ -114,18 +177,35 @@ static inline int take_line(const criteo_work *work, const uint8_t *line, line_i
         *label = (float)(line[0] - '0');
     }
     int32_t begin = labelled ? index->tabs[0] + 1 : 0;
-    if (!hash_integers_of(work, line, index->tabs + labelled, begin, row))
+    line_words words;
+    words.words[TOK_COLUMNS] = words.lengths[TOK_COLUMNS] = words.is_missing[TOK_COLUMNS] = 0;
+    const int32_t *ends = index->tabs + labelled;
+    if (!take_integers(work, line, ends, begin, &words))
         return 0;
-    begin = index->tabs[labelled + TOK_INTEGERS - 1] + 1;
-    hash_categories_of(work, line, index->tabs + labelled + TOK_INTEGERS, begin, row);
+    hash_line(work, line, ends, take_categories(work, line, ends, ends[TOK_INTEGERS - 1] + 1, &words), &words, row);
     return 1;
+}
+
+static criteo_work work_on(const tok_column *columns, const tok_buckets *buckets, const uint8_t *limit)
+{
+    criteo_work work = {columns, buckets, limit, {0}, {0}, 1, hash_words_baseline};
+    for (int j = 0; j < TOK_COLUMNS; j++) {
+        work.seeds[j] = columns[j].seed;
+        work.null_keys[j] = columns[j].null_key;
+        work.takes_all &= columns[j].out == j;
+    }
+#if HE_X86
+    if (tok_uses_avx512())
+        work.hash_words = hash_words_avx512;
+#endif
+    return work;
 }
 
 int64_t tok_criteo(const uint8_t *text, int64_t size, int labelled, const tok_column *columns,
                    const tok_buckets *buckets, int64_t row_keys, float *labels, uint64_t *keys, tok_odd *odd,
                    int64_t *num_odd)
 {
-    criteo_work work = {columns, buckets, text + size};
+    criteo_work work = work_on(columns, buckets, text + size);
     int64_t row = 0, line = 0;
     float unused;
     *num_odd = 0;

@@ -30,7 +30,8 @@ class ParquetSource:
         try:
             with parquet.ParquetFile(path) as file:
                 names = _small_dictionaries(file)
-            self._file = parquet.ParquetFile(path, read_dictionary=names)
+            # pre-buffering keeps every row group that has been read until the file is closed
+            self._file = parquet.ParquetFile(path, read_dictionary=names, pre_buffer=False)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not readable as Parquet: {error}") from error
         self._size = os.path.getsize(path)

@@ -234,3 +234,20 @@ def test_schema_chooses_and_orders_fields(tmp_path: Path) -> None:
     assert np.array_equal(batch.keys[:, [0, 2]], whole.keys[:, [names.index("C2"), names.index("I2")]])
     raw = [int(row[1]) if row[1] else None for row in criteo_rows(20)]
     assert np.array_equal(batch.keys[:, 1], hashemb.hash_keys(raw, field="I1"))
+
+
+def test_parquet_takes_the_memory_of_a_row_group_not_of_the_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**62, (3, 160_000)).astype(str)
+    table = pa.table({"label": rng.integers(0, 2, 160_000), **dict(zip("abc", values, strict=True))})
+    pq.write_table(table, tmp_path / "t", row_group_size=8192)
+    del table
+    before, taken = pa.total_allocated_bytes(), []
+    with open_reader(tmp_path / "t", format="parquet", batch_size=4096) as reader:
+        for _ in reader:
+            taken.append(pa.total_allocated_bytes())
+    assert len(taken) == 40
+    assert max(taken) - before < 8e6, "the file has 8.8 MB, a row group .45 of them"

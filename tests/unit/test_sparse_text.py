@@ -51,7 +51,8 @@ def expected(examples: list[Example], names: list[str]) -> dict[str, Any]:
 
 
 def as_lists(batch: Batch) -> dict[str, Any]:
-    return {name: None if array is None else array.tolist() for name, array in batch._asdict().items() if name != "numbering"}
+    arrays = {name: array for name, array in batch._asdict().items() if name != "numbering"}
+    return {name: None if array is None else array.tolist() for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("format", FORMATS)

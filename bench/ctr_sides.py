@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import json
 import pathlib
@@ -33,7 +34,7 @@ class Quality:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class Side(abc.ABC):
     """A tool. `group` and `name` as in the harness; `rows` are those it is timed on, None: all; `once`: it is slow.
 
     `settings` are tried in turn on the rows that it is timed on, and the one with the least loss counts; the first
@@ -59,17 +60,17 @@ class Side:
         """Whether a first run, not timed, leaves something beside the rows that the others use."""
         return False
 
+    @abc.abstractmethod
     def command(self, rows: Rows, out: pathlib.Path, setting: Any, *, score: bool = False) -> list[str]:
         """Arguments of the program; everything it writes goes under `out`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def counts(self, usage: Usage) -> tuple[int, int]:
         """Examples and positives, as the program says them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def quality(self, rows: Rows, out: pathlib.Path) -> Quality:
         """Of a run with `score`."""
-        raise NotImplementedError
 
     def check(self, rows: Rows, usage: Usage) -> None:
         """Every row was learned, with its own label."""

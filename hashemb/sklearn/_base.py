@@ -7,6 +7,7 @@ How columns become keys is in `_columns`, what they are to a fitted model in `_l
 from __future__ import annotations
 
 import os
+from abc import ABCMeta, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,14 +47,14 @@ _ADAGRAD = {"lr": 0.05, "initial_accumulator": 1.0}
 _PREDICTED_TOGETHER = 16384  # examples per look-up, which bounds the memory that a prediction takes
 
 
-class HashedClassifier(ClassifierMixin, BaseEstimator):
+class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     """What the classifiers share: everything but their parameters and their model."""
 
     _takes_sparse: ClassVar[bool] = True
 
+    @abstractmethod
     def _row(self) -> tuple[int, hashemb.Uniform | hashemb.Zeros]:
         """Length and initial value of the table's rows."""
-        raise NotImplementedError
 
     def _model_on(self, table: hashemb.EmbeddingTable, layout: Layout) -> Any:
         """The model, one of `ctr.models`."""

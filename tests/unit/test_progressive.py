@@ -156,12 +156,17 @@ def test_read_ahead_keeps_order_and_raises_in_place() -> None:
 
 
 def test_read_ahead_does_work_at_leisure_when_it_is_ahead() -> None:
-    items = read_ahead(range(100), depth=8, at_leisure=lambda item: -item)
-    time.sleep(0.2)
-    first = list(itertools.islice(items, 8))
-    assert first == [0, 1, 2, 3, -4, -5, -6, -7]
-    rest = list(items)
-    assert [abs(item) for item in first + rest] == list(range(100))
+    taken: list[int] = []
+    numbers = (taken.append(i) or i for i in range(1, 101))
+    items = read_ahead(numbers, depth=8, at_leisure=lambda item: -item)
+    assert next(items) == 1, "nothing was ready before it"
+    deadline = time.monotonic() + 60.0
+    while len(taken) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    held = list(itertools.islice(items, 8))
+    assert all(item < 0 for item in held[4:7]), "put when four were ready"
+    assert [abs(item) for item in held + list(items)] == list(range(2, 101))
 
 
 def test_read_ahead_stays_within_its_depth_and_stops_when_closed() -> None:

@@ -224,7 +224,7 @@ def load_stream(count: int, directory: str) -> Stream:
     return Stream(keys, numbers, labels, truth, frequent, num_values)
 
 
-def pass_over(point: Sized, data: Stream, directory: str, batch: int = 256) -> Score:
+def pass_over(point: Sized, data: Stream, directory: str, batch: int = 1024) -> Score:
     """One pass; metrics of the last quarter."""
     count, metrics, is_reference = len(data.labels), StreamingMetrics(), point.variant.name == REFERENCE
     began = time.perf_counter()
@@ -289,7 +289,7 @@ def run(settings: Settings) -> Iterator[Result]:
     if not variants("generated", settings.sides)[1:]:
         return
     with tempfile.TemporaryDirectory(prefix="hashemb-compression-", dir=settings.directory) as directory:
-        stream = load_stream(2000 if settings.smoke else 12_000_000, directory)
+        stream = load_stream(2000 if settings.smoke else 21_000_000, directory)
         yield from stream_results(stream, scales, settings, directory)
 
 

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,37 @@ Data = dict[str, tuple[np.ndarray, np.ndarray]]
 Settings = dict[str, Any]
 
 
-def train(settings: Settings, data: Data, path: Path, seed: int, *, verbose: bool = False) -> dict[str, float]:
-    """A table and a model of these settings, trained; the figures of the epoch with the best validation AUC."""
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, where that is fast
-    optimizer = dict(settings["optimizer"])
-    table = hashemb.create(
-        path,
-        num_embeddings=settings["num_embeddings"],
-        embedding_dim=settings["embedding_dim"],
-        optimizer=getattr(hashemb, optimizer.pop("class"))(**optimizer),
-        init=hashemb.Normal(settings["init_std"]),
-        dtype=settings["dtype"],
-        seed=seed,
-    )
-    with table:
+@contextmanager
+def trained(
+    models: dict[str, Settings], name: str, data: Data, directory: Path, seed: int, *, verbose: bool = False
+) -> Iterator[tuple[torch.nn.Module, dict[str, float]]]:
+    """A model on a table of its own, trained (after its teacher, if it has one), and the figures of its best epoch."""
+    settings = models[name]
+    with ExitStack() as stack:
+        teacher = None
+        if settings["teacher"] is not None:
+            others = {file: examples for file, examples in data.items() if file != "test"}
+            lesson = trained(models, settings["teacher"], others, directory, seed, verbose=verbose)
+            teacher, _ = stack.enter_context(lesson)
+        torch.manual_seed(seed)
+        torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, where that is fast
+        optimizer = dict(settings["optimizer"])
+        table = stack.enter_context(
+            hashemb.create(
+                directory / f"{name}.emb",
+                num_embeddings=settings["num_embeddings"],
+                embedding_dim=settings["embedding_dim"],
+                optimizer=getattr(hashemb, optimizer.pop("class"))(**optimizer),
+                init=hashemb.Normal(settings["init_std"]),
+                dtype=settings["dtype"],
+                seed=seed,
+            )
+        )
         num_fields, pieces = data["train"][0].shape[1], settings["pieces"]
         model: torch.nn.Module = getattr(deep, settings["class"])(table, pieces * num_fields, **settings["model"])
         if pieces > 1:
             model = Split(model, pieces)
-        return fit(model, settings, data, np.random.default_rng(seed), verbose=verbose)
+        yield model, fit(model, settings, data, np.random.default_rng(seed), teacher, verbose=verbose)
 
 
 class Split(torch.nn.Module):
@@ -79,9 +91,18 @@ class Split(torch.nn.Module):
 
 
 def fit(
-    model: torch.nn.Module, settings: Settings, data: Data, rng: np.random.Generator, *, verbose: bool
+    model: torch.nn.Module,
+    settings: Settings,
+    data: Data,
+    rng: np.random.Generator,
+    teacher: torch.nn.Module | None,
+    *,
+    verbose: bool,
 ) -> dict[str, float]:
-    """Epochs of training, each followed by the validation file, and by the test file if the AUC is the best so far."""
+    """Epochs of training, each followed by the validation file, and by the test file if the AUC is the best so far.
+
+    With a teacher, its probabilities are what is learned in place of the labels.
+    """
     optimizer, tables = torch.optim.Adam(model.parameters(), lr=settings["tower_lr"]), TableOptimizer(model)
     num_batches = -(-len(data["train"][1]) // settings["batch_size"])
     total = settings["epochs"] * num_batches
@@ -92,7 +113,8 @@ def fit(
         keys, labels = data["train"]
         if settings["negatives"] == "redrawn":
             keys = redrawn(keys, labels, rng)
-        for loss in losses(model, (keys, labels), settings["batch_size"], rng):
+        targets = labels if teacher is None else deep.predict_proba(teacher, keys)
+        for loss in losses(model, (keys, targets), settings["batch_size"], rng):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,11 +149,11 @@ def losses(
     model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], batch_size: int, rng: np.random.Generator
 ) -> Iterator[torch.Tensor]:
     """The mean logistic loss of each batch of an epoch in random order."""
-    keys, labels = examples
-    order = rng.permutation(len(labels))
+    keys, targets = examples
+    order = rng.permutation(len(targets))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        yield torch.nn.functional.binary_cross_entropy_with_logits(model(keys[batch]), torch.from_numpy(labels[batch]))
+        yield torch.nn.functional.binary_cross_entropy_with_logits(model(keys[batch]), torch.from_numpy(targets[batch]))
 
 
 def evaluate(model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], name: str) -> dict[str, float]:
@@ -187,9 +209,11 @@ def main(arguments: list[str]) -> None:
     for name in options.models or models:
         runs = []
         for seed in options.seeds:
-            with tempfile.TemporaryDirectory(prefix="hashemb-frappe-") as temporary:
-                run = train(models[name], data, Path(temporary, "t.emb"), seed, verbose=options.tune)
-            runs.append(run)
+            with (
+                tempfile.TemporaryDirectory(prefix="hashemb-frappe-") as temporary,
+                trained(models, name, data, Path(temporary), seed, verbose=options.tune) as (_, run),
+            ):
+                runs.append(run)
             show(f"{name} seed {seed}", [run], names)
         show(f"{name} median", runs, names)
 

@@ -110,10 +110,11 @@ def figures(printed: str, line: str) -> dict[str, float]:
 def test_frappe_deep_at_smoke_size() -> None:
     """Two epochs on a tenth of the rows."""
     printed = with_torch("frappe_deep.py", "--smoke", "--seeds", "0")
-    for name in ("DeepFM", "DCNv2", "DeepFM-redrawn", "DCNv2-redrawn", "DCNv2-small"):
+    for name in ("DeepFM", "DCNv2", "DeepFM-redrawn", "DCNv2-redrawn"):
         found = figures(printed, f"{name} median")
         assert found["test_auc"] > 0.7
         assert found["epoch"] == 2
+    assert figures(printed, "DCNv2-small median")["test_logloss"] < 0.75  # of a teacher that has seen six batches
 
 
 @needs_script
@@ -143,6 +144,35 @@ def test_negatives_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (negatives[:, 1] % 4 != negatives[:, 0] % 4).all()
     assert np.unique(negatives[:, :2], axis=0).shape[0] == 8 * 15
     assert (negatives[:, 1] != keys[labels == 0, 1]).mean() > 0.9
+
+
+@needs_script
+def test_a_teacher_is_learned_in_place_of_the_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The labels train the teacher, its probabilities the model that has one."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    frappe_deep = importlib.import_module("frappe_deep")
+    models = frappe_deep.read_settings(
+        SCRIPT.parent / "frappe_deep.json", ["epochs=8", "batch_size=100", "negatives=\"file\"", "tower_lr=0.01"]
+    )
+    seen: list[np.ndarray] = []
+    losses = frappe_deep.losses
+
+    def spy(model: object, examples: tuple[np.ndarray, np.ndarray], *rest: object) -> object:
+        seen.append(examples[1])
+        return losses(model, examples, *rest)
+
+    monkeypatch.setattr(frappe_deep, "losses", spy)
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 4, (1000, 10)).astype(np.uint64)
+    labels = (keys[:, 0] % 2).astype(np.float32)
+    data = {"train": (keys, labels), "valid": (keys, labels)}
+    with frappe_deep.trained(models, "DCNv2-small", data, tmp_path, 0) as (_, found):
+        assert found["valid_auc"] > 0.99
+    assert len(seen) == 16
+    assert all((targets == labels).all() for targets in seen[:8])  # the teacher's epochs
+    assert all(np.unique(targets).size > 2 for targets in seen[8:])
+    assert all(((targets > 0.5) == labels).all() for targets in seen[8:])
 
 
 @needs_script

@@ -11,8 +11,11 @@ train file's own are no observations, but one draw of two items for each positiv
 positive for its user. These models draw them again by that rule from the train file alone, as many as it has.
 
 DCNv2-small has a tenth of the memory for rows: each value is ten pieces of two floats in bfloat16, side by side, each
-hashed on its own into 10,764 rows that all values share. Hardly any two values have all ten in common, and the cross
-layers and the tower, as wide as without, tell them apart.
+hashed on its own into 10,764 rows, of which 3,000 are for users, 7,000 for items and the rest for all other fields.
+Hardly any two values have all ten in common, and the cross layers and the tower, as wide as without, tell them apart.
+It is taught: the large model, DCNv2-redrawn, is trained first, and its probabilities of each epoch's rows are learned
+in place of the labels (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, at temperature 1). So
+training takes the memory of both, and serving that of the small one.
 
 Both learning rates, the table's and the tower's, fall in a straight line from their first value to 0 over all epochs.
 Test figures are those of the epoch with the best validation AUC.
@@ -37,7 +40,9 @@ import torch
 from frappe import default_directory, load
 
 import hashemb
+import hashemb.reference
 from hashemb.ctr import deep
+from hashemb.ctr.compression import keys_for_rows
 from hashemb.ctr.metrics import auc, logloss
 from hashemb.torch import TableOptimizer
 
@@ -71,22 +76,33 @@ def trained(
                 seed=seed,
             )
         )
-        num_fields, pieces = data["train"][0].shape[1], settings["pieces"]
-        model: torch.nn.Module = getattr(deep, settings["class"])(table, pieces * num_fields, **settings["model"])
-        if pieces > 1:
-            model = Split(model, pieces)
+        keys_each = data["train"][0].shape[1] * settings["pieces"]
+        model: torch.nn.Module = getattr(deep, settings["class"])(table, keys_each, **settings["model"])
+        if settings["regions"]:
+            model = Split(model, table, settings["pieces"], settings["regions"])
         yield model, fit(model, settings, data, np.random.default_rng(seed), teacher, verbose=verbose)
 
 
 class Split(torch.nn.Module):
-    """A model that gets `pieces` keys in place of each: as many hashes of a value, whose rows stand side by side."""
+    """A model that gets `pieces` keys in place of each: as many hashes of a value, whose rows stand side by side.
 
-    def __init__(self, model: torch.nn.Module, pieces: int) -> None:
+    `regions` are rows for the first field, for the second and so on; the last is for all fields that are left. A value
+    that is in every other example would hold back a rare one that shares a row with it, as Adagrad's steps get shorter
+    with each gradient of the row.
+    """
+
+    def __init__(self, model: torch.nn.Module, table: hashemb.EmbeddingTable, pieces: int, regions: list[int]) -> None:
         super().__init__()
-        self.model, self.salts = model, hashemb.hash_keys(np.arange(pieces), field="piece")
+        self.model, self.table = model, table
+        self.salts = hashemb.hash_keys(np.arange(pieces), field="piece")
+        self.sizes = np.array(regions, np.uint64)[:, None]
+        self.starts = self.sizes.cumsum(axis=0) - self.sizes
 
     def forward(self, keys: np.ndarray) -> torch.Tensor:
-        split: torch.Tensor = self.model((keys[..., None] ^ self.salts).reshape(len(keys), -1))
+        region = np.minimum(np.arange(keys.shape[1]), len(self.sizes) - 1)
+        hashes = hashemb.reference.fmix64(keys[..., None] ^ self.salts) >> np.uint64(32)
+        rows = self.starts[region] + (hashes * self.sizes[region] >> np.uint64(32))
+        split: torch.Tensor = self.model(keys_for_rows(self.table, rows).reshape(len(keys), -1))
         return split
 
 

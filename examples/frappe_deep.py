@@ -204,7 +204,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", dest="changes")
     parser.add_argument("--tune", action="store_true", help="show every epoch, and don't read the test file")
-    parser.add_argument("--smoke", action="store_true", help="two epochs on the first 20,000 rows")
+    parser.add_argument("--smoke", action="store_true", help="two epochs on the first 20,000 rows, without teachers")
     return parser.parse_args(arguments)
 
 
@@ -219,7 +219,7 @@ def main(arguments: list[str]) -> None:
     models = read_settings(options.settings, options.changes)
     if options.smoke:
         data = {name: (keys[:20_000], labels[:20_000]) for name, (keys, labels) in data.items()}
-        models = {name: settings | {"epochs": 2} for name, settings in models.items()}
+        models = {name: settings | {"epochs": 2, "teacher": None} for name, settings in models.items()}
     names = ["valid_auc", *(["test_auc", "test_logloss"] if "test" in data else []), "epoch", "seconds"]
     print(f"{'':<24}" + "".join(f"{name:>14}" for name in names))
     for name in options.models or models:

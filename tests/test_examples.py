@@ -112,11 +112,10 @@ def figures(printed: str, line: str) -> dict[str, float]:
 def test_frappe_deep_at_smoke_size() -> None:
     """Two epochs on a tenth of the rows."""
     printed = with_torch("frappe_deep.py", "--smoke", "--seeds", "0")
-    for name in ("DeepFM", "DCNv2", "DeepFM-redrawn", "DCNv2-redrawn"):
+    for name in ("DeepFM", "DCNv2", "DeepFM-redrawn", "DCNv2-redrawn", "DCNv2-small"):
         found = figures(printed, f"{name} median")
         assert found["test_auc"] > 0.7
         assert found["epoch"] == 2
-    assert figures(printed, "DCNv2-small median")["test_logloss"] < 0.75  # of a teacher that has seen six batches
 
 
 @needs_script

@@ -130,14 +130,26 @@ static inline void arrow_hash_bits(const uint8_t *bits, int64_t first, int64_t n
         out[i * stride] = keys[arrow_bit(bits, first + i)];
 }
 
+/* Up to 56 bits from `first` on; reads no byte that holds none of them. */
+static inline uint64_t arrow_bits(const uint8_t *bits, int64_t first, int n)
+{
+    int shift = first & 7;
+    uint64_t word = murmur_load_upto8(bits + (first >> 3), (size_t)(shift + n + 7) / 8);
+    return word >> shift & ((UINT64_C(1) << n) - 1);
+}
+
 /* Overwrites the keys of elements whose bit is clear. */
 static inline void arrow_hash_nulls(const uint8_t *validity, int64_t first, int64_t n, uint32_t seed,
                                     uint64_t *out, ptrdiff_t stride)
 {
+    enum { STEP = 56 };
     uint64_t null_key = murmur_hash_null(seed);
-    for (int64_t i = 0; i < n; i++)
-        if (!arrow_bit(validity, first + i))
-            out[i * stride] = null_key;
+    for (int64_t i = 0; i < n; i += STEP) {
+        int num_bits = n - i < STEP ? (int)(n - i) : STEP;
+        uint64_t absent = arrow_bits(validity, first + i, num_bits) ^ ((UINT64_C(1) << num_bits) - 1);
+        for (; absent != 0; absent &= absent - 1)
+            out[(i + __builtin_ctzll(absent)) * stride] = null_key;
+    }
 }
 
 /* Width in bytes of an integer format, negative if signed; 0 for any other format. */
@@ -249,22 +261,22 @@ static inline int64_t arrow_hash_codes(const struct ArrowSchema *schema, const s
 {
     const struct ArrowArray *dictionary = array->dictionary;
     const uint8_t *validity = arrow_validity(array);
-    uint64_t null_key = murmur_hash_null(seed);
     int width = arrow_integer_width(schema->format);
     for (int64_t i = 0; i < array->length; i++) {
-        if (validity != NULL && !arrow_bit(validity, array->offset + i)) {
-            out[i * stride] = null_key;
-            continue;
-        }
         uint64_t code = arrow_load_code(array->buffers[1], width, array->offset + i);
-        if (code >= (uint64_t)dictionary->length)
-            return i;
+        if (code >= (uint64_t)dictionary->length) {
+            if (validity == NULL || arrow_bit(validity, array->offset + i))
+                return i;
+            continue; /* what a null's code holds is undefined */
+        }
         if (distinct != NULL)
             out[i * stride] = distinct[code];
         else if (arrow_hash_plain(schema->dictionary->format, dictionary, (int64_t)code, 1, seed,
                                   out + i * stride, 1) != HASH_OK)
             return i;
     }
+    if (validity != NULL)
+        arrow_hash_nulls(validity, array->offset, array->length, seed, out, stride);
     return HASH_OK;
 }
 

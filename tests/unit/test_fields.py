@@ -35,6 +35,20 @@ def test_count_buckets_at_the_ends() -> None:
         bucketize_counts([1.5])
 
 
+@given(st.integers(-(2**63), 2**63 - 1) | st.integers(-10, 5000))
+def test_count_buckets_are_of_the_value_alone(x: int) -> None:
+    """Whether it is looked up or computed, in any shape, width and company."""
+    bucket = int(bucketize_counts([x]).item())
+    assert x <= 2 or bucket == int(np.floor(np.log(float(x)) ** 2))
+    assert x > 2 or bucket == x
+    scalar = bucketize_counts(x)
+    assert (scalar.shape, scalar.dtype, int(scalar)) == ((), np.int64, bucket)
+    assert bucketize_counts(np.array([[5000, x], [x, 0]])).tolist() == [[72, bucket], [bucket, 0]]
+    for dtype in (np.uint8, np.int16, np.uint64):
+        if np.iinfo(dtype).min <= x <= np.iinfo(dtype).max:
+            assert bucketize_counts(np.array([x], dtype)).tolist() == [bucket]
+
+
 @given(st.floats(1e-300, 1e300), st.floats(0, 1), st.sampled_from([1.0, -1.0]))
 def test_float_buckets(x: float, share: float, sign: float) -> None:
     """Values 13 % apart differ; the bucket keeps the order and tells the sign."""

@@ -155,6 +155,30 @@ def test_arrow_nulls_inside_a_dictionary():
     np.testing.assert_array_equal(hash_keys(column), hash_keys(["a", None, "b", None, "a"]))
 
 
+@pytest.mark.parametrize("num_rows", [55, 56, 57, 112, 300])
+@pytest.mark.parametrize("build", [pa.array, lambda values: pa.array(values).dictionary_encode()])
+def test_arrow_nulls_of_long_columns(build, num_rows):
+    """Nulls are found 56 at a time, from any bit on: at the edges, none, all, and one in three."""
+    rng = np.random.default_rng(num_rows)
+    for absent in (rng.random(num_rows) < 1 / 3, np.zeros(num_rows, bool), np.ones(num_rows, bool)):
+        absent[[0, 54]] = True
+        values = [None if gone else f"value {i}" for i, gone in enumerate(absent)]
+        expected, column = hash_keys(values), build(values)
+        for start in range(9):
+            for stop in range(num_rows - 8, num_rows + 1):
+                np.testing.assert_array_equal(hash_keys(column[start:stop]), expected[start:stop])
+
+
+def test_arrow_codes_of_nulls_are_never_followed():
+    codes = np.array([1, -7, 0, 127, 1], np.int8)
+    present = np.packbits([1, 0, 1, 0, 1], bitorder="little")
+    indices = arrow_from_buffers(pa.int8(), 5, present, codes)
+    for words in (["a", "b"], [f"{i}" for i in range(100)]):
+        column = pa.DictionaryArray.from_arrays(indices, words, safe=False)
+        expected = hash_keys([words[1], None, words[0], None, words[1]])
+        np.testing.assert_array_equal(hash_keys(column), expected)
+
+
 @pytest.mark.parametrize("num_rows", [3, 2000])
 def test_dictionaries_longer_than_the_column(num_rows):
     """A short batch of a long file does not pay for the whole dictionary, and gets the same keys."""

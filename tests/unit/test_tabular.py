@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from criteo_lines import CATEGORIES, INTEGERS, criteo_rows, read_all, same, tsv,
 
 import hashemb
 from hashemb.ctr import _csv
+from hashemb.ctr._parquet import _has_empty
 from hashemb.ctr.fields import CRITEO_SCHEMA, bucketize_floats
 from hashemb.ctr.readers import open_reader
 
@@ -262,6 +264,54 @@ def test_parquet_types(tmp_path: Path) -> None:
     assert reader.field_names == list(expected)
     for j, (name, values) in enumerate(expected.items()):
         assert batch.keys[:, j].tolist() == keys_of(values, name), name
+
+
+@pytest.mark.parametrize("kind", ["string", "binary", "large_string", "large_binary", "dictionary", "long"])
+def test_the_empty_string_is_missing_in_parquet(tmp_path: Path, kind: str) -> None:
+    """Also among nulls, at any place of a batch that is cut anywhere, and in columns without the one or the other."""
+    rng = np.random.default_rng(0)
+    for values in (["", None, "a", "b"], [None, "a"], ["", "a"], ["a", "b"], [""], [None, "x" * 50, "y" * 900, ""]):
+        texts = [values[i] for i in rng.integers(0, len(values), 200)]
+        if kind == "long":  # no dictionary is kept in the file
+            texts = [text and f"{text}{i}" for i, text in enumerate(texts)]
+        column = pa.array(texts, pa.string() if kind in ("dictionary", "long") else getattr(pa, kind)())
+        table = pa.table({"label": [0, 1] * 100, "x": column.dictionary_encode() if kind == "dictionary" else column})
+        parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70, use_dictionary=kind != "long")
+        batch, _ = read_all(tmp_path / "a.parquet", schema={"x": "string"})
+        assert batch.keys[:, 0].tolist() == keys_of([text or None for text in texts], "x")
+
+
+def test_nulls_with_bytes_beneath_are_not_empty_strings() -> None:
+    """Arrow leaves open what lies under a null: as many nulls of some bytes as values of none."""
+    data = pa.array(["", "ab", "", "cd"]).buffers()
+    for present, expected in (((1, 0, 1, 0), True), ((0, 1, 0, 1), False), ((1, 0, 0, 1), True)):
+        validity = pa.py_buffer(np.packbits(present, bitorder="little"))
+        column = pa.Array.from_buffers(pa.string(), 4, [validity, *data[1:]])
+        assert _has_empty(column) is expected
+        assert _has_empty(column[2:]) is bool(present[2])
+
+
+def test_the_thread_that_decodes_parquet_ends(tmp_path: Path) -> None:
+    """With the reader, whether it has been read or not; and what it raises is raised by the reader."""
+    table = pa.table({"label": [0, 1] * 50_000, "x": np.arange(100_000)})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, compression="none", use_dictionary=False)
+    before = threading.active_count()
+    for num_batches in (0, 1, 7):
+        with open_reader(tmp_path / "a.parquet", batch_size=5000) as reader:
+            for _ in range(num_batches):
+                assert next(reader).num_examples == 5000
+        assert threading.active_count() == before
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    with parquet.ParquetFile(tmp_path / "a.parquet") as file:
+        begin = file.metadata.row_group(9).column(1).data_page_offset
+    damaged[begin : begin + 30] = bytes([0xFF]) * 30
+    with (
+        open_reader(write(tmp_path / "b.parquet", bytes(damaged)), batch_size=5000) as reader,
+        pytest.raises(ValueError, match=r"b\.parquet: not readable as Parquet"),
+    ):
+        list(reader)
+    assert 1 < reader.report.rows_good // 5000 <= 18
+    assert threading.active_count() == before
 
 
 def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts
 from hashemb.ctr.synthetic import ImpressionStream, truth_path
 
 NAMESPACES = string.ascii_letters[: len(CRITEO_SCHEMA)]
-_BLOCK_ROWS = 1 << 16
+_BLOCK_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,17 @@ def criteo_head(directory: str | os.PathLike[str]) -> Rows | None:
 
 
 def write_parquet(rows: Rows) -> None:
-    """Columns label, I1 … I13 as int32, C1 … C26 as text, as programs write them that don't know Arrow; zstd."""
+    """Columns label, I1 … I13 as int32, C1 … C26 as text, as programs write them that don't know Arrow; zstd.
+
+    A row group has the dictionaries of its own rows: given Arrow's, the writer puts the whole file's into each.
+    """
+    import pyarrow as pa
     from pyarrow import parquet
 
     writer = None
     for table in tables(rows):
+        plain = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in table.schema]
+        table = table.cast(pa.schema(zip(table.column_names, plain, strict=True)))
         writer = writer or parquet.ParquetWriter(
             rows.parquet, table.schema, compression="zstd", compression_level=1, store_schema=False
         )

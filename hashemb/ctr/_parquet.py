@@ -19,8 +19,9 @@ from hashemb.ctr.readahead import read_ahead
 
 __all__ = ["ParquetSource"]
 
-_BATCH_ROWS = 1 << 14
-_SMALL_DICTIONARY_BYTES = 1 << 15
+_SNIFF_ROWS = 1 << 14
+_BATCH_ROWS, _BATCH_VALUES = 1 << 15, 1 << 21  # a batch has no more of either; PyArrow likes them long
+_SMALL_DICTIONARY_BYTES = 1 << 17
 
 
 class ParquetSource:
@@ -87,7 +88,8 @@ class ParquetSource:
 
     def _record_batches(self, columns: list[str]) -> Iterator[Any]:
         try:
-            yield from self._file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=True)
+            rows = min(_BATCH_ROWS, max(1, _BATCH_VALUES // len(columns)))
+            yield from self._file.iter_batches(rows, columns=columns, use_threads=True)
         except OSError as error:
             raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
 
@@ -97,7 +99,7 @@ class ParquetSource:
         return is_plain and looks_like_count(values, self._size)
 
     def _first_values(self, column: str) -> Any:
-        batch = next(self._file.iter_batches(_BATCH_ROWS, columns=[column]), None)
+        batch = next(self._file.iter_batches(_SNIFF_ROWS, columns=[column]), None)
         return require("pyarrow").nulls(0) if batch is None else batch.column(0)
 
 

@@ -236,10 +236,15 @@ def test_schema_chooses_and_orders_fields(tmp_path: Path) -> None:
     assert np.array_equal(batch.keys[:, 1], hashemb.hash_keys(raw, field="I1"))
 
 
-def test_parquet_takes_the_memory_of_a_row_group_not_of_the_file(tmp_path: Path) -> None:
+def test_parquet_takes_the_memory_of_a_few_batches_not_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from hashemb.ctr import _parquet
+
+    monkeypatch.setattr(_parquet, "_BATCH_VALUES", 4 * 8192)
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**62, (3, 160_000)).astype(str)
     table = pa.table({"label": rng.integers(0, 2, 160_000), **dict(zip("abc", values, strict=True))})

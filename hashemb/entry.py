@@ -75,7 +75,8 @@ def create(
     init : Uniform, Normal or Zeros
         Value of rows not yet written. Default ``Uniform(scale=0.01)``.
     num_hashes : int
-        Rows per key, 1 to 16; a key's vector is their sum.
+        Rows per key, 1 to 16; a key's vector is their sum. Each of them makes an update's whole step: divide the
+        learning rate by `num_hashes` to move the sum as one row would move.
     seed : int
         Of row hashing, initial values and rounding; 0 to 2**64 - 1.
     exist_ok : bool

@@ -83,7 +83,7 @@ def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 @cache
 def _small_buckets() -> npt.NDArray[np.int64]:
-    """Bucket of each count below `_SMALL`: looked up in a fifth of the time that a logarithm takes."""
+    """Bucket of each count below `_SMALL`: looked up in half of the time that logarithms take."""
     return _buckets_by_logarithm(np.arange(_SMALL))
 
 

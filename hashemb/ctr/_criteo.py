@@ -124,7 +124,7 @@ def _keys_of(lines: list[list[bytes]], schema: Schema) -> npt.NDArray[np.uint64]
     columns = {}
     for name, texts in zip(CRITEO_SCHEMA, zip(*lines, strict=True), strict=True):
         if CRITEO_SCHEMA[name] == "count":
-            columns[name] = pa.array([int(text) if text else None for text in texts], pa.int64())
+            columns[name] = pa.array([_integer(text) if text else None for text in texts], pa.int64())
         else:
             columns[name] = pa.array([text or None for text in texts], pa.binary())
     return encode(columns, schema)
@@ -159,10 +159,15 @@ def _integer_fault(name: str, field: bytes) -> str | None:
         return None
     if not _INTEGER.fullmatch(field):
         return f"{name} must be an integer, found {shown(field)}"
-    digits = field.lstrip(b"-").lstrip(b"0")
-    if len(digits) > 19 or not _INT64_MIN <= int(field) <= _INT64_MAX:
+    if len(field.lstrip(b"-0")) > 19 or not _INT64_MIN <= _integer(field) <= _INT64_MAX:
         return f"{name} is outside the range of 64-bit integers: {shown(field)}"
     return None
+
+
+def _integer(text: bytes) -> int:
+    """The integer of -?[0-9]+; Python refuses more than 4,300 digits, be they leading zeros."""
+    magnitude = int(text.lstrip(b"-").lstrip(b"0") or b"0")
+    return -magnitude if text.startswith(b"-") else magnitude
 
 
 def _has_labels(head: bytes) -> bool:

@@ -11,7 +11,7 @@ import codecs
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hashemb.ctr._extras import require
 from hashemb.ctr._kinds import looks_like_count
 from hashemb.ctr._labels import find_label, first_label_values, is_missing, parse_labels, shown
-from hashemb.ctr._source import Block, Options, Reject, first_per_row, infer_schema
+from hashemb.ctr._source import Block, Options, Reject, check_distinct, first_per_row, infer_schema
 from hashemb.ctr._streams import Stream
 from hashemb.ctr.batches import Batch
 from hashemb.ctr.fields import Kind, Schema
@@ -75,24 +75,19 @@ class CsvSource:
         text = _Utf8Guard(self._stream)
         numbers = _RecordNumbers(expected=len(self._names))
         source = require("pyarrow").PythonFile(text, mode="r")
-        with self._errors():
-            records = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
+        records = self._open(source, self._names, numbers.on_ragged, _BLOCK_BYTES)
         try:
             yield from self._parse(records, schema, text, numbers, reject)
         finally:
             text.stop()
-            with suppress(require("pyarrow").ArrowInvalid):
+            with suppress(Exception):
                 for _ in records:  # so that Arrow's thread is not in the middle of a read when Python ends
                     pass
 
     def _parse(
         self, records: Any, schema: Schema, text: _Utf8Guard, numbers: _RecordNumbers, reject: Reject
     ) -> Iterator[Batch]:
-        while True:
-            with self._errors():
-                batch = next(records, None)
-            if batch is None:
-                break
+        for batch in records:
             rows, faults = numbers.advance(batch.num_rows)
             block, row_faults = self._convert(batch, schema, check_utf8=text.damaged)
             faults += [(int(rows[row]), reason) for row, reason in row_faults]
@@ -116,16 +111,22 @@ class CsvSource:
 
     def _sample(self, head: bytes) -> Any:
         """The records that `head` holds whole, as a table of text."""
-        text = head.decode("utf-8", "replace")
         if len(head) == _HEAD_BYTES:  # its last record is cut off
-            text = text[: text.rfind("\n") + 1] or text
-        pa, data = require("pyarrow"), text.encode()
-        with self._errors():
-            names = self._open(pa.BufferReader(data), [], _skip, len(data) + 1).schema.names
-            duplicate = next((name for name in names if names.count(name) > 1), None)
-            if duplicate is not None:
-                raise ValueError(f"{self.name}: two columns are named {duplicate!r}")
-            return self._open(pa.BufferReader(data), names, _skip, len(data) + 1).read_all()
+            head = head[: head.rfind(b"\n") + 1] or head
+        pa, data = require("pyarrow"), _marked(head.decode("utf-8", "surrogateescape"))
+        names = self._open(pa.BufferReader(data), [], _skip, len(data) + 1).schema.names
+        self._check_names(names, is_utf8=data == head)
+        return self._open(pa.BufferReader(data), names, _skip, len(data) + 1).read_all()
+
+    def _check_names(self, names: Sequence[str], *, is_utf8: bool) -> None:
+        check_distinct(self.name, names)
+        for name in names:
+            found = shown(name.replace(_NOT_UTF8, "\ufffd"))
+            if "\0" in name:
+                raise ValueError(f"{self.name}: a NUL byte in the header, column {found}: is it text, and in UTF-8?")
+            if not is_utf8 and _NOT_UTF8 in name:
+                convert = "convert the file, for example with  iconv -f WINDOWS-1252 -t UTF-8"
+                raise ValueError(f"{self.name}: not UTF-8 in the header, column {found}: {convert}")
 
     def _open(self, source: Any, names: Sequence[str], on_ragged: Callable[[Any], str], block_bytes: int) -> Any:
         """Arrow's streaming reader, with the columns `names` as text and the empty string as null."""
@@ -147,21 +148,17 @@ class CsvSource:
             ),
         )
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Put the file's name into what Arrow raises."""
-        try:
-            yield
-        except require("pyarrow").ArrowInvalid as error:
-            hint = " (a quote that is never closed?)" if "straddling" in str(error) else ""
-            raise ValueError(f"{self.name}: not readable as CSV{hint}: {error}") from error
-
 
 def _utf8_faults(batch: Any) -> Iterator[tuple[int, str]]:
     for name in batch.schema.names:
         damaged = require("pyarrow.compute").match_substring(batch.column(name), _NOT_UTF8).fill_null(False)
         for row in np.flatnonzero(damaged.to_numpy(zero_copy_only=False)):
             yield int(row), f"not UTF-8 in column {name}"
+
+
+def _marked(text: str) -> bytes:
+    """What was decoded with "surrogateescape", with `_NOT_UTF8` in the place of every byte that was not UTF-8."""
+    return re.sub("[\udc80-\udcff]", _NOT_UTF8, text).encode()
 
 
 def _skip(row: Any) -> str:
@@ -210,7 +207,7 @@ class _Utf8Guard:
             return text.encode()
         except UnicodeEncodeError:
             self.damaged = True
-            return re.sub("[\udc80-\udcff]", _NOT_UTF8, text).encode()
+            return _marked(text)
 
 
 class _RecordNumbers:

@@ -62,7 +62,7 @@ def find_label(
     """
     if wanted is not None:
         if wanted in fields:
-            raise ValueError(f"{wanted!r} is named as the label and as a field of the schema")
+            raise ValueError(f"{name}: {wanted!r} is named as the label and as a field of the schema")
         if wanted not in columns and not fields:
             raise ValueError(f"{name}: no column {wanted!r} for the label; it has {', '.join(columns)}")
         return wanted if wanted in columns else None

@@ -12,7 +12,7 @@ import numpy as np
 from hashemb.ctr._extras import require
 from hashemb.ctr._kinds import looks_like_count
 from hashemb.ctr._labels import Fault, find_label, first_label_values, parse_labels
-from hashemb.ctr._source import Block, Options, Reject, infer_schema
+from hashemb.ctr._source import Block, Options, Reject, check_distinct, infer_schema
 from hashemb.ctr.batches import Batch
 from hashemb.ctr.fields import Kind
 from hashemb.ctr.readahead import read_ahead
@@ -21,6 +21,7 @@ __all__ = ["ParquetSource"]
 
 _SNIFF_ROWS = 1 << 14
 _BATCH_ROWS, _BATCH_VALUES = 1 << 15, 1 << 21  # a batch has no more of either; PyArrow likes them long
+_PROBE_BYTES = 1 << 14  # read at once where all that is wanted is a look at each column
 _SMALL_DICTIONARY_BYTES = 1 << 17
 
 
@@ -31,14 +32,12 @@ class ParquetSource:
 
     def __init__(self, path: str, options: Options) -> None:
         self.name = path
-        pa, parquet = require("pyarrow"), require("pyarrow.parquet")
-        try:
-            with parquet.ParquetFile(path) as file:
-                names = _small_dictionaries(file)
-            # pre-buffering keeps every row group that has been read until the file is closed
-            self._file = parquet.ParquetFile(path, read_dictionary=names, pre_buffer=False)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+        parquet = require("pyarrow.parquet")
+        with parquet.ParquetFile(path, buffer_size=_PROBE_BYTES) as file:
+            names = _small_dictionaries(file)
+        # pre-buffering keeps every row group that has been read until the file is closed
+        self._file = parquet.ParquetFile(path, read_dictionary=names, pre_buffer=False)
+        check_distinct(path, self._file.schema_arrow.names)
         self._size = os.path.getsize(path)
         self._rows_read = 0
         types = {field.name: field.type for field in self._file.schema_arrow}
@@ -87,11 +86,8 @@ class ParquetSource:
         return Block(labels, columns).batch(schema, without=(row for row, _ in faults))
 
     def _record_batches(self, columns: list[str]) -> Iterator[Any]:
-        try:
-            rows = min(_BATCH_ROWS, max(1, _BATCH_VALUES // len(columns)))
-            yield from self._file.iter_batches(rows, columns=columns, use_threads=True)
-        except OSError as error:
-            raise ValueError(f"{self.name}: not readable as Parquet: {error}") from error
+        rows = min(_BATCH_ROWS, max(1, _BATCH_VALUES // len(columns)))
+        yield from self._file.iter_batches(rows, columns=columns, use_threads=True)
 
     def _is_count(self, column: str) -> bool:
         values = self._first_values(column)
@@ -108,6 +104,8 @@ def _small_dictionaries(file: Any) -> list[str]:
     as they are, a value once a batch. Longer ones would cost more than the text itself."""
     if not file.metadata.num_row_groups:
         return []
+    # PyArrow ends the process when it is asked for a column's damaged metadata; a reader of the column raises instead.
+    next(file.iter_batches(1, row_groups=[0], use_threads=False), None)
     chunks = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
     return [
         chunk.path_in_schema

@@ -13,7 +13,7 @@ from hashemb.ctr._labels import Fault, LabelValues
 from hashemb.ctr.batches import Batch
 from hashemb.ctr.fields import CRITEO_SCHEMA, Kind, Schema, encode
 
-__all__ = ["Block", "Options", "Reject", "Source", "first_per_row", "infer_schema"]
+__all__ = ["Block", "Options", "Reject", "Source", "check_distinct", "first_per_row", "infer_schema"]
 
 Reject = Callable[[int, str], None]  # (line, reason); raises in strict mode
 
@@ -106,6 +106,15 @@ def _kind(name: str, column: str, seen: Kind | None, usual: Kind | None, options
     if usual is not None and seen == "count":
         return "integer" if not text else "string"
     return "string" if seen is None or (text and usual == "string") else seen
+
+
+def check_distinct(name: str, columns: Iterable[str]) -> None:
+    """Raise a ValueError where two columns of the input `name` have one name."""
+    seen: set[str] = set()
+    for column in columns:
+        if column in seen:
+            raise ValueError(f"{name}: two columns are named {column!r}")
+        seen.add(column)
 
 
 def first_per_row(faults: Iterable[Fault]) -> list[Fault]:

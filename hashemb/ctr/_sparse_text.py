@@ -36,7 +36,8 @@ _HEAD_LINES = 1000
 _LABEL = "label"
 _KINDS: dict[ExampleFormat, Kind] = {"libsvm": "integer", "libffm": "integer", "vw": "string"}
 _SNIFF_LINES = 100
-_NUMBER = re.compile(rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# Each text matches in one way only: with two, a line that fails at its end would be tried in 2^features ways.
+_NUMBER = re.compile(rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = _NUMBER.pattern
 _LINES: dict[ExampleFormat, re.Pattern[bytes]] = {
     "libffm": re.compile(rb"%b(?:[ \t]+[^\s:]+:-?\d+:%b)+\s*(?:#.*)?$" % (_WORD, _WORD)),
@@ -61,6 +62,7 @@ _FAULTS = (
     "expected field:index:value, found {}",
     "index must be an integer of at most 18 digits, found {}",
     "value must be a finite number, found {}",
+    "not UTF-8 in the name of a field: {}",
 )
 
 Faults = npt.NDArray[np.int64]
@@ -95,8 +97,7 @@ class ExampleSource:
         self._meanings = self._label_meanings() if head.labelled else None
         fields = options.schema or ([""] if format == "libsvm" else [])
         self.schema: dict[str, Kind] = dict.fromkeys(fields, _KINDS[format])
-        for _ in self._parse(text, 1, self.schema, _field_table(self.schema), lambda line, reason: None):
-            pass
+        self._parse(text, 1, self.schema, _field_table(self.schema), lambda line, reason: None)
 
     @property
     def bytes_read(self) -> int:
@@ -116,7 +117,7 @@ class ExampleSource:
         first_line = 1
         fields = _field_table(schema)
         for block in line_blocks(self._stream, block_bytes=_BLOCK_BYTES, max_line_bytes=MAX_LINE_BYTES):
-            yield from self._parse(block, first_line, schema, fields, reject)
+            yield self._parse(block, first_line, schema, fields, reject)
             first_line += block.count(b"\n")
 
     def _label_meanings(self) -> dict[float, float]:
@@ -130,28 +131,16 @@ class ExampleSource:
 
     def _parse(
         self, block: bytes, first_line: int, schema: dict[str, Kind], fields: _tokens.FieldTable, reject: Reject
-    ) -> Iterator[Batch]:
-        """The examples of a block; more than one batch where it holds fields that are new."""
-        begin = line = 0
-        while begin < len(block):
-            arrays, faults, stopped = _tokens.tokenize_examples(
-                block, self.format, fields, self._meanings, MAX_LINE_BYTES, begin, line
-            )
-            self._reject(block, faults, first_line, reject)
-            yield Batch(arrays[0], arrays[2], arrays[1], *arrays[3:])
-            if stopped is None:
-                return
-            begin, line, at, length = stopped
-            try:
-                name = block[at : at + length].decode()
-            except UnicodeDecodeError:
-                reject(first_line + line, f"not UTF-8 in the name of a field: {shown(block[at : at + length])}")
-                begin, line = block.index(b"\n", begin) + 1, line + 1
-                continue
+    ) -> Batch:
+        """The examples of a block; the fields that are new go to the end of `schema`."""
+        arrays, faults, names = _tokens.tokenize_examples(block, self.format, fields, self._meanings, MAX_LINE_BYTES)
+        self._reject(block, faults, first_line, reject)
+        for line, name in names:
             if len(schema) >= MAX_FIELDS:
-                raise ValueError(f"{self.name}:{first_line + line}: more than {MAX_FIELDS} fields, {name!r} among them")
-            schema[name] = _KINDS[self._format]
-            fields.append(name.encode())
+                found = shown(name)
+                raise ValueError(f"{self.name}:{first_line + line}: more than {MAX_FIELDS} fields, {found} among them")
+            schema[name.decode()] = _KINDS[self._format]
+        return Batch(arrays[0], arrays[2], arrays[1], *arrays[3:])
 
     def _reject(self, block: bytes, faults: Faults, first_line: int, reject: Reject) -> None:
         label = "-1, 0 or 1" if self.label_values is None else " or ".join(self.label_values)
@@ -161,7 +150,7 @@ class ExampleSource:
 
 
 def _field_table(schema: Iterable[str]) -> _tokens.FieldTable:
-    table = _tokens.FieldTable()
+    table = _tokens.FieldTable(MAX_FIELDS)
     for name in schema:
         table.append(name.encode())
     return table

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from hashemb.ctr._damage import naming_the_file
 from hashemb.ctr._extras import require
 
 __all__ = ["STDIN", "Stream", "file_size", "line_blocks", "without_compression_suffix"]
@@ -71,9 +72,10 @@ class _CountedFile:
 
     def close(self) -> None:
         """Close the file, unless it is standard input."""
-        self.closed = True
-        if self._file is not sys.stdin.buffer:
-            self._file.close()
+        if not self.closed:  # PyArrow does so again when it lets go of the file, maybe as Python ends
+            self.closed = True
+            if self._file is not sys.stdin.buffer:
+                self._file.close()
 
 
 class Stream:
@@ -98,7 +100,7 @@ class Stream:
         except BaseException:
             self._stored.close()
             raise
-        self._plain: Any = self._stored
+        self._plain: Any = None
         if self.codec is not None:
             pa = require("pyarrow")
             self._plain = pa.CompressedInputStream(pa.PythonFile(self._stored, mode="r"), self.codec)
@@ -145,12 +147,10 @@ class Stream:
         return b"".join(parts)
 
     def _read_plain(self, size: int) -> bytes:
-        try:
+        if self.codec is None:
+            return self._stored.read(size)
+        with naming_the_file(self.name, self.codec):
             data: bytes = self._plain.read(size)
-        except OSError as error:
-            if self.codec is None or error.errno is not None:
-                raise
-            raise ValueError(f"{self.name}: the {self.codec} data is damaged or ends early: {error}") from error
         return data
 
     def close(self) -> None:

@@ -48,11 +48,19 @@ cdef extern from "tokens.h" nogil:
     void tok_limit_isa(int limited) noexcept
 
     ctypedef int tok_format
+    ctypedef struct tok_name:
+        int64_t line, begin, length
+
     ctypedef struct tok_fields:
-        const uint64_t *hashes
-        const int32_t *numbers
-        const uint32_t *seeds
-        uint64_t mask
+        uint64_t *hashes
+        int32_t *numbers
+        uint32_t *seeds
+        tok_name *names
+        uint64_t secret
+        int shift
+        int64_t count, num_new, room
+
+    void tok_add_field(tok_fields *fields, uint64_t hash, uint32_t seed) noexcept
 
     ctypedef struct tok_rules:
         tok_format format
@@ -76,7 +84,7 @@ cdef extern from "tokens.h" nogil:
         int64_t rows, num_faults, line, begin
         tok_fault stopped
 
-    void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, const tok_fields *fields,
+    void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, tok_fields *fields,
                             tok_examples *examples) noexcept
     int64_t tok_max_features(int64_t size) noexcept
     int tok_init() noexcept
@@ -161,53 +169,70 @@ cdef class CriteoTokenizer:
 
 
 cdef class FieldTable:
-    """Numbers and seeds of fields, found by the bytes of their names; `append` gives the next number."""
+    """Numbers and seeds of fields, found by the bytes of their names, in the order in which they are added.
 
-    cdef object _hashes, _numbers, _seeds
+    Parameters
+    ----------
+    limit : int
+        Fields after which `tokenize_examples` adds no more.
+    """
+
+    cdef object _arrays
     cdef tok_fields c
-    cdef Py_ssize_t count
+    cdef int64_t limit
 
-    def __cinit__(self):
-        self.count = 0
-        self._seeds = np.empty(8, np.uint32)
-        self._make_room(16)
+    def __cinit__(self, int64_t limit):
+        self.limit = limit
+        self.c.secret = int.from_bytes(os.urandom(8), "little") | 1
+        self._make_room(4)
 
     def __len__(self):
-        return self.count
+        return self.c.count
 
-    cdef _make_room(self, Py_ssize_t slots):
-        self._hashes, self._numbers = np.zeros(slots, np.uint64), np.full(slots, -1, np.int32)
-        self.c.mask = slots - 1
-        self._point()
+    cdef _make_room(self, int bits):
+        """Moves the fields to 2^bits slots."""
+        cdef int64_t slot, old_slots = 0 if self._arrays is None else len(self._arrays[0])
+        cdef tok_fields old = self.c
+        cdef object kept = self._arrays  # what `old` points to
+        cdef int64_t slots = 1 << bits
+        self._arrays = (np.zeros(slots, np.uint64), np.full(slots, -1, np.int32), np.zeros(slots, np.uint32),
+                        np.empty((slots, 3), np.int64))
+        self.c.hashes, self.c.numbers = <uint64_t *>_data(self._arrays[0]), <int32_t *>_data(self._arrays[1])
+        self.c.seeds, self.c.names = <uint32_t *>_data(self._arrays[2]), <tok_name *>_data(self._arrays[3])
+        self.c.shift, self.c.room = 64 - bits, min(slots // 2, self.limit)
+        self.c.count = 0
+        hashes = np.zeros(old.count, np.uint64)
+        for slot in range(old_slots):
+            if old.numbers[slot] >= 0:
+                hashes[old.numbers[slot]] = old.hashes[slot]
+        for slot in range(old.count):
+            tok_add_field(&self.c, hashes[slot], old.seeds[slot])
 
-    cdef _point(self):
-        self.c.hashes = <const uint64_t *>cnp.PyArray_DATA(<cnp.ndarray>self._hashes)
-        self.c.numbers = <const int32_t *>cnp.PyArray_DATA(<cnp.ndarray>self._numbers)
-        self.c.seeds = <const uint32_t *>cnp.PyArray_DATA(<cnp.ndarray>self._seeds)
-
-    cdef _insert(self, uint64_t hash, int32_t number):
-        cdef uint64_t slot = hash & self.c.mask
-        while self.c.numbers[slot] >= 0:
-            slot = (slot + 1) & self.c.mask
-        self._hashes[slot], self._numbers[slot] = hash, number
+    cdef bint _grow(self) except -1:
+        """Whether there is room for more fields now."""
+        if self.c.count >= self.c.room and self.c.room < self.limit:
+            self._make_room(65 - self.c.shift)
+        return self.c.count < self.c.room
 
     def append(self, bytes name):
         """Give `name` the next number."""
-        cdef object hashes = self._hashes, numbers = self._numbers
-        if 2 * self.count + 2 > len(hashes):
-            self._seeds = np.resize(self._seeds, len(hashes))
-            self._make_room(2 * len(hashes))
-            for slot in np.flatnonzero(numbers >= 0):
-                self._insert(hashes[slot], numbers[slot])
-        self._seeds[self.count] = mmh3.hash(name, 0, signed=False)
-        self._insert(murmur_hash(name, len(name), 0), self.count)
-        self.count += 1
+        if 2 * self.c.count + 2 > len(self._arrays[0]):
+            self._make_room(65 - self.c.shift)
+        tok_add_field(&self.c, murmur_hash(name, len(name), 0), mmh3.hash(name, 0, signed=False))
+
+    cdef list _take_new(self, bytes text):
+        """(line, name) of the fields that the parser has added, which get their seeds."""
+        cdef int64_t i, first = self.c.count - self.c.num_new
+        cdef list found = []
+        for i in range(self.c.num_new):
+            name = text[self.c.names[i].begin : self.c.names[i].begin + self.c.names[i].length]
+            self.c.seeds[first + i] = mmh3.hash(name, 0, signed=False)
+            found.append((self.c.names[i].line, name))
+        return found
 
 
-def tokenize_examples(bytes text, str format, FieldTable fields, object labels, int64_t max_line_bytes,
-                      int64_t begin=0, int64_t line=0):
-    """Examples of a block of whole lines, from the line at `begin`, which is number `line`, to the end or to a line
-    with a field that `fields` lacks.
+def tokenize_examples(bytes text, str format, FieldTable fields, object labels, int64_t max_line_bytes):
+    """Examples of a block of whole lines. Fields that it meets for the first time are added to `fields`.
 
     Parameters
     ----------
@@ -220,14 +245,13 @@ def tokenize_examples(bytes text, str format, FieldTable fields, object labels, 
         labels (None without), offsets, keys, values, fields (None for libsvm), weights (None but for vw).
     faults : ndarray of int64, shape (m, 4)
         Line, code, and the beginning and length of the part of the text that is to blame.
-    stopped : tuple of int, or None
-        (begin, line) to go on from, and the beginning and length of the field's name.
+    names : list of (int, bytes)
+        Lines and names of the fields that are new, in the order of their numbers. One more than `fields` has room for
+        means that the text was read up to that line only.
     """
     cdef tok_rules rules
     cdef tok_examples c
     _check_lines(text)
-    if not 0 <= begin <= len(text) or (begin > 0 and text[begin - 1] != 10):
-        raise ValueError(f"no line begins at byte {begin} of {len(text)}")
     if format == "libsvm" and len(fields) == 0:
         raise ValueError("libsvm needs one field")
     if labels is not None and len(labels) > 4:
@@ -238,22 +262,23 @@ def tokenize_examples(bytes text, str format, FieldTable fields, object labels, 
         rules.label_values[rules.num_labels], rules.label_meanings[rules.num_labels] = value, meaning
         rules.num_labels += 1
     cdef const uint8_t *data = text
-    cdef int64_t size = len(text), most = tok_max_features(size - begin)
-    cdef int64_t most_rows = tok_count_lines(data + begin, size - begin)
-    arrays = _example_arrays(format, most_rows, most, labels is not None)
+    cdef int64_t size = len(text), most_rows = tok_count_lines(data, size)
+    arrays = _example_arrays(format, most_rows, tok_max_features(size), labels is not None)
     faults = np.empty((most_rows, 4), np.int64)
     c.labels, c.weights = <float *>_data(arrays[0]), <float *>_data(arrays[5])
     c.offsets, c.keys = <int64_t *>_data(arrays[1]), <uint64_t *>_data(arrays[2])
     c.values, c.fields = <float *>_data(arrays[3]), <int32_t *>_data(arrays[4])
     c.faults = <tok_fault *>_data(faults)
-    c.rows = c.num_faults = 0
-    c.line, c.begin, c.offsets[0] = line, begin, 0
-    with nogil:
-        tok_examples_parse(data, size, &rules, &fields.c, &c)
-    stopped = None
-    if c.stopped.code == TOK_NEW_FIELD:
-        stopped = (c.begin, c.line, c.stopped.begin, c.stopped.length)
-    return _trimmed(arrays, c.rows, c.offsets[c.rows]), faults[:c.num_faults], stopped
+    c.rows = c.num_faults = c.line = c.begin = c.offsets[0] = 0
+    cdef list names = []
+    while c.begin < size:
+        with nogil:
+            tok_examples_parse(data, size, &rules, &fields.c, &c)
+        names += fields._take_new(text)
+        if c.stopped.code == TOK_NEW_FIELD and not fields._grow():
+            names.append((c.stopped.line, text[c.stopped.begin : c.stopped.begin + c.stopped.length]))
+            break
+    return _trimmed(arrays, c.rows, c.offsets[c.rows]), faults[:c.num_faults], names
 
 
 cdef void *_data(object array):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import hashemb
 from hashemb.ctr.model_dir import MODEL_FILE, ModelCard, card_values, parse_card, read_card, write_card
-from hashemb.errors import HashembError
+from hashemb.errors import FormatError, HashembError
 
 __all__ = ["Checkpoints"]
 
@@ -64,6 +65,8 @@ class Checkpoints:
         if self.deltas is None:
             return None
         published = sorted(self.deltas.glob("*.delta"))
+        if published and not re.fullmatch("[0-9]{1,18}", published[-1].stem):
+            raise HashembError(f"{published[-1]}: not a delta of a trainer, whose names are numbers; move it elsewhere")
         number = int(published[-1].stem) + 1 if published else 0
         pending = self.deltas / f"{number:09d}.delta{PENDING}"
         pending.unlink(missing_ok=True)
@@ -95,8 +98,12 @@ class Checkpoints:
             return None
         if last is None or "model" not in last.extra:
             raise HashembError(f"{os.fspath(model)}: was killed, and {self.directory} holds no checkpoint of it")
+        try:
+            card = parse_card(last.extra["model"])
+        except ValueError as error:
+            raise FormatError(f"{places[-1]}: the model's card in it can't be read: {error}") from error
         aside = hashemb.restore(places[-1], model, replace=True)
-        write_card(model, parse_card(last.extra["model"]))
+        write_card(model, card)
         if aside:
             shutil.rmtree(aside)
         return last.step

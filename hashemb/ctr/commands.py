@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import hashemb
 from hashemb.ctr._extras import require
+from hashemb.ctr._printable import print_line
 from hashemb.ctr.arguments import (
     COUNT,
     BatchSize,
@@ -49,7 +50,7 @@ from hashemb.ctr.arguments import (
     parser,
 )
 from hashemb.ctr.checkpoints import Checkpoints
-from hashemb.ctr.console import progress_bar, say
+from hashemb.ctr.console import confirm, progress_bar, say
 from hashemb.ctr.demo import run_demo
 from hashemb.ctr.first_look import Plan, default_table, look, reading_text
 from hashemb.ctr.following import follow_deltas
@@ -79,7 +80,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(f"hashemb {hashemb.__version__}")
+        print_line(f"hashemb {hashemb.__version__}")
         raise typer.Exit
 
 
@@ -193,7 +194,7 @@ def predict(
         return
     if bad:
         have = "line has" if bad == 1 else "lines have"
-        print(f"hashemb: {bad:,} bad {have} no probability in the output", file=sys.stderr)
+        print_line(f"hashemb: {bad:,} bad {have} no probability in the output", stderr=True)
 
 
 def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any) -> int:
@@ -226,11 +227,12 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Directory of a table, model or snapshot; or a delta file.")],
+    suspects: Annotated[bool, typer.Option("--suspects", help="Name rows that killed processes were writing.")] = False,
 ) -> None:
     """Check a table, snapshot or delta: every check sum and every invariant. Status 1 if something is wrong."""
-    problems = _verify(path)
+    problems = _verify(path, suspects=suspects)
     for problem in problems:
-        print(problem)
+        print_line(str(problem))
     if problems:
         raise typer.Exit(1)
     say(_console(), f"{path}: nothing is wrong")
@@ -248,18 +250,19 @@ def repair(
         say(_console(), f"{table}: nothing is wrong, nothing to repair")
         return
     for problem in problems:
-        print(problem)
+        print_line(str(problem))
     lost = steps_lost(table, snapshot)
     if not yes:
-        typer.confirm(f"Put {snapshot} in the place of {table}? {lost}", abort=True)
+        confirm(f"Put {snapshot} in the place of {table}? {lost}")
     with _counting("restoring") as progress:
         aside = hashemb.restore(snapshot, table, replace=True, progress=progress)
-    say(_console(), f"{table} is restored. {lost}\nThe damaged table: {aside}")
+    print_line(f"{table} is restored. {lost}")
+    print_line(f"The damaged table: {aside}")
 
 
-def _verify(path: Path) -> list[hashemb.Problem]:
+def _verify(path: Path, *, suspects: bool = False) -> list[hashemb.Problem]:
     with _counting("verifying") as progress:
-        return hashemb.verify(path, progress=progress)
+        return hashemb.verify(path, progress=progress, suspects=suspects)
 
 
 @contextmanager
@@ -291,7 +294,7 @@ def snapshot(
     """Copy a table as it is at one point in time, while trainers go on."""
     with hashemb.open(table, "r+") as opened:
         info = opened.snapshot(target)
-    print(f"snapshot number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {target}")
+    print_line(f"snapshot number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {target}")
 
 
 @app.command()
@@ -312,7 +315,7 @@ def delta(
     """Write what changed in a table since a snapshot or delta to one file, while trainers go on."""
     with hashemb.open(table, "r+") as opened:
         info = opened.export_delta(since, output, state=state, dtype=dtype)
-    print(f"delta number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {output}")
+    print_line(f"delta number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {output}")
 
 
 @app.command()

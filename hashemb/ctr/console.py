@@ -1,6 +1,7 @@
 """What the command line shows: the progressive table, the progress bar, figures in people's units.
 
-Rows are plain text, whether they go to a terminal or a pipe; bars are drawn only on a terminal.
+Rows are plain text, whether they go to a terminal or a pipe; bars are drawn only on a terminal. Every line goes through
+`printable`, here or in `print_line`: names of columns, files and fields are whoever's who wrote the file.
 """
 
 from __future__ import annotations
@@ -11,21 +12,27 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hashemb.ctr._extras import require
+from hashemb.ctr._printable import printable
 from hashemb.ctr.progressive import ProgressRow
 from hashemb.ctr.trainer import BadLines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["bad_line_text", "format_bytes", "format_row", "progress_bar", "row_header", "say"]
+__all__ = ["bad_line_text", "confirm", "format_bytes", "format_row", "progress_bar", "row_header", "say"]
 
 _COLUMNS = ("examples", "since last", "logloss", "NE", "AUC", "examples/s")
 _WIDTHS = (14, 12, 12, 10, 10, 13)
 
 
 def say(console: Console, text: str = "") -> None:
-    """Print one line as it is: no markup, no highlighting, no wrapping."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print one line, `printable` and else as it is: no markup, no highlighting, no wrapping."""
+    console.print(printable(text, console.encoding), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def confirm(question: str) -> None:
+    """Go on if the answer is yes; end the command if it is not."""
+    require("typer").confirm(printable(question), abort=True)
 
 
 def row_header() -> str:
@@ -86,14 +93,14 @@ def progress_bar(
         return
     rich = require("rich.progress")
     columns = (
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(),
         rich.TaskProgressColumn(),
-        rich.TextColumn("{task.fields[rate]}"),
+        rich.TextColumn("{task.fields[rate]}", markup=False),
         rich.TimeRemainingColumn(),
     )
     with rich.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total, rate="")
+        task = bar.add_task(printable(label, console.encoding), total=total, rate="")
 
         def advance(done: int, count: int) -> None:
             elapsed = bar.tasks[task].elapsed

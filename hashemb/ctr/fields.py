@@ -209,9 +209,10 @@ def _as_it_is(column: Any) -> Any:
 def _counts(column: Any) -> Any:
     """Buckets with the validity bitmap of the counts: what lies below a null is computed and never seen."""
     pa = require("pyarrow")
-    column = column.cast(pa.int64())
+    dtype = np.uint64 if column.type == pa.uint64() else np.int64  # no other type has values that int64 lacks
+    column = column if dtype is np.uint64 else column.cast(pa.int64())
     validity, values = column.buffers()
-    counts = np.frombuffer(values, np.int64, column.offset + len(column)) if len(column) else np.empty(0, np.int64)
+    counts = np.frombuffer(values, dtype, column.offset + len(column)) if len(column) else np.empty(0, dtype)
     buffers = [validity, pa.py_buffer(bucketize_counts(counts))]
     return pa.Array.from_buffers(pa.int64(), len(column), buffers, offset=column.offset)
 

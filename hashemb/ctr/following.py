@@ -6,6 +6,7 @@ import os
 import time
 
 import hashemb
+from hashemb.ctr._printable import print_line
 
 __all__ = ["follow_deltas"]
 
@@ -28,11 +29,11 @@ def follow_deltas(
     while True:
         status = hashemb.follow(table, directory, on_applied=_say_applied)
         if status.applied or once:
-            _say(_summary(status))
+            print_line(_summary(status))
         if _troubles(status) != trouble:
             trouble = _troubles(status)
             for line in trouble:
-                _say(line)
+                print_line(line)
         if once:
             return
         time.sleep(interval_s)
@@ -40,7 +41,7 @@ def follow_deltas(
 
 def _say_applied(info: hashemb.DeltaInfo) -> None:
     age_s = max(0.0, time.time() - info.created)
-    _say(f"applied number {info.sequence}: step {info.step:,}, {info.num_blocks:,} blocks, {age_s:.1f} s old")
+    print_line(f"applied number {info.sequence}: step {info.step:,}, {info.num_blocks:,} blocks, {age_s:.1f} s old")
 
 
 def _summary(status: hashemb.FollowStatus) -> str:
@@ -52,7 +53,3 @@ def _summary(status: hashemb.FollowStatus) -> str:
 def _troubles(status: hashemb.FollowStatus) -> list[str]:
     gap = [f"number {status.gap} is missing"] if status.gap is not None else []
     return gap + [f"skipped {name}: {why}" for name, why in status.skipped.items()]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

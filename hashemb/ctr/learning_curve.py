@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from hashemb.ctr._json_values import as_list, as_number, as_object, as_whole
+from hashemb.ctr._labels import shown
 
 __all__ = ["MAX_ROWS", "LearningCurve", "ProgressRow"]
 
@@ -75,12 +78,25 @@ class LearningCurve:
         return [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]
 
     @classmethod
-    def from_json(cls, rows: Iterable[dict[str, Any]]) -> LearningCurve:
-        """The curve that `to_json` gave; `TypeError` for anything else."""
-        return cls(
-            ProgressRow(**{name: math.nan if value is None else value for name, value in row.items()})  # type: ignore[arg-type]
-            for row in rows
-        )
+    def from_json(cls, rows: Any) -> LearningCurve:
+        """The curve that `to_json` gave; `ValueError` for anything else."""
+        curve, examples = cls(), 0
+        for row in map(_parse_row, as_list(rows, "rows")):
+            if row.examples <= examples:
+                raise ValueError(f"rows must have more and more examples, found {row.examples:,} after {examples:,}")
+            curve.add(row)
+            examples = row.examples
+        return curve
+
+
+def _parse_row(values: Any) -> ProgressRow:
+    row = as_object(values, "a row")
+    names = [f.name for f in fields(ProgressRow)]
+    if sorted(row) != sorted(names):
+        raise ValueError(f"a row must have {', '.join(names)}, found {shown(list(row))}")
+    examples = as_whole(row["examples"], "examples of a row", 1)
+    figures = {name: math.nan if row[name] is None else as_number(row[name], name, 0.0) for name in names[1:]}
+    return ProgressRow(examples, **figures | {"examples_per_second": figures["examples_per_second"] or math.nan})
 
 
 def _merged(start: int, a: ProgressRow, b: ProgressRow) -> ProgressRow:

@@ -15,13 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import hashemb
+from hashemb.ctr._json_values import as_list, as_number, as_object, as_text, as_whole, one_of, parse_file
+from hashemb.ctr._labels import shown
 from hashemb.ctr._report import ReadReport
 from hashemb.ctr.fields import Kind
 from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
 from hashemb.ctr.negatives import Correction, NegativeSampling
+from hashemb.ctr.progressive import check_progress
 from hashemb.errors import FormatError, HashembError
 
 __all__ = [
@@ -45,6 +48,7 @@ MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
 MODEL_FORMAT = 1
 SMALLEST_BATCH = 32
+MAX_FIELDS = 1 << 16  # of a model that tells them apart
 KINDS = {
     "factorization_machine": "factorization machine",
     "field_weighted_fm": "field-weighted factorization machine",
@@ -230,31 +234,65 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     """
     path = Path(directory, MODEL_FILE)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return parse_card(values)
+        return parse_file(path, "a model card", parse_card)
     except FileNotFoundError:
         raise FileNotFoundError(f"{os.fspath(directory)}: no model here ({MODEL_FILE} not found)") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{path}: not a model card: {error}") from error
 
 
 def parse_card(values: Any) -> ModelCard:
-    """The card that `card_values` gave; `ValueError`, `TypeError` or `KeyError` for anything else."""
-    if not isinstance(values, dict) or not isinstance(values.get("format"), int):
-        raise ValueError("no format number")
-    if values["format"] > MODEL_FORMAT:
-        raise ValueError(f"format {values['format']} is newer than this version reads ({MODEL_FORMAT})")
-    if values.get("kind") not in KINDS:
-        raise ValueError(f"kind {values.get('kind')!r}, expected one of {', '.join(KINDS)}")
-    known = {f.name for f in fields(ModelCard)}
-    card = ModelCard(**{name: value for name, value in values.items() if name in known})
-    if not isinstance(card.rank, int) or not isinstance(card.batch_size, int):
-        raise ValueError(f"rank {card.rank!r} and batch_size {card.batch_size!r} must be integers")
-    card.negatives()
-    if card.kind != "factorization_machine" and not isinstance(card.num_fields, int):
-        raise ValueError(f"num_fields {card.num_fields!r} must be an integer for kind {card.kind!r}")
-    card.sources = {path: SourcePosition(**position) for path, position in values["sources"].items()}
+    """The card that `card_values` gave; `ValueError` for anything else, so that all who read one can rely on it."""
+    found = as_object(values, "the card")
+    version = as_whole(found.get("format"), "format", 1)
+    if version > MODEL_FORMAT:
+        raise ValueError(f"format {version} is newer than this version reads ({MODEL_FORMAT})")
+    known = {f.name: found[f.name] for f in fields(ModelCard) if f.name in found}
+    as_whole(known.get("rank"), "rank")
+    sources = as_object(known.get("sources"), "sources")
+    card = ModelCard(**known | {"sources": {path: _parse_position(path, at) for path, at in sources.items()}})
+    _check_model(card)
+    _check_reading(card)
+    check_progress(card.progress)
     return card
+
+
+def _parse_position(path: str, values: Any) -> SourcePosition:
+    name = f"source {shown(path)}"
+    found = as_object(values, name)
+    as_text(found.get("digest"), f"{name}: digest")
+    if not found.keys() <= {f.name for f in fields(SourcePosition)} or "size_bytes" not in found:
+        raise ValueError(f"{name} must be a position in a file, found {shown(found)}")
+    position = SourcePosition(**found)
+    for what in ("size_bytes", "passes", "rows", "rows_per_pass", "bad_rows"):
+        as_whole(getattr(position, what), f"{name}: {what}")
+    for line in as_list(position.bad_lines, f"{name}: bad_lines"):
+        as_text(line, f"{name}: a bad line")
+    return position
+
+
+def _check_model(card: ModelCard) -> None:
+    one_of(card.kind, "kind", KINDS)
+    if card.num_fields is not None or card.kind != "factorization_machine":
+        as_whole(card.num_fields, "num_fields", 1, MAX_FIELDS)
+    as_whole(card.table_step, "table_step", high=(1 << 64) - 1)
+    as_number(card.negative_rate, "negative_rate")
+    card.negatives()
+    as_text(card.hashemb_version, "hashemb_version")
+
+
+def _check_reading(card: ModelCard) -> None:
+    for name, kind in as_object(card.schema, "schema").items():
+        as_text(name, "a field", encodable=True)
+        one_of(kind, f"kind of field {shown(name)}", get_args(Kind))
+    one_of(card.data_format, "data_format", get_args(Format))
+    if card.label is not None:
+        as_text(card.label, "label")
+    if card.label_values is not None:
+        pair = [as_text(value, "a label value") for value in as_list(card.label_values, "label_values")]
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise ValueError(f"label_values must be two different strings, found {shown(pair)}")
+    as_whole(card.batch_size, "batch_size", 1)
+    as_whole(card.passes, "passes", 1)
+    as_whole(card.warm_up, "warm_up")
 
 
 def build_model(table: hashemb.EmbeddingTable, card: ModelCard) -> HashedModel:
@@ -289,12 +327,15 @@ def load_model(directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
     Raises
     ------
     FileNotFoundError, FormatError
-        No such directory; no model in it; or not one that this version reads.
+        No such directory; no model in it; not one that this version reads; or one that the table is not of.
     """
     card = read_card(directory)
     table = hashemb.open(directory, mode=mode)
     try:
         return build_model(table, card), card
+    except ValueError as error:
+        table.close()
+        raise FormatError(f"{Path(directory, MODEL_FILE)}: {error}") from error
     except BaseException:
         table.close()
         raise
@@ -311,7 +352,7 @@ def training_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     HashembError
         Another trainer holds it.
     """
-    with open(Path(directory, LOCK_FILE), "a+", encoding="utf-8") as file:
+    with open(Path(directory, LOCK_FILE), "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

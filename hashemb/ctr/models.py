@@ -146,6 +146,9 @@ class FieldWeightedFM(HashedModel):
                 f"a field-weighted factorisation machine of rank {self.rank} needs rank >= 1 and rows of 1 + rank "
                 f"elements (linear weight, factors); the table has embedding_dim {table.embedding_dim}"
             )
+        pairs, elements = num_fields * (num_fields + 1) // 2, table.num_embeddings * table.embedding_dim
+        if pairs > elements:
+            raise ValueError(f"{num_fields:,} fields have {pairs:,} pairs, the table {elements:,} elements for weights")
         super().__init__(table)
         f = np.arange(num_fields)
         high, low = np.maximum(f[:, None], f), np.minimum(f[:, None], f)

@@ -107,7 +107,7 @@ class KeyCensus:
         """Who shares rows in `table`, field by field. O(n log n) in all distinct keys."""
         columns = self.distinct()
         keys, codes = np.unique(np.concatenate([*columns, np.empty(0, np.uint64)]), return_inverse=True)
-        sharing = _sharing(table.rows(keys).reshape(len(keys), -1))[codes.reshape(-1)]
+        sharing = _sharing(table.rows(keys).reshape(len(keys), table.num_hashes))[codes.reshape(-1)]
         ends = np.cumsum([len(column) for column in columns])
         return [
             FieldCollisions(field, len(column), int(sharing[end - len(column) : end].sum()))

@@ -103,7 +103,7 @@ def parse_count(text: str) -> int:
     Raises
     ------
     ValueError
-        Not a whole number >= 1 in one of these forms.
+        Not a whole number from 1 to 2^63 - 1 in one of these forms.
     """
     compact = text.replace("_", "").replace(",", "").strip()
     power = re.fullmatch(r"(\d{1,3})(?:\^|\*\*)(\d{1,3})", compact)
@@ -116,6 +116,8 @@ def parse_count(text: str) -> int:
         value = number * _SUFFIXES[plain[2].upper()]
     if value < 1 or value != int(value):
         raise ValueError(f"{text!r} is not a count >= 1 such as 4194304, 2^22, 4M (millions) or 4Mi (2^20s)")
+    if value >= 1 << 63:
+        raise ValueError(f"{text!r} is not a count below 2^63")
     return int(value)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._json_values import as_object, as_whole
 from hashemb.ctr.learning_curve import LearningCurve, ProgressRow
 from hashemb.ctr.metrics import StreamingMetrics
 from hashemb.ctr.negatives import NegativeSampling
@@ -27,7 +28,7 @@ from hashemb.ctr.negatives import NegativeSampling
 if TYPE_CHECKING:
     from hashemb.ctr.batches import Batch
 
-__all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValidator", "Schedule"]
+__all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValidator", "Schedule", "check_progress"]
 
 
 class Learner(Protocol):
@@ -110,6 +111,39 @@ class _Waiting(NamedTuple):
     last_time: float
 
 
+class _State(NamedTuple):
+    """What `ProgressiveValidator.state` has put into words."""
+
+    metrics: StreamingMetrics
+    at_last_row: StreamingMetrics
+    curve: LearningCurve
+    examples: int
+    waiting: int
+
+
+def _parse_state(values: Any) -> _State:
+    """`ValueError` for what is no state, or one that a validator could not go on from."""
+    state = as_object(values, "progress")
+    metrics = StreamingMetrics.from_state_dict(as_object(state.get("metrics"), "metrics"))
+    at_last_row = StreamingMetrics.from_state_dict(as_object(state.get("at_last_row"), "at_last_row"))
+    _ = metrics - at_last_row
+    curve = LearningCurve.from_json(state.get("rows", []))
+    learned = max((row.examples for row in curve), default=0)
+    if learned > metrics.examples:
+        raise ValueError(f"the last of rows stands at {learned:,} examples, the metrics are of {metrics.examples:,}")
+    examples = as_whole(state.get("examples", metrics.examples), "examples")
+    return _State(metrics, at_last_row, curve, examples, as_whole(state.get("waiting", 0), "waiting", 0, examples))
+
+
+def check_progress(values: Any) -> None:
+    """Raise a ValueError where what a model's card says of its learning is not what a trainer has written there."""
+    progress = as_object(values, "progress")
+    if progress:
+        as_whole(progress.get("pass"), "pass", 1)
+        _parse_state(progress)
+        LearningCurve.from_json(progress.get("first_pass_rows", []))
+
+
 class ProgressiveValidator:
     """Feeds batches to a model and keeps the metrics of what it predicted before learning them.
 
@@ -170,11 +204,10 @@ class ProgressiveValidator:
         self._mark = (clock(), self.metrics.examples)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.metrics = StreamingMetrics.from_state_dict(state["metrics"])
-        self._at_last_row = StreamingMetrics.from_state_dict(state["at_last_row"])
-        self.curve = LearningCurve.from_json(state.get("rows", ()))
-        self._scored_before = int(state.get("waiting", 0))
-        self._next_example = int(state.get("examples", self.metrics.examples)) - self._scored_before
+        found = _parse_state(state)
+        self.metrics, self._at_last_row, self.curve = found.metrics, found.at_last_row, found.curve
+        self._scored_before = found.waiting
+        self._next_example = found.examples - found.waiting
 
     @property
     def waiting(self) -> int:

@@ -6,6 +6,7 @@ across pieces and files. What a malformed line looks like is up to the source; i
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Literal, Union, cast, get_args
 
 from hashemb.ctr._criteo import CriteoSource, count_good_lines
 from hashemb.ctr._csv import CsvSource
+from hashemb.ctr._damage import naming_the_file
 from hashemb.ctr._labels import LabelValues
 from hashemb.ctr._parquet import ParquetSource
 from hashemb.ctr._report import BadLine, ReadReport
@@ -34,6 +36,7 @@ _SUFFIXES: dict[str, Format] = {
     ".vw": "vw",
 }  # fmt: skip
 _SNIFF_BYTES = 1 << 16
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def open_reader(
@@ -247,7 +250,7 @@ class Reader:
         """The examples after the first `start`, in pieces of any size."""
         while self._source is not None:
             source = self._source
-            for part in source.batches(self.schema, self._rejecter(source.name)):
+            for part in self._read(source):
                 if not part.num_examples:
                     continue
                 self._check_form(source.name, part)
@@ -258,6 +261,10 @@ class Reader:
                     yield part.examples(skipped, part.num_examples) if skipped else part
             self._close_source()
             self._open_next()
+
+    def _read(self, source: Source) -> Iterator[Batch]:
+        with naming_the_file(source.name, source.format):
+            yield from source.batches(self.schema, self._rejecter(source.name))
 
     def _rejecter(self, name: str) -> Reject:
         return lambda line, reason: self.report.reject(BadLine(name, line, reason), strict=self._strict)
@@ -282,7 +289,7 @@ def _open_source(path: str, format: Format, options: Options) -> Source | None:
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return None
     if format == "parquet" or (format == "auto" and path.lower().endswith(_PARQUET_SUFFIXES)):
-        return ParquetSource(path, options)
+        return _parquet_source(path, options)
     stream = Stream(path)
     try:
         head = stream.peek(_SNIFF_BYTES)
@@ -291,12 +298,24 @@ def _open_source(path: str, format: Format, options: Options) -> Source | None:
             return None
         if format == "auto" and head.startswith(_PARQUET_MAGIC):
             stream.close()
-            return ParquetSource(path, options)
+            return _parquet_source(path, options)
+        _check_encoding(stream.name, head)
         kind = _sniff(stream.name, head) if format == "auto" else format
-        return _text_source(stream, kind, options)
+        with naming_the_file(stream.name, kind):
+            return _text_source(stream, kind, options)
     except BaseException:
         stream.close()
         raise
+
+
+def _parquet_source(path: str, options: Options) -> Source:
+    with naming_the_file(path, "parquet"):
+        return ParquetSource(path, options)
+
+
+def _check_encoding(name: str, head: bytes) -> None:
+    if head.startswith(_UTF16_MARKS):
+        raise ValueError(f"{name}: the text is UTF-16: convert it to UTF-8, for example with  iconv -f UTF-16 -t UTF-8")
 
 
 def _text_source(stream: Stream, format: Format, options: Options) -> Source:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hashemb.ctr._extras import require
+from hashemb.ctr._printable import print_line
 from hashemb.ctr._writers import replacing
 from hashemb.ctr.arguments import DataFormat, Label
 from hashemb.ctr.commands import app, typer
@@ -47,4 +48,4 @@ def report(
         )
     with replacing(target) as temporary:
         temporary.write_text(page(facts), encoding="utf-8")
-    print(target)
+    print_line(str(target))

@@ -146,7 +146,7 @@ def gather(
         stats, norms = table.stats(), row_norms(table)
         settings = [fact for fact in describe(run) if fact[0] != "size, in memory"]  # of the moment, not of the model
     others = [memory_point(path, files, **reading) for path in compare]
-    first = card.progress.get("rows" if card.progress.get("pass") == 1 else "first_pass_rows", ())
+    first = card.progress.get("rows" if card.progress.get("pass") == 1 else "first_pass_rows", [])
     learning = learning_metrics(card)
     return RunFacts(
         name=Path(run).absolute().name,

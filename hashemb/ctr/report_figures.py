@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hashemb.ctr._extras import require
+from hashemb.ctr._printable import printable
 from hashemb.ctr.calibration_bins import CalibrationBin
 from hashemb.ctr.learning_curve import ProgressRow
 from hashemb.ctr.occupancy import FieldCollisions, RowNorms
@@ -117,7 +118,8 @@ def collision_figure(fields: Sequence[FieldCollisions], expected: float, name: s
     shown = [field for field in fields if field in largest]
 
     def draw(axes: Any) -> None:
-        axes.barh([field.field for field in shown], [100.0 * field.rate for field in shown], color=_FIRST, height=0.7)
+        axes.barh(range(len(shown)), [100.0 * field.rate for field in shown], color=_FIRST, height=0.7)
+        axes.set_yticks(range(len(shown)), labels=[_plain(field.field) for field in shown])
         axes.axvline(100.0 * expected, color=_SECOND, linestyle="--", label="expected of any key")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -151,7 +153,7 @@ def memory_figure(points: Sequence[MemoryPoint], name: str = "memory") -> str:
         for x, point in zip(mebibytes, points, strict=True):
             left = x > middle
             axes.annotate(
-                point.name, (x, point.auc), (-6 if left else 6, 4), textcoords="offset points",
+                _plain(point.name), (x, point.auc), (-6 if left else 6, 4), textcoords="offset points",
                 ha="right" if left else "left",
             )  # fmt: skip
         _logarithmic(axes, "x", mebibytes)
@@ -159,6 +161,11 @@ def memory_figure(points: Sequence[MemoryPoint], name: str = "memory") -> str:
         axes.set(xlabel="table on disk (MiB)", ylabel="AUC")
 
     return _svg(name, 3.0, draw)
+
+
+def _plain(text: str) -> str:
+    """A name as Matplotlib is to draw it: between dollars it would read a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _logarithmic(axes: Any, axis: str, values: Any) -> None:

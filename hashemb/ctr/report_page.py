@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import hashemb
+from hashemb.ctr._printable import printable
 from hashemb.ctr.calibration_bins import CalibrationBin, expected_calibration_error
 from hashemb.ctr.console import format_bytes
 from hashemb.ctr.learning_curve import ProgressRow
@@ -65,7 +66,7 @@ def page(facts: RunFacts) -> str:
         ("data", "Data learned", _data(facts)),
         ("settings", "Settings", [_table("The table and the model", ("", ""), facts.settings, text=True)]),
     ]
-    title = html.escape(f"{facts.name}: report on a click-through-rate model")
+    title = _escaped(f"{facts.name}: report on a click-through-rate model")
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     body = "\n".join(
         f'<section aria-labelledby="{key}">\n<h2 id="{key}">{heading}</h2>\n' + "\n".join(parts) + "\n</section>"
@@ -75,7 +76,7 @@ def page(facts: RunFacts) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
-        f"<p>Made by hashemb {html.escape(hashemb.__version__)}.</p>\n"
+        f"<p>Made by hashemb {_escaped(hashemb.__version__)}.</p>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n{body}\n</main>\n</body>\n</html>\n'
     )
 
@@ -229,30 +230,34 @@ def _data(facts: RunFacts) -> Iterator[str]:
     yield _table("Files", ("file", "passes", "rows", "bad rows", "size"), cells)
     bad = [line for source in facts.sources.values() for line in source.bad_lines]
     if bad:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in bad)
+        items = "".join(f"<li>{_escaped(line)}</li>" for line in bad)
         yield f"<details><summary>The first bad rows, with the reasons</summary><ul>{items}</ul></details>"
 
 
 # ---- pieces ----
 
 
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _text(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{_escaped(text)}</p>"
 
 
 def _figure(svg: str, caption: str) -> str:
     """A picture and what it shows; the caption is also its text for those who don't see it."""
-    text = html.escape(caption)
+    text = _escaped(caption)
     return f'<figure role="img" aria-label="{text}">{svg}<figcaption>{text}</figcaption></figure>'
 
 
 def _table(caption: str, head: Cells, rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
     """A table that scrolls by itself where the screen is narrow; the first cell of a row is its heading."""
-    name = html.escape(caption)
-    columns = "".join(f'<th scope="col">{html.escape(cell)}</th>' if cell else "<td></td>" for cell in head)
+    name = _escaped(caption)
+    columns = "".join(f'<th scope="col">{_escaped(cell)}</th>' if cell else "<td></td>" for cell in head)
     lines = "\n".join(
-        f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        f'<tr><th scope="row">{_escaped(row[0])}</th>'
+        + "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._json_values import as_number, as_text, as_whole
 from hashemb.ctr._maths import add_scores
 from hashemb.ctr._metric_basics import Floats, as_floats, checked, entropy, ratio
 from hashemb.ctr.calibration_bins import CalibrationBin, calibration_bins
@@ -21,6 +22,7 @@ _EPS = float(np.finfo(np.float64).eps)
 # Scores are counted in bins of equal width on the logit scale; beyond ±16 (1e-7) everything shares the end bins.
 _LOGIT_LIMIT = 16.0
 _NUM_BINS = 1 << 14
+_MAX_SUM = 1e100  # of weights, which are float32, and of their squares
 _BINS_PER_LOGIT = _NUM_BINS / (2 * _LOGIT_LIMIT)
 
 
@@ -169,19 +171,21 @@ class StreamingMetrics:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> StreamingMetrics:
         """The metrics whose `state_dict` this is; a ValueError if it is not one."""
-        metrics = cls()
         try:
-            num_bins, weighted = int(state["num_bins"]), "squares" in state
-            metrics._sum_loss = float(state["sum_loss"])
-            metrics._sum_probabilities = float(state["sum_probabilities"])
-            metrics._histogram = _unpacked(state["histogram"], "<f8" if weighted else "<i8", num_bins)
-            metrics._squares = _unpacked(state["squares"], "<f8", num_bins) if weighted else None
-            metrics._examples = int(state["examples"] if weighted else metrics._histogram.sum())
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
-            raise ValueError(f"not a state of StreamingMetrics: {error!r}") from error
+            return cls()._restored(state)
+        except ValueError as error:
+            raise ValueError(f"not a state of StreamingMetrics: {error}") from error
+
+    def _restored(self, state: Mapping[str, Any]) -> StreamingMetrics:
+        num_bins, weighted = as_whole(state.get("num_bins"), "num_bins"), "squares" in state
         if num_bins != _NUM_BINS:
             raise ValueError(f"state has {num_bins} bins, this version has {_NUM_BINS}")
-        return metrics
+        self._sum_loss = as_number(state.get("sum_loss"), "sum_loss", 0.0, _MAX_SUM)
+        self._sum_probabilities = as_number(state.get("sum_probabilities"), "sum_probabilities", 0.0, _MAX_SUM)
+        self._histogram = _unpacked(state, "histogram", "<f8" if weighted else "<i8")
+        self._squares = _unpacked(state, "squares", "<f8") if weighted else None
+        self._examples = as_whole(state.get("examples") if weighted else int(self._histogram.sum()), "examples")
+        return self
 
     def __repr__(self) -> str:
         return (
@@ -195,6 +199,17 @@ def _packed(values: Floats, dtype: str) -> str:
     return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 1)).decode("ascii")
 
 
-def _unpacked(text: str, dtype: str, num_bins: int) -> Floats:
-    values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
-    return values.astype(np.float64).reshape(2, num_bins)
+def _unpacked(state: Mapping[str, Any], name: str, dtype: str) -> Floats:
+    """No more is decompressed than there can be: a few bytes may stand for gigabytes."""
+    size_bytes = 2 * _NUM_BINS * np.dtype(dtype).itemsize
+    try:
+        packed = base64.b64decode(as_text(state.get(name), name))
+        content = zlib.decompressobj().decompress(packed, size_bytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    if len(content) != size_bytes:
+        raise ValueError(f"{name} must have {size_bytes:,} bytes, found {len(content):,} or more")
+    values = np.frombuffer(content, dtype).astype(np.float64).reshape(2, _NUM_BINS)
+    if not ((values >= 0.0) & (values <= _MAX_SUM)).all():
+        raise ValueError(f"{name} must hold sums from 0 to {_MAX_SUM:g}, found others")
+    return values

@@ -65,16 +65,28 @@ typedef enum {
     TOK_TRIPLE,
     TOK_INDEX,
     TOK_VALUE,
+    TOK_FIELD_NAME,
     TOK_NEW_FIELD, /* not a fault: a field that is in no table yet */
 } tok_code;
 
-/* Fields by the hash of their names: open addressing, numbers[i] < 0 where slot i is free; at least one is. */
+/* Where a field was first seen. */
 typedef struct {
-    const uint64_t *hashes;
-    const int32_t *numbers;
-    const uint32_t *seeds; /* by number */
-    uint64_t mask;         /* slots - 1 */
+    int64_t line, begin, length;
+} tok_name;
+
+/* Fields by the hash of their names: open addressing in 2^(64 - shift) slots, numbers[i] < 0 where slot i is free. The
+ * parser adds those that it meets, up to `room` of them, which leaves half of the slots free. */
+typedef struct {
+    uint64_t *hashes;
+    int32_t *numbers;
+    uint32_t *seeds;  /* by number */
+    tok_name *names;  /* of the last `num_new` fields, whose seeds are not known yet */
+    uint64_t secret;  /* odd, drawn at random, so that no file can aim its names at a few slots */
+    int shift;
+    int64_t count, num_new, room;
 } tok_fields;
+
+void tok_add_field(tok_fields *fields, uint64_t hash, uint32_t seed);
 
 typedef struct {
     tok_format format;
@@ -97,12 +109,14 @@ typedef struct {
     tok_fault *faults;
     int64_t rows, num_faults;
     int64_t line, begin;     /* where to go on: the first line not yet taken */
-    tok_fault stopped;       /* code TOK_NEW_FIELD: the name that stopped it, in the line at `begin` */
+    tok_fault stopped;       /* code TOK_NEW_FIELD: the first name that there was no room for */
 } tok_examples;
 
-/* Takes the lines from examples->begin on, to the end of the text or to a line with a field that `fields` lacks, of
- * which nothing is kept then: make it known, and call again. Features: no more than tok_max_features(size). */
-void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, const tok_fields *fields,
+/* Takes the lines from examples->begin on, to the end of the text or to a line with fields that `fields` lacked, of
+ * which only their names are kept: give the last `num_new` fields their seeds, or make room if it has stopped for want
+ * of it, and call again. So no line is read more than twice, but for those that the table grows in. Features: no more
+ * than tok_max_features(size). */
+void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, tok_fields *fields,
                         tok_examples *examples);
 int64_t tok_max_features(int64_t size);
 

@@ -6,6 +6,7 @@
 #include <locale.h>
 #include <stdlib.h>
 
+#include "lines.h"
 #include "numbers.h"
 #include "tokens.h"
 
@@ -24,7 +25,7 @@ int64_t tok_max_features(int64_t size) { return size / 2 + 1; }
 /* A line under way. */
 typedef struct {
     const tok_rules *rules;
-    const tok_fields *fields;
+    tok_fields *fields;
     tok_examples *out;
     const uint8_t *text, *end; /* the end of the line */
     int64_t at;                /* the next feature goes there */
@@ -74,18 +75,59 @@ static inline const uint8_t *find(const uint8_t *p, const uint8_t *end, uint8_t 
     return p;
 }
 
-/* The number of the field with that name; -1, and the line is given up, where it has none yet. */
+/* ---- fields ---- */
+
+/* Where to look first: the high bits of a product with a secret are as good as random (Dietzfelbinger et al., "A
+ * reliable randomized algorithm for the closest-pair problem", 1997). */
+static inline uint64_t first_slot(const tok_fields *fields, uint64_t hash)
+{
+    return hash * fields->secret >> fields->shift;
+}
+
+/* The slot of a field, or the free one where it belongs. */
+static inline uint64_t find_slot(const tok_fields *fields, uint64_t hash)
+{
+    uint64_t slot = first_slot(fields, hash), mask = ~UINT64_C(0) >> fields->shift;
+    while (fields->numbers[slot] >= 0 && fields->hashes[slot] != hash)
+        slot = (slot + 1) & mask;
+    return slot;
+}
+
+static int32_t fill_slot(tok_fields *fields, uint64_t slot, uint64_t hash, uint32_t seed)
+{
+    fields->hashes[slot] = hash;
+    fields->numbers[slot] = (int32_t)fields->count;
+    fields->seeds[fields->count] = seed;
+    return (int32_t)fields->count++;
+}
+
+void tok_add_field(tok_fields *fields, uint64_t hash, uint32_t seed)
+{
+    uint64_t slot = find_slot(fields, hash);
+    if (fields->numbers[slot] < 0)
+        fill_slot(fields, slot, hash, seed);
+    else
+        fields->seeds[fields->count++] = seed; /* names with one hash are one field, that of the first */
+}
+
+/* The number of a field that is met for the first time; -1, and the line is given up, where it can't have one. */
+static int32_t new_field(work *w, uint64_t slot, uint64_t hash, const uint8_t *name, const uint8_t *end)
+{
+    tok_fields *fields = w->fields;
+    if (!utf8_is_valid(name, end))
+        return blame(w, TOK_FIELD_NAME, name, end) - 1;
+    if (fields->count >= fields->room)
+        return blame(w, TOK_NEW_FIELD, name, end) - 1;
+    fields->names[fields->num_new++] = (tok_name){w->out->line, name - w->text, end - name};
+    return fill_slot(fields, slot, hash, 0);
+}
+
 static inline int32_t field_number(work *w, const uint8_t *name, const uint8_t *end)
 {
     uint64_t hash = murmur_hash_within(name, (size_t)(end - name), (size_t)(w->end - name), 0);
-    for (uint64_t slot = hash & w->fields->mask;; slot = (slot + 1) & w->fields->mask) {
-        int32_t found = w->fields->numbers[slot];
-        if (found >= 0 && w->fields->hashes[slot] != hash)
-            continue;
-        if (found < 0)
-            blame(w, TOK_NEW_FIELD, name, end);
-        return found;
-    }
+    uint64_t slot = find_slot(w->fields, hash);
+    int32_t found = w->fields->numbers[slot];
+    return found >= 0 ? found : new_field(w, slot, hash, name, end);
 }
 
 static inline void add_feature(work *w, uint64_t key, double value, int32_t field)
@@ -293,24 +335,26 @@ static int is_comment(work *w, const uint8_t *p)
     return found && skip_blanks(p, mark) == mark;
 }
 
-void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, const tok_fields *fields,
+void tok_examples_parse(const uint8_t *text, int64_t size, const tok_rules *rules, tok_fields *fields,
                         tok_examples *examples)
 {
     const uint8_t *limit = text + size;
     examples->stopped.code = TOK_OK;
+    fields->num_new = 0;
     while (examples->begin < size) {
         const uint8_t *p = text + examples->begin, *feed = memchr(p, '\n', (size_t)(limit - p));
         work w = {.rules = rules, .fields = fields, .out = examples, .text = text, .end = feed, .importance = 1.0};
         w.at = examples->offsets[examples->rows];
         if (!is_comment(&w, p)) {
-            if (take_example(&w, p)) {
-                keep_example(&w);
-            } else if (w.fault.code == TOK_NEW_FIELD) {
+            int is_taken = take_example(&w, p);
+            if (!is_taken && w.fault.code == TOK_NEW_FIELD)
                 examples->stopped = w.fault;
+            if (fields->num_new > 0 || examples->stopped.code != TOK_OK)
                 return;
-            } else {
+            if (is_taken)
+                keep_example(&w);
+            else
                 examples->faults[examples->num_faults++] = w.fault;
-            }
         }
         examples->begin = feed + 1 - text;
         examples->line++;

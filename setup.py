@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
 CTR_CSRC = "hashemb/ctr/csrc/"
-C_SOURCES = ["ahead.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
+C_SOURCES = ["ahead.c", "commit.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
              "save.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
            "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra"]

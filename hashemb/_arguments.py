@@ -6,21 +6,21 @@ by the identity of their dtype, before anything else: on a batch of 26 keys the 
 
 from __future__ import annotations
 
-import math
 import os
 import uuid
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ma import MaskedArray
 from scipy import sparse
 
 from hashemb import _format
+from hashemb._rules import Whole, shown
 from hashemb._version import __version__
 from hashemb.init import Normal, Uniform, Zeros
-from hashemb.optim import FTRL, Adagrad, Optimizer
+from hashemb.optim import Adagrad, Optimizer, check_divisor, with_rate
 
-_MAX_BYTES = (1 << 63) - 1
 POOLINGS = {"sum": 0, "mean": 1, "sqrtn": 2}
 _UINT64, _INT64, _FLOAT32 = np.dtype(np.uint64), np.dtype(np.int64), np.dtype(np.float32)
 
@@ -33,10 +33,10 @@ Batch = tuple[Keys, "Offsets | None", "Floats | None", int, tuple[int, ...]]
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """`value` as an int in [low, high]."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {shown(value)}")
     number = int(value.__index__())
     if not low <= number <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {number}")
+        raise ValueError(f"{name} must be between {low} and {high}, got {shown(number)}")
     return number
 
 
@@ -59,6 +59,22 @@ def _plain(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return array if array.flags.aligned else array.copy()
 
 
+def _array(name: str, values: Any) -> npt.NDArray[Any]:
+    """The values as NumPy reads them; a `TypeError` for what it can read only by losing some of their meaning."""
+    if type(values) is np.ndarray:
+        return values
+    kinds = {type(values), *map(type, values)} if isinstance(values, (list, tuple)) else {type(values)}
+    if any(issubclass(kind, MaskedArray) for kind in kinds):
+        raise TypeError(
+            f"{name} must not be a masked array, of which the mask would be ignored: give masked entries a value with "
+            ".filled(value), or leave them out with .compressed()"
+        )
+    try:
+        return np.asarray(values)
+    except RuntimeError as error:  # PyTorch's, for a tensor with a gradient
+        raise TypeError(f"{name} cannot be read as an array: {error}") from None
+
+
 def keys_array(keys: Any) -> Keys:
     """Keys of any integer dtype and shape as uint64 in C order; negative ones by two's complement."""
     if type(keys) is np.ndarray and _is_plain(keys):
@@ -66,7 +82,7 @@ def keys_array(keys: Any) -> Keys:
             return keys
         if keys.dtype is _INT64:
             return keys.view(_UINT64)
-    array = np.asarray(keys)
+    array = _array("keys", keys)
     if array.dtype.kind not in "iu":
         if array.size == 0 and isinstance(keys, (list, tuple)):
             return np.empty(array.shape, np.uint64)
@@ -80,7 +96,7 @@ def keys_array(keys: Any) -> Keys:
 
 def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
     """Floats of exactly this shape as float32 in C order. Their finiteness is checked by the core."""
-    array = np.asarray(values)
+    array = _array(name, values)
     if array.dtype is _FLOAT32 and array.shape == shape and _is_plain(array):
         return array
     if array.dtype.kind != "f":
@@ -92,8 +108,8 @@ def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
 
 
 def offsets_array(offsets: Any, num_keys: int) -> Offsets:
-    """Bag boundaries as int64: 0 first, never falling, `num_keys` last."""
-    array = np.asarray(offsets)
+    """Bag boundaries as int64; the core checks their values in a copy, which no other thread can change."""
+    array = _array("offsets", offsets)
     if array.dtype.kind not in "iu":
         raise TypeError(f"offsets must be integers, got dtype {array.dtype}")
     if array.ndim != 1 or array.size == 0:
@@ -102,18 +118,7 @@ def offsets_array(offsets: Any, num_keys: int) -> Offsets:
         )
     if array.dtype == np.uint64 and int(array.max()) > num_keys:
         raise ValueError(f"offsets must not exceed the {num_keys} keys, got {int(array.max())}")
-    array = _plain(array, _INT64)
-    if array[0] != 0:
-        raise ValueError(f"offsets must start at 0, got {int(array[0])}")
-    falls = np.flatnonzero(array[1:] < array[:-1])
-    if falls.size:
-        i = int(falls[0])
-        raise ValueError(
-            f"offsets must not fall: offsets[{i}] is {array[i]}, offsets[{i + 1}] is {array[i + 1]}"
-        )
-    if array[-1] != num_keys:
-        raise ValueError(f"offsets must end at the number of keys, {num_keys}, got {int(array[-1])}")
-    return array
+    return _plain(array, _INT64)
 
 
 def pooling_code(pooling: Any) -> int:
@@ -167,6 +172,8 @@ def _from_csr(matrix: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
         raise TypeError(f"sparse keys must be in CSR format, got {matrix.format}: convert with .tocsr()")
     if offsets is not None or weights is not None:
         raise ValueError("a CSR matrix brings its own offsets and per_sample_weights: give neither")
+    if matrix.data.dtype.kind not in "biuf":
+        raise TypeError(f"the data of a CSR matrix are weights and must be real numbers, got dtype {matrix.data.dtype}")
     nnz = int(matrix.indptr[-1]) if matrix.indptr.size else 0
     return matrix.indices[:nnz], matrix.indptr, np.asarray(matrix.data[:nnz], np.float32)
 
@@ -178,6 +185,8 @@ def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
     if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.dtype.isnative:
         found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
         raise TypeError(f"out must be a float32 array, got {found}")
+    if isinstance(out, MaskedArray):
+        raise TypeError("out must not be a masked array, of which the mask would be ignored: give its .data")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not _is_plain(out) or not out.flags.writeable:
@@ -198,27 +207,33 @@ def table_meta(
         raise TypeError(f"optimizer must be Adagrad, RowWiseAdagrad, SGD or FTRL(...), got {optimizer!r}")
     if not isinstance(init, (Uniform, Normal, Zeros)):
         raise TypeError(f"init must be Uniform, Normal or Zeros(...), got {init!r}")
-    if dtype not in _format.STORAGE_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, _format.STORAGE_DTYPES))}, got {dtype!r}")
-    rows = integer("num_embeddings", num_embeddings, 1, _MAX_BYTES)
-    dim = integer("embedding_dim", embedding_dim, 1, 1 << 24)
+    check_divisor(optimizer)
+    if not _format.META_RULES["dtype"].holds(dtype):
+        dtypes = ", ".join(map(repr, _format.STORAGE_DTYPES))
+        raise ValueError(f"dtype must be one of {dtypes}, got {shown(dtype)}")
+    dim = _geometry("embedding_dim", embedding_dim)
     itemsize = np.dtype(_format.STORAGE_DTYPES[dtype]).itemsize
     meta = _format.TableMeta(
-        num_embeddings=rows,
+        num_embeddings=_geometry("num_embeddings", num_embeddings),
         embedding_dim=dim,
         dtype=dtype,
         optimizer=optimizer,
         init=init,
-        num_hashes=integer("num_hashes", num_hashes, 1, _format.MAX_HASHES),
-        seed=integer("seed", seed, 0, (1 << 64) - 1),
+        num_hashes=_geometry("num_hashes", num_hashes),
+        seed=_geometry("seed", seed),
         block_rows=_format.rows_per_block(dim * itemsize),
         id=uuid.uuid4().hex,
         created_by=f"hashemb {__version__}",
     )
-    largest = max(spec.file_bytes for spec in meta.files.values())
-    if largest > _MAX_BYTES:
-        raise ValueError(f"{rows} rows of {dim} need a file of {largest} bytes, more than 2**63 - 1")
+    _format.check_size(meta)
     return meta
+
+
+def _geometry(name: str, value: Any) -> int:
+    """An integer that a table can be made with."""
+    rule = _format.META_RULES[name]
+    assert isinstance(rule, Whole)
+    return integer(name, value, rule.low, rule.high)
 
 
 def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -> None:
@@ -249,10 +264,5 @@ def isolation(value: Any) -> Literal["hogwild", "exact"]:
 
 
 def learning_rate(value: Any, optimizer: Optimizer) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"lr must be a float, got {type(value).__name__} {value!r}")
-    lr, decay, zero_ok = float(value), optimizer.weight_decay, not isinstance(optimizer, FTRL)
-    if not math.isfinite(lr) or lr < 0.0 or (lr == 0.0 and not zero_ok) or lr * decay >= 1.0:
-        limit = f" and < {1.0 / decay:g} = 1 / weight_decay" if decay else ""
-        raise ValueError(f"lr must be finite, {'>= 0' if zero_ok else '> 0'}{limit}, got {value!r}")
-    return lr
+    """A rate that a table with this optimiser can be at."""
+    return float(with_rate(optimizer, value).lr)

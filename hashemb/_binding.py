@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from hashemb import _core, _format
+from hashemb._locks import after_fork_in_child
 from hashemb._storage import TableFiles
 
 __all__ = ["bind_core"]
@@ -15,6 +16,18 @@ _INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
 
 
 def bind_core(files: TableFiles) -> _core.Core:
+    """The core of a table just opened, ready for `apply` if it is writable; the table is closed if that fails."""
+    try:
+        core = _make_core(files)
+        if files.writable:
+            files.join(core)
+        return core
+    except BaseException:
+        files.close()
+        raise
+
+
+def _make_core(files: TableFiles) -> _core.Core:
     meta, arrays = files.meta, files.arrays
     states = [arrays[name] for name in meta.optimizer.state_files]
     width = getattr(meta.init, "scale", getattr(meta.init, "std", 0.0))
@@ -42,6 +55,7 @@ def bind_core(files: TableFiles) -> _core.Core:
         "states": states,
         "paid": arrays.get("paid"),
     }
-    core = _core.Core(bound, scalars)
+    core = _core.Core(bound, scalars, files.calls)
+    after_fork_in_child(core)
     core.fault_ahead = not files.asks_for_huge_pages  # a fault brings 2 MiB, unless it finds single pages there
     return core

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _core
-from hashemb._directory import data_extents, space_errors
+from hashemb._directory import Directory, data_extents, opened, space_errors
 from hashemb._format import DATA_OFFSET_BYTES, FileSpec, TableMeta
 
 Numbers = npt.NDArray[np.int64]
@@ -110,18 +110,19 @@ def read_epochs(blocks_fd: int, meta: TableMeta, blocks: Any) -> npt.NDArray[np.
 # ---- data ----
 
 
-def read_records(path: str, record: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+def read_records(fd: int, record: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
     """The records of a log, in parts; an incomplete one at its end was never finished, and is left out."""
-    with open(path, "rb") as file:
+    with open(fd, "rb", closefd=False) as file:
         per_part = max(1, (16 << 20) // record.itemsize)
         while len(data := file.read(per_part * record.itemsize)) >= record.itemsize:
             yield np.frombuffer(data, record, len(data) // record.itemsize)
 
 
 @contextmanager
-def mapped_array(path: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
+def mapped_array(directory: Directory, name: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
     """An array file mapped for writing: for pages that have been written before, as a full disk is a signal here."""
-    array = np.memmap(path, spec.dtype, "r+", DATA_OFFSET_BYTES, spec.shape)
+    with open(directory.open(f"{name}.npy", os.O_RDWR), "r+b") as file:
+        array = np.memmap(file, spec.dtype, "r+", DATA_OFFSET_BYTES, spec.shape)
     try:
         yield array
     finally:
@@ -138,16 +139,17 @@ def spans_of_data(fd: int, meta: TableMeta, spec: FileSpec) -> Iterator[tuple[in
 
 
 class OpenArrays:
-    """A directory's array files by name, open for reading: a context manager that yields a dict of file descriptors."""
+    """A directory's array files by name, open: a context manager that yields a dict of file descriptors."""
 
-    def __init__(self, directory: str, names: Iterable[str]) -> None:
-        self._paths = {name: os.path.join(directory, f"{name}.npy") for name in names}
+    def __init__(self, place: str | Directory, names: Iterable[str], flags: int = os.O_RDONLY) -> None:
+        self._place, self._names, self._flags = place, names, flags
         self._fds: dict[str, int] = {}
 
     def __enter__(self) -> dict[str, int]:
         try:
-            for name, path in self._paths.items():
-                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with opened(self._place) as directory:
+                for name in self._names:
+                    self._fds[name] = directory.open(f"{name}.npy", self._flags)
         except BaseException:
             self.__exit__()
             raise

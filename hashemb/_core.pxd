@@ -10,7 +10,7 @@ cdef extern from "table.h" nogil:
     enum: HE_MAX_FILES
     enum: HE_STRIPE_BLOCKS
     enum: HE_ROWS_PER_LOG
-    int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
+    int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT, HE_LOCK_SEATS
 
     ctypedef struct he_ahead:
         int32_t off, asking, wait, backoff
@@ -31,6 +31,7 @@ cdef extern from "table.h" nogil:
         double weight_decay
         he_ahead *ahead
         int32_t tmpfs_fd
+        uint64_t *in_flight
 
     ctypedef struct he_batch:
         const uint64_t *keys
@@ -40,22 +41,20 @@ cdef extern from "table.h" nogil:
         int32_t pooling
 
     ctypedef struct he_control:
-        uint64_t step, epoch, saving
-
-    ctypedef struct he_step:
-        uint64_t step
-        uint32_t epoch
+        uint64_t step, epoch
 
     ctypedef struct he_share:
-        uint64_t *rows
-        uint64_t *stale
-        int64_t num_rows, num_stale
+        int64_t bad_row
+        uint64_t rows_refused
 
     ctypedef struct he_plan:
         he_batch batch
         const float *grads
+        int64_t *offsets
         float *scales
-        int64_t num_occurrences
+        int64_t num_occurrences, num_fresh
+        uint64_t *fresh
+        uint64_t step
         int32_t num_threads
         he_share shares[64]
 
@@ -88,25 +87,42 @@ cdef extern from "table.h" nogil:
     int64_t he_first_not_finite(const float *values, int64_t n) noexcept
     int he_plan_init(const he_table *t, he_plan *p) noexcept
     int64_t he_plan_bytes(const he_table *t, const he_plan *p) noexcept
-    void he_plan_layout(const he_table *t, he_plan *p, char *memory) noexcept
+    int64_t he_plan_layout(const he_table *t, he_plan *p, char *memory) noexcept
     int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) noexcept
-    uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) noexcept
+    int64_t he_offsets_copy(const int64_t *offsets, int64_t num_bags, int64_t num_keys, int64_t *out) noexcept
+    int64_t he_first_overflow(const he_table *t, const he_plan *p) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
     int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes,
                       char *out) noexcept
     int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state) noexcept
     int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) noexcept
-    void he_step_begin(he_control *c, double weight_decay, he_step *out) noexcept
     double he_decay_total(const he_control *c) noexcept
-    void he_rows_touched_add(he_control *c, uint64_t n) noexcept
-    int he_update_lock_rows(const he_plan *p, int lock_fd) noexcept
-    uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) noexcept
-    void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) noexcept
-    int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch) noexcept
+    uint64_t he_epoch(const he_control *c) noexcept
     int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
-    int he_gate_enter(const he_control *c, int fd) noexcept
-    void he_gate_leave(int fd) noexcept
+    int he_gate_wait(int fd) noexcept
     int he_gate_close(he_control *c, int fd) noexcept
     void he_gate_open(he_control *c, int fd) noexcept
+    int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) noexcept
+
+    enum: HE_AGAIN
+    enum: HE_CLOSED
+    enum: HE_GATE_CLOSED
+    enum: HE_NEEDS_JOIN
+    enum: HE_NEEDS_ROOM
+    enum: HE_NEEDS_SAVING
+    enum: HE_ROWS_REFUSED
+
+    ctypedef struct he_batches:
+        int32_t closed, dirty
+
+    ctypedef struct he_commit_options:
+        int32_t lock_fd, exact, waited, has_room, asks_for_room
+        const he_saving *saving
+
+    void he_batches_init(he_batches *b) noexcept
+    void he_batches_after_fork(he_batches *b) noexcept
+    int he_batches_enter(he_batches *b) noexcept
+    void he_batches_leave(he_batches *b) noexcept
+    int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) noexcept

@@ -10,19 +10,28 @@ import os
 
 import numpy as np
 
-from hashemb.errors import NoSpaceError
+from hashemb.errors import ClosedTableError, NoSpaceError, TableBusyError
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EFAULT, EINTR
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ERANGE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.fcntl cimport F_UNLCK, F_WRLCK
+from posix.unistd cimport close, usleep
+
+cdef extern from "pythread.h" nogil:
+    unsigned long PyThread_get_thread_ident()
 
 cnp.import_array()
 
+cdef enum:
+    WAIT_US = 1000  # between two looks at what another thread or process has to give up
+
 cdef object PAGE_BYTES = mmap.PAGESIZE
-cdef object NO_BLOCKS = np.empty(0, np.uint64)
+
+NEEDS_JOIN, NEEDS_ROOM, NEEDS_SAVING = HE_NEEDS_JOIN, HE_NEEDS_ROOM, HE_NEEDS_SAVING
 
 
 # ---- the table kernels ----
@@ -33,6 +42,61 @@ cdef void *data_of(cnp.ndarray array, int type_number, const char *name) except?
     return cnp.PyArray_DATA(array)
 
 
+cdef int64_t *checked_offsets(he_batch *b, void *room) except NULL:
+    """A copy of the batch's offsets, which it has from now on: another thread may change the caller's meanwhile."""
+    cdef int64_t *copy = <int64_t *>room
+    cdef int64_t bad = he_offsets_copy(b.offsets, b.num_bags, b.num_keys, copy)
+    b.offsets = copy
+    if bad >= 0:
+        raise_offsets(copy, bad, b.num_bags, b.num_keys)
+    return copy
+
+
+cdef int raise_offsets(const int64_t *offsets, int64_t bad, int64_t num_bags, int64_t num_keys) except -1:
+    if bad == 0:
+        raise ValueError(f"offsets must start at 0, got {offsets[0]}")
+    if bad > num_bags:
+        raise ValueError(f"offsets must end at the number of keys, {num_keys}, got {offsets[num_bags]}")
+    raise ValueError(
+        f"offsets must not fall: offsets[{bad - 1}] is {offsets[bad - 1]}, offsets[{bad}] is {offsets[bad]}")
+
+
+cdef class Plan:
+    """A batch that has been checked and ordered: `Core.plan` makes it, `Core.apply` applies it, once.
+
+    It owns its memory, keeps the arrays of gradients that it refers to alive, and holds no lock: it may be dropped at any
+    time.
+    """
+
+    cdef he_plan *plan
+    cdef char *memory
+    cdef int64_t memory_bytes
+    cdef Core core
+    cdef object grads
+
+    def __dealloc__(self):
+        if self.core is not None:
+            self.core.take_back(self.memory, self.memory_bytes)
+
+    @property
+    def num_fresh(self):
+        return self.plan.num_fresh
+
+    @property
+    def step(self):
+        """Which step of the table the update was, once applied."""
+        return self.plan.step
+
+    @property
+    def fresh_blocks(self):
+        """The blocks of the batch that had never been written when `apply` last looked, ascending uint64."""
+        cdef cnp.npy_intp n = self.plan.num_fresh
+        cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &n, cnp.NPY_UINT64, 0)
+        if n:
+            memcpy(cnp.PyArray_DATA(out), self.plan.fresh, n * sizeof(uint64_t))
+        return out
+
+
 cdef class Core:
     """The kernels bound to the arrays of one table.
 
@@ -40,25 +104,31 @@ cdef class Core:
     ----------
     arrays : dict
         "weight" (num_embeddings, embedding_dim), "blocks" (num_blocks,), "control" (4096 bytes), "states": list
-        of float32 arrays, "paid" or None. Read-only arrays do for every method but `plan` and `apply`.
+        of float32 arrays, "paid" or None. Read-only arrays do for every method but `apply`.
     scalars : dict
         The fields of he_table by name (see csrc/table.h).
+    calls : Calls
+        The calls in progress on the table.
 
-    Not thread-safe between `plan` and `apply`; look-ups may run at any time.
+    Safe for any number of threads: look-ups and plans run side by side, batches are applied one after another.
     """
 
     cdef he_table table
-    cdef he_plan current
     cdef he_ahead ahead
     cdef he_control *control
     cdef object arrays
-    cdef char *memory
+    cdef readonly object in_flight
+    cdef Calls calls
+    cdef int lock_fd
+    cdef public bint asks_for_room  # never makes it itself, as on kernels that cannot: for tests
+    cdef object __weakref__
+    cdef char *memory  # of a plan that is gone, for the next
     cdef int64_t memory_bytes
 
-    def __cinit__(self, dict arrays, dict scalars):
+    def __cinit__(self, dict arrays, dict scalars, Calls calls not None):
         cdef he_table *t = &self.table
         cdef int i
-        self.arrays = arrays
+        self.arrays, self.calls, self.lock_fd = arrays, calls, -1
         memset(t, 0, sizeof(he_table))
         memset(&self.ahead, 0, sizeof(he_ahead))
         t.ahead = &self.ahead
@@ -87,6 +157,21 @@ cdef class Core:
 
     def __dealloc__(self):
         free(self.memory)
+
+    def join(self, int lock_fd, cnp.ndarray in_flight=None):
+        """Before the first `apply`, and again in a forked child: the table's lock, as this process has it.
+
+        `in_flight`, uint64 (64, 8), is where threads note the rows that they write: see csrc/commit.c.
+        """
+        if in_flight is not None and in_flight.size != HE_MAX_THREADS * 8:
+            raise ValueError(f"{HE_MAX_THREADS} lines of 8 words expected, got {in_flight.size} words")
+        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, b"in_flight")
+        self.in_flight, self.lock_fd = in_flight, lock_fd
+
+    def after_fork(self):
+        """In the child, whose parent's lock this is."""
+        self.table.in_flight = NULL
+        self.in_flight, self.lock_fd = None, -1
 
     cdef int fill_batch(self, he_batch *b, cnp.ndarray keys, offsets, weights, int pooling) except -1:
         b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
@@ -119,16 +204,22 @@ cdef class Core:
         self.fill_batch(&b, keys, offsets, weights, pooling)
         if cnp.PyArray_SIZE(out) != b.num_bags * self.table.dim:
             raise ValueError(f"out holds {out.size} values, {b.num_bags * self.table.dim} expected")
-        if b.num_bags == 0:
+        if b.num_bags == 0 and b.num_keys == 0:
             return
         self.secure_reads(&b, True)
         cdef int num_threads = he_lookup_threads(&self.table, &b)
-        cdef float *scratch = <float *>malloc(num_threads * he_lookup_scratch(&self.table) * sizeof(float))
-        if scratch == NULL:
+        cdef int64_t scratch_bytes = num_threads * he_lookup_scratch(&self.table) * sizeof(float)
+        cdef int64_t offset_bytes = 0 if b.offsets == NULL else (b.num_bags + 1) * sizeof(int64_t)
+        cdef char *memory = <char *>malloc(scratch_bytes + offset_bytes)
+        if memory == NULL:
             raise MemoryError()
-        with nogil:
-            he_lookup(&self.table, &b, he_decay_total(self.control), num_threads, scratch, target)
-        free(scratch)
+        try:
+            if offset_bytes:
+                checked_offsets(&b, memory + scratch_bytes)
+            with nogil:
+                he_lookup(&self.table, &b, he_decay_total(self.control), num_threads, <float *>memory, target)
+        finally:
+            free(memory)
 
     def rows(self, cnp.ndarray keys not None, cnp.ndarray out not None):
         """Writes each key's rows to `out`, int64 (num_keys, num_hashes)."""
@@ -141,77 +232,130 @@ cdef class Core:
             he_rows(&self.table, source, n, target)
 
     def plan(self, cnp.ndarray keys not None, cnp.ndarray grads not None, offsets=None, weights=None, int pooling=0):
-        """Checks and orders an update; returns the blocks it touches that are older than the epoch, ascending uint64.
-
-        The arrays must stay alive and unchanged until `apply`.
-        """
-        cdef he_plan *p = &self.current
+        """Checks and orders an update. Takes no lock, and writes nothing to the table."""
+        cdef Plan plan = self.new_plan()
+        cdef he_plan *p = plan.plan
         cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
-        cdef uint32_t epoch = <uint32_t>self.control.epoch
+        cdef uint32_t epoch = <uint32_t>he_epoch(self.control)
+        plan.grads = grads
         p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, b"grads")
         self.fill_batch(&p.batch, keys, offsets, weights, pooling)
         if num_grads != p.batch.num_bags * dim:
             raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
-        self.reserve()
+        self.make_room(plan)
+        p = plan.plan
         self.secure_reads(&p.batch, False)
         with nogil:
-            he_plan_layout(&self.table, p, self.memory)
+            bad = he_plan_layout(&self.table, p, plan.memory + sizeof(he_plan))
+        if bad >= 0:
+            raise_offsets(p.offsets, bad, p.batch.num_bags, p.batch.num_keys)
+        with nogil:
             bad = he_update_plan(&self.table, p, epoch)
         if bad >= 0:
             raise ValueError(f"gradients must be finite: grads[{bad // dim}, {bad % dim}] is {p.grads[bad]} in float32")
-        bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
+        self.check_products(p)
+        return plan
+
+    cdef int check_products(self, const he_plan *p) except -1:
+        """Of finite gradients: their weights, and their sums by row."""
+        cdef int64_t bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
+        cdef int i
         if bad >= 0:
             raise ValueError(f"the weight of key {bad} in its bag must be finite, got {p.scales[bad]} in float32")
-        return self.stale_blocks()
+        bad = -1 if p.scales == NULL else he_first_overflow(&self.table, p)
+        if bad >= 0:
+            raise ValueError(f"the gradient of key {bad}, times its weight {p.scales[bad]}, is too large for float32")
+        for i in range(p.num_threads):
+            if p.shares[i].bad_row >= 0:
+                raise ValueError(f"the gradients of row {p.shares[i].bad_row} add up to more than float32 can hold")
+        return 0
 
-    cdef int reserve(self) except -1:
-        """Grows the scratch memory to what the current plan needs; it is kept between calls."""
-        cdef he_plan *p = &self.current
+    cdef Plan new_plan(self):
+        """With the memory of the last one, if it is free."""
+        cdef Plan plan = Plan.__new__(Plan)
+        plan.memory, plan.memory_bytes = self.memory, self.memory_bytes
+        self.memory, self.memory_bytes = NULL, 0
+        plan.core = self
+        if plan.memory == NULL:
+            plan.memory = <char *>malloc(sizeof(he_plan))
+            if plan.memory == NULL:
+                raise MemoryError()
+            plan.memory_bytes = sizeof(he_plan)
+        plan.plan = <he_plan *>plan.memory
+        plan.plan.num_fresh = plan.plan.step = 0
+        return plan
+
+    cdef int take_back(self, char *memory, int64_t memory_bytes) noexcept:
+        if memory_bytes <= self.memory_bytes:
+            free(memory)
+            return 0
+        free(self.memory)
+        self.memory, self.memory_bytes = memory, memory_bytes
+        return 0
+
+    cdef int make_room(self, Plan plan) except -1:
+        cdef he_plan *p = plan.plan
         if he_plan_init(&self.table, p):
             raise ValueError(
                 f"an update of {p.num_occurrences} rows (keys * num_hashes) of a table of {self.table.num_rows} rows is too "
                 "large for one call: divide the batch"
             )
-        cdef int64_t needed = he_plan_bytes(&self.table, p)
-        if needed <= self.memory_bytes:
+        cdef int64_t needed = sizeof(he_plan) + he_plan_bytes(&self.table, p)
+        if needed <= plan.memory_bytes:
             return 0
-        free(self.memory)
-        self.memory_bytes = 0
-        self.memory = <char *>malloc(needed)
-        if self.memory == NULL:
+        cdef char *memory = <char *>malloc(needed)
+        if memory == NULL:
             raise MemoryError(f"an update of {p.batch.num_keys} keys needs {needed} bytes of scratch memory")
-        self.memory_bytes = needed
+        memcpy(memory, p, sizeof(he_plan))
+        free(plan.memory)
+        plan.memory, plan.memory_bytes, plan.plan = memory, needed, <he_plan *>memory
         return 0
 
-    @property
-    def is_saving(self):
-        """Whether a snapshot is in progress that may want the rows of an update saved."""
-        return self.control.saving != 0
+    def apply(self, Plan plan not None, bint exact, Saving saving=None, bint has_room=False):
+        """Writes a planned update and counts it as one step of the table, all in one call, and returns 0.
 
-    def save_rows(self, Saving saving not None):
-        """Saves the rows of the planned update for a snapshot; what cannot be saved fails the snapshot."""
-        cdef he_plan *p = &self.current
-        cdef int i, error = 0
+        Or it has done nothing, and returns what is needed first: `NEEDS_JOIN`, `join`; `NEEDS_ROOM`, space for
+        `plan.fresh_blocks`, to be said by `has_room`; `NEEDS_SAVING`, `saving` for a snapshot in progress. With `exact` it
+        takes its turn with other processes that do the same: as if batches came one after another, by step.
+        """
+        cdef he_commit_options o
+        cdef int status
+        o.exact, o.waited, o.has_room, o.asks_for_room = exact, 0, has_room, self.asks_for_room
+        o.saving = NULL if saving is None else &saving.saving
+        while True:
+            o.lock_fd = self.lock_fd
+            with nogil:
+                status = he_commit(&self.table, self.control, &self.calls.batches, plan.plan, &o)
+            if status == 0 or status == HE_NEEDS_ROOM or status == HE_NEEDS_SAVING or status == HE_NEEDS_JOIN:
+                return status
+            if status == HE_CLOSED:
+                raise self.calls.closed_error()
+            if status == HE_ROWS_REFUSED:
+                self.raise_refused(plan.plan)
+            if status == HE_AGAIN:
+                PyErr_CheckSignals()
+            elif status == HE_GATE_CLOSED:
+                self.wait_at_gate()
+                o.waited = 1
+            else:
+                raise_errno(status)
+
+    cdef int wait_at_gate(self) except -1:
+        cdef int error, fd = self.lock_fd
+        self.calls.check_wait(LOCK_GATE, "update")
         with nogil:
-            for i in range(p.num_threads):
-                if error == 0:
-                    error = he_save_rows(
-                        &saving.saving, p.shares[i].rows, p.shares[i].num_rows, p.shares[i].stale)
+            error = he_gate_wait(fd)
+        if error == EINTR:
+            PyErr_CheckSignals()
+            return 0
+        return raise_errno(error)
 
-    cdef stale_blocks(self):
-        cdef he_plan *p = &self.current
-        cdef cnp.npy_intp total = 0, at = 0
+    cdef int raise_refused(self, const he_plan *p) except -1:
         cdef int i
-        for i in range(p.num_threads):
-            total += p.shares[i].num_stale
-        if total == 0:
-            return NO_BLOCKS
-        cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &total, cnp.NPY_UINT64, 0)
-        cdef uint64_t *target = <uint64_t *>cnp.PyArray_DATA(out)
-        for i in range(p.num_threads):
-            memcpy(target + at, p.shares[i].stale, p.shares[i].num_stale * sizeof(uint64_t))
-            at += p.shares[i].num_stale
-        return np.unique(out)
+        refused = sum([p.shares[i].rows_refused for i in range(p.num_threads)])
+        raise ValueError(
+            f"gradients were changed while they were being applied: {refused} rows whose gradients had become NaN or "
+            "infinite were left as they were, the others have been updated")
 
     def prefetch(self, cnp.ndarray keys not None, bint with_state):
         """Has the pages of the keys' rows read from disk, with those of their state if wanted. Does not wait for them."""
@@ -236,48 +380,6 @@ cdef class Core:
     def is_asking(self):
         """Whether they do at present, because rows were read from disk of late."""
         return self.ahead.asking != 0
-
-    def apply(self):
-        """Writes the planned update and counts it as one step of the table, whose number it returns."""
-        cdef he_step step
-        cdef uint64_t touched
-        with nogil:
-            he_step_begin(self.control, self.table.weight_decay, &step)
-            touched = he_update_apply(&self.table, &self.current, &step)
-            if touched:
-                he_rows_touched_add(self.control, touched)
-        return step.step
-
-    def apply_exact(self, int lock_fd):
-        """`apply`, in turn with other processes that do the same: as if batches came one after another, by step."""
-        cdef he_step step
-        cdef uint64_t touched
-        cdef int error = EINTR
-        while error == EINTR:
-            with nogil:
-                error = he_update_lock_rows(&self.current, lock_fd)
-            if error == EINTR:
-                PyErr_CheckSignals()
-        raise_errno(error)
-        with nogil:
-            he_step_begin(self.control, self.table.weight_decay, &step)
-            touched = he_update_apply_exact(&self.table, &self.current, &step, lock_fd)
-            if touched:
-                he_rows_touched_add(self.control, touched)
-        return step.step
-
-    def enter_gate(self, int lock_fd):
-        """Before a batch: waits while a snapshot begins. `leave_gate` comes after the batch, whatever happened."""
-        cdef int error = EINTR
-        while error == EINTR:
-            with nogil:
-                error = he_gate_enter(self.control, lock_fd)
-            if error == EINTR:
-                PyErr_CheckSignals()
-        raise_errno(error)
-
-    def leave_gate(self, int lock_fd):
-        he_gate_leave(lock_fd)
 
 
 # ---- threads and instruction sets ----

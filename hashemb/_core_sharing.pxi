@@ -38,6 +38,7 @@ cdef int raise_errno(int error) except -1:
 # ---- locks ----
 
 LOCK_WRITERS, LOCK_GATE, LOCK_SNAPSHOT = HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT
+LOCK_SEATS = HE_LOCK_SEATS
 STRIPE_BLOCKS = HE_STRIPE_BLOCKS
 
 
@@ -55,20 +56,216 @@ def lock(int fd, int kind, int64_t place, bint wait):
     return True
 
 
-def close_gate(cnp.ndarray control not None, int lock_fd):
-    """Waits until no batch of any process is in flight, and keeps them out until `open_gate`."""
+# What this process holds of tables: (device and number of the lock file, place) -> thread. A wait of the same thread for
+# it, from a signal's handler or a callback, would never end.
+cdef dict HELD = {}
+
+
+cdef unsigned long this_thread() noexcept:
+    return <unsigned long>PyThread_get_thread_ident()
+
+
+cdef class Calls:
+    """The calls in progress on one open table: who may begin one, and when it may be closed.
+
+    Long calls, of many bytecodes, are made inside ``with calls:``, which is entered and left at once, whenever a signal
+    comes. Batches are short: `Core.apply` has its turn with others by a mutex, which no bytecode ever holds.
+
+    Parameters
+    ----------
+    path : str
+        For messages.
+    identity : tuple
+        Of the table's lock file: device and number.
+    """
+
+    cdef he_batches batches
+    cdef list threads
+    cdef bint closing
+    cdef readonly str path
+    cdef readonly tuple identity
+    cdef object __weakref__
+
+    def __cinit__(self, str path, tuple identity):
+        he_batches_init(&self.batches)
+        self.path, self.identity, self.threads = path, identity, []
+
+    def after_fork(self):
+        """In the child, which has one thread."""
+        HELD.clear()  # what the parent holds is the parent's
+        he_batches_after_fork(&self.batches)
+        self.threads = [thread for thread in self.threads if thread == this_thread()]
+
+    cdef closed_error(self):
+        return ClosedTableError(f"{self.path} has been closed")
+
+    cdef int check_wait(self, place, str call) except -1:
+        """`TableBusyError` where this very thread holds what it would wait for."""
+        if HELD.get((self.identity, place)) == this_thread():
+            raise TableBusyError(
+                f"{self.path}: {call}() was called by a signal handler or callback, in the middle of a call that has the "
+                "table to itself: let that call return first")
+        return 0
+
+    def __enter__(self):
+        self.check()
+        self.threads.append(this_thread())
+        return self
+
+    def __exit__(self, *exc_info):
+        self.threads.remove(this_thread())
+
+    def check(self):
+        """`ClosedTableError` once the table has been closed, or another thread waits to close it."""
+        if self.closing or self.batches.closed:
+            raise self.closed_error()
+
+    def close(self):
+        """Ends the life of the table: no call begins any more, long ones are told to stop, and this waits for them."""
+        if self.batches.closed:
+            return
+        if this_thread() in self.threads:
+            raise TableBusyError(
+                f"{self.path}: close() was called by a signal handler or callback, in the middle of another call of the same "
+                "thread: let that call return first")
+        self.closing = True
+        try:
+            while self.threads:
+                with nogil:
+                    usleep(WAIT_US)
+                PyErr_CheckSignals()
+            while he_batches_enter(&self.batches) == HE_AGAIN:
+                PyErr_CheckSignals()
+            self.batches.closed = True
+            he_batches_leave(&self.batches)
+        finally:
+            self.closing = False
+
+    @property
+    def closed(self):
+        return self.batches.closed != 0
+
+    @property
+    def dirty(self):
+        """Whether a batch has been applied since it was last made False."""
+        return self.batches.dirty != 0
+
+    @dirty.setter
+    def dirty(self, bint value):
+        self.batches.dirty = value
+
+
+def wait_for_lock(int fd, int kind, int64_t place, Calls calls not None, str call):
+    """Takes a lock as soon as it is free. `TableBusyError` where this very thread has it, `ClosedTableError` on `close`."""
+    cdef int error
+    while True:
+        error = he_lock(fd, kind, place, 1, 0)
+        if error != EAGAIN and error != EINTR:
+            raise_errno(error)
+            return
+        calls.check_wait(place, call)
+        with nogil:
+            usleep(WAIT_US)
+        PyErr_CheckSignals()
+        calls.check()
+
+
+cdef class Hold:
+    """A place of a table's lock file, held for a ``with``: taken and given back at once, whenever a signal comes.
+
+    Parameters
+    ----------
+    lock : object or int
+        The open lock file; an object has it as `fd`, and is kept alive.
+    calls : Calls
+        Of the table.
+    place : int
+    call : str
+        What is being called, for messages.
+    wait : bool
+        Wait for it; otherwise ``with`` gives False where it is not free.
+    then : int
+        What comes after: `fcntl.F_UNLCK`, or F_RDLCK to keep it shared.
+    """
+
+    cdef readonly object lock
+    cdef Calls calls
+    cdef object place
+    cdef str call
+    cdef bint wait, is_held
+    cdef int then
+
+    def __cinit__(self, lock, Calls calls not None, place, str call, bint wait=True, int then=F_UNLCK):
+        self.lock, self.calls, self.place, self.call = lock, calls, place, call
+        self.wait, self.then = wait, then
+
+    @property
+    def fd(self):
+        return self.lock if isinstance(self.lock, int) else self.lock.fd
+
+    def __enter__(self):
+        cdef int fd = self.fd
+        if not self.wait:
+            if not lock(fd, F_WRLCK, self.place, False):
+                return False
+        else:
+            wait_for_lock(fd, F_WRLCK, self.place, self.calls, self.call)
+        HELD[(self.calls.identity, self.place)] = this_thread()
+        self.is_held = True
+        return True
+
+    def __exit__(self, *exc_info):
+        if self.is_held:
+            self.is_held = False
+            HELD.pop((self.calls.identity, self.place), None)
+            he_lock(self.fd, self.then, self.place, 1, 0)
+
+
+cdef class ClosedGate:
+    """Keeps the batches of all processes out for a ``with``, once those in flight are through; by a `Hold`'s lock file."""
+
+    cdef object control
+    cdef int fd
+    cdef Calls calls
+
+    def __cinit__(self, int fd, Calls calls not None, cnp.ndarray control not None):
+        self.fd, self.calls, self.control = fd, calls, control
+
+    def __enter__(self):
+        cdef he_control *page = <he_control *>data_of(self.control, cnp.NPY_UINT8, b"control")
+        cdef int error = EINTR
+        while error == EINTR:
+            with nogil:
+                error = he_gate_close(page, self.fd)
+            if error == EINTR:
+                PyErr_CheckSignals()
+        raise_errno(error)
+        HELD[(self.calls.identity, LOCK_GATE)] = this_thread()
+
+    def __exit__(self, *exc_info):
+        HELD.pop((self.calls.identity, LOCK_GATE), None)
+        he_gate_open(<he_control *>data_of(self.control, cnp.NPY_UINT8, b"control"), self.fd)
+
+
+def begin_point(cnp.ndarray control not None, int lock_fd):
+    """The moment that a snapshot holds, between batches: returns the control page, whose epoch's rows writers save from now on.
+
+    `OverflowError` where all epochs have been used.
+    """
     cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+    cdef cnp.npy_intp size = cnp.PyArray_SIZE(control)
+    cdef cnp.ndarray copy = cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
+    cdef char *target = <char *>cnp.PyArray_DATA(copy)
     cdef int error = EINTR
     while error == EINTR:
         with nogil:
-            error = he_gate_close(page, lock_fd)
+            error = he_begin_point(page, lock_fd, target, size)
         if error == EINTR:
             PyErr_CheckSignals()
+    if error == ERANGE:
+        raise OverflowError(f"epochs are 32 bits, and {he_epoch(page)} points in time were taken of the table")
     raise_errno(error)
-
-
-def open_gate(cnp.ndarray control not None, int lock_fd):
-    he_gate_open(<he_control *>data_of(control, cnp.NPY_UINT8, b"control"), lock_fd)
+    return copy.tobytes()
 
 
 # ---- saving blocks ----
@@ -85,34 +282,41 @@ cdef class Saving:
     bits : ndarray of uint64
         A bit per row, mapped from a file that all writers share.
     fds : tuple of int
-        The target's blocks.npy (read and write), the file of `bits`, this process's log of rows, the table's lock.
+        The target's blocks.npy (read and write), the file of `bits`, this process's log of rows.
+    lock : object
+        The table's lock as `fd`.
     since, until : int
         Blocks of epochs above `since`, up to `until`, are wanted.
     data_offset : int
         Where arrays begin in the target's files.
     block_shift : int
         Binary logarithm of the rows in a block.
+    owned : list of int
+        Descriptors that it takes over: the list is empty then, and they are closed with it, once no call uses it.
     """
 
     cdef he_saving saving
     cdef object arrays
+    cdef list owned
 
     def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray control not None,
-                  cnp.ndarray bits not None, tuple fds, uint32_t since, uint32_t until, int64_t data_offset, int block_shift):
+                  cnp.ndarray bits not None, tuple fds, lock, uint32_t since, uint32_t until, int64_t data_offset, int block_shift,
+                  list owned not None):
         cdef he_saving *s = &self.saving
         cdef int i
         cdef int64_t entry_bytes = 8
         cdef cnp.ndarray array
         if not 1 <= len(files) <= HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
-        self.arrays = (files, blocks, control, bits)
+        self.arrays = (files, blocks, control, bits, lock)
         s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
         for i, (array, fd) in enumerate(files):
             s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
             s.target_fds[i] = fd
             entry_bytes += s.row_bytes[i]
         s.num_files, s.num_rows, s.block_shift = len(files), len(array), block_shift
-        s.target_blocks_fd, s.bits_fd, s.log_fd, s.lock_fd = fds
+        s.target_blocks_fd, s.bits_fd, s.log_fd = fds
+        s.lock_fd = lock.fd
         s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
         s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, b"bits")
         if bits.size * 64 < s.num_rows:
@@ -121,9 +325,14 @@ cdef class Saving:
         s.buffer = <char *>malloc(HE_ROWS_PER_LOG * entry_bytes)
         if s.buffer == NULL:
             raise MemoryError()
+        self.owned = list(owned)
+        owned.clear()
 
     def __dealloc__(self):
+        cdef int fd
         free(self.saving.buffer)
+        for fd in self.owned or ():
+            close(fd)
 
     def copy_stripes(self, int64_t begin, int64_t end):
         """Copies what is wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""
@@ -135,18 +344,3 @@ cdef class Saving:
         with nogil:
             error = he_copy_stripes(&self.saving, begin, end)
         raise_errno(error)
-
-
-def mark_blocks(cnp.ndarray marks not None, cnp.ndarray blocks not None, uint32_t epoch, Saving saving=None):
-    """Marks blocks (ascending, uint64) as of `epoch`, after their old epochs are saved if `saving` wants them.
-
-    What could not be saved is marked all the same: the control page then says that the snapshot has failed.
-    """
-    cdef uint32_t *target = <uint32_t *>data_of(marks, cnp.NPY_UINT32, b"blocks")
-    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
-    cdef const he_saving *s = NULL if saving is None else &saving.saving
-    cdef int64_t n = cnp.PyArray_SIZE(blocks)
-    if n and <int64_t>source[n - 1] >= cnp.PyArray_SIZE(marks):
-        raise ValueError(f"block {source[n - 1]} of {marks.size}")
-    with nogil:
-        he_mark_blocks(s, target, source, n, epoch)

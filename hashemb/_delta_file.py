@@ -8,21 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from hashemb import _blocks
-from hashemb._directory import SMALL_FILE_BYTES, space_errors
-from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta, checksum_of, meta_content, meta_of_content
+from hashemb._directory import open_regular, space_errors
+from hashemb._format import (
+    SMALL_FILE_BYTES,
+    STORAGE_DTYPES,
+    FileSpec,
+    TableMeta,
+    expect_rate,
+    meta_content,
+    meta_of_content,
+)
+from hashemb._rules import (
+    BOOL,
+    COUNTER,
+    EPOCH,
+    EPOCH_OR_NONE,
+    ID,
+    MAX_EPOCH,
+    OBJECT,
+    SHA256,
+    Rule,
+    Whole,
+    check_fields,
+    expect,
+    one_of,
+    optional,
+)
+from hashemb._sealed import dump_line, load_checked
 from hashemb.errors import CorruptTableError, FormatError
-from hashemb.lineage import Point
+from hashemb.lineage import MOMENT_RULES, Point
 
 __all__ = ["DeltaInfo", "DeltaReader", "Group", "Progress", "write_delta"]
 
@@ -30,6 +52,22 @@ MAGIC = b"hashembD"
 DELTA_FORMAT = 1
 ALIGN_BYTES = 4096
 _NO_HASH = "0" * 64
+
+#: What the fields of a delta's header may be.
+DELTA_RULES: dict[str, Rule | Whole] = {
+    "format": Whole(1, DELTA_FORMAT),
+    **MOMENT_RULES,
+    "parent": optional(ID),
+    "parent_sequence": Whole(-1, MAX_EPOCH),
+    "table": OBJECT,
+    "dtype": one_of(*STORAGE_DTYPES),
+    "state": BOOL,
+    "from_epoch": EPOCH_OR_NONE,
+    "to_epoch": EPOCH,
+    "index_hash": SHA256,
+    "arrays": OBJECT,
+    "data_bytes": COUNTER,
+}
 
 Progress = Callable[[int, int], None]
 Group = tuple[_blocks.Numbers, dict[str, _blocks.Bytes]]
@@ -105,48 +143,38 @@ class DeltaInfo:
         content["table"] = meta_content(self.table)
         content["arrays"] = {n: {"shape": list(s.shape), "dtype": s.dtype} for n, s in self.arrays.items()}
         content["data_bytes"] = self.data_bytes
-        text = json.dumps({**content, "checksum": checksum_of(content)}).encode()
+        text = dump_line(content)
         return _padded(MAGIC + struct.pack("<Q", len(text)) + text)
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> DeltaInfo:
         """The inverse of `encode`; any other bytes are a `CorruptTableError`, a newer format a `FormatError`."""
-        content = _load(data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]], filename)
-        try:
-            table = meta_of_content(content["table"], filename)
-            info = cls(**{**{field.name: content[field.name] for field in fields(cls)}, "table": table})
-            info.check_values()
-            encoded = info.encode()
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{filename}: this version cannot read the delta: {error!r}") from None
+        text = data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]]
+        content = load_checked(text, filename, DELTA_FORMAT, dump_line)
+        check_fields(content, DELTA_RULES, filename)
+        table = meta_of_content(content["table"], filename, "table.")
+        info = cls(**{**{field.name: content[field.name] for field in fields(cls)}, "table": table})
+        info.check_values(filename)
+        encoded = info.encode()
         if data != encoded:
             raise CorruptTableError(f"{filename}: expected a header of {len(encoded)} other bytes, found {len(data)}")
         return info
 
-    def check_values(self) -> None:
-        """`ValueError` for what no table can say, whoever wrote it."""
-        if self.dtype not in STORAGE_DTYPES or (self.state and self.dtype != self.table.dtype):
-            raise ValueError(f"dtype {self.dtype!r} of a table of {self.table.dtype}, state {self.state}")
-        if not 0 <= self.num_blocks <= self.table.num_blocks:
-            raise ValueError(f"{self.num_blocks} blocks of a table of {self.table.num_blocks}")
-        if not (0.0 <= self.lr < math.inf and -math.inf < self.decay_total <= 0.0 and math.isfinite(self.created)):
-            raise ValueError(f"lr {self.lr!r}, decay total {self.decay_total!r}, created {self.created!r}")
-        if min(self.sequence, self.step, self.rows_touched, self.from_epoch) < 0:
-            raise ValueError(f"sequence {self.sequence}, step {self.step}, {self.rows_touched} rows")
-
-
-def _load(text: bytes, filename: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-        stored = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        message = f"{filename}: expected JSON with a checksum, found {len(text)} bytes that are not"
-        raise CorruptTableError(message) from None
-    if stored != checksum_of(content):
-        raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
-    if content.get("format") != DELTA_FORMAT:
-        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {DELTA_FORMAT}")
-    return content  # type: ignore[no-any-return]
+    def check_values(self, filename: str) -> None:
+        """`CorruptTableError` unless the fields, each of which keeps its rule, go together."""
+        num_blocks, sequence = self.table.num_blocks, self.sequence
+        if self.state:
+            expect(self.dtype == self.table.dtype, filename, f"dtype {self.table.dtype!r} with state", self.dtype)
+        expect(self.num_blocks <= num_blocks, filename, f"num_blocks up to the table's {num_blocks}", self.num_blocks)
+        expect(self.from_epoch < self.to_epoch, filename, f"from_epoch below {self.to_epoch}", self.from_epoch)
+        if self.parent is None:
+            expect(self.from_epoch == 0, filename, "from_epoch 0 without a parent", self.from_epoch)
+            expect(self.parent_sequence == -1, filename, "parent_sequence -1 without a parent", self.parent_sequence)
+        else:
+            expect(self.from_epoch >= 1, filename, "from_epoch from 1 with a parent", self.from_epoch)
+            is_before = 0 <= self.parent_sequence < sequence
+            expect(is_before, filename, f"parent_sequence from 0 and below {sequence}", self.parent_sequence)
+        expect_rate(self.table.optimizer, self.lr, filename)
 
 
 def array_names(info: DeltaInfo) -> list[str]:
@@ -192,7 +220,7 @@ class DeltaReader:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
         try:
             header = self._read_header()
             self.info = DeltaInfo.decode(header, path)
@@ -235,14 +263,9 @@ class DeltaReader:
         found = _hash_of(self._fd, self._begin, self._layout.index_bytes)
         if found != self.info.index_hash:
             raise CorruptTableError(f"{self.path}: index: expected SHA-256 {self.info.index_hash}, found {found}")
-        done, last = 0, -1
+        done = 0
         for numbers, _ in self.groups():
-            if numbers[0] <= last or (np.diff(numbers) <= 0).any() or numbers[-1] >= self.info.table.num_blocks:
-                raise CorruptTableError(
-                    f"{self.path}: expected ascending numbers below {self.info.table.num_blocks} for blocks "
-                    f"{done} to {done + numbers.size}, found {numbers[0]} to {numbers[-1]} after {last}"
-                )
-            last, done = int(numbers[-1]), done + numbers.size
+            done += numbers.size
             if progress:
                 progress(done, self.info.num_blocks)
         self._check_padding()
@@ -255,11 +278,18 @@ class DeltaReader:
                 raise CorruptTableError(f"{self.path}: expected zeros behind byte {self._begin + end}, found others")
 
     def numbers(self) -> Iterator[_blocks.Numbers]:
-        """The numbers of the blocks, ascending, in groups that are worked on together."""
-        per_group = _blocks.blocks_per_group(self.info.table)
+        """The numbers of the blocks, ascending, in groups that are worked on together; checked each time."""
+        per_group, last = _blocks.blocks_per_group(self.info.table), -1
         for first in range(0, self.info.num_blocks, per_group):
             count = min(per_group, self.info.num_blocks - first)
-            yield np.frombuffer(self._read(8 * first, 8 * count), "<i8")
+            numbers = np.frombuffer(self._read(8 * first, 8 * count), "<i8")
+            if numbers[0] <= last or (np.diff(numbers) <= 0).any() or numbers[-1] >= self.info.table.num_blocks:
+                raise CorruptTableError(
+                    f"{self.path}: expected ascending numbers below {self.info.table.num_blocks} for blocks "
+                    f"{first} to {first + count}, found {numbers[0]} to {numbers[-1]} after {last}"
+                )
+            last = int(numbers[-1])
+            yield numbers
 
     def groups(self) -> Iterator[Group]:
         """(numbers of blocks, {array: (blocks, bytes of a block)}), the data checked."""

@@ -1,44 +1,37 @@
-"""A table at rest: the files of its directory read and written as a whole, never mapped.
+"""A table at rest: its directory, held open, and the files in it read and written as a whole, never mapped.
 
-Invariants: a directory or a small file appears complete, synced, or not at all; what is damaged is named, with what
-was expected and what was found.
+Invariants: a file is found in the directory that was opened, wherever its path leads by now; only regular files are
+opened, without waiting; a small file appears complete, synced, or not at all; what is damaged is named, with what was
+expected and what was found.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from hashemb._format import (
-    CONTROL_BYTES,
-    CONTROL_DTYPE,
-    FileSpec,
-    TableMeta,
-    check_control,
-    decode_meta,
-    encode_control,
-    encode_meta,
-    encode_npy_header,
-)
-from hashemb.errors import CorruptTableError, FormatError, NoSpaceError
+from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, SMALL_FILE_BYTES, TableMeta, check_control, decode_meta
+from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
 from hashemb.lineage import History, SnapshotInfo
 
-ABANDONED_S = 10.0  # older than any directory that its maker has not locked yet
-SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
+HISTORY_FILE = "history.json"
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FICLONE = 0x40049409  # the same on x86-64 and aarch64
-_libc = ctypes.CDLL(None, use_errno=True)
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_AT_ONCE = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO would wait for somebody at its other end
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link that leads nowhere",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def boot_id() -> str:
@@ -61,22 +54,144 @@ def space_errors(filename: str) -> Iterator[None]:
         raise
 
 
-# ---- writing ----
+# ---- opening ----
 
 
-def write_file(path: str, data: bytes, size_bytes: int | None = None, *, sync: bool = True) -> None:
-    """Creates a file of `size_bytes` (default: of the data) that begins with `data` and is otherwise a hole."""
-    with space_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def open_regular(path: str, flags: int = os.O_RDONLY, *, directory: Directory | None = None) -> int:
+    """Opens a file, below `directory` if there is one, and never waits: every file that is not new is opened by this.
+
+    What is no regular file is a `CorruptTableError` that says what it is. A symbolic link is followed by readers, as
+    caches of models are made of links; for writing it is a `ReadOnlyTableError`, as others may rely on its target.
+    """
+    filename, dir_fd = (os.path.join(directory.path, path), directory.fd) if directory else (path, None)
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    try:
+        fd = os.open(path, flags | _AT_ONCE | (os.O_NOFOLLOW if writes else 0), 0o666, dir_fd=dir_fd)
+    except OSError as error:
+        if writes and error.errno == errno.ELOOP:
+            raise ReadOnlyTableError(
+                f"{filename}: is a symbolic link, and what it leads to is not opened for writing: "
+                'open the table with mode="r", or copy it with its files in the place of the links'
+            ) from None
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ELOOP):
+            found = os.stat(path, dir_fd=dir_fd, follow_symlinks=error.errno != errno.ELOOP)
+            raise _not_regular(filename, found) from None
+        error.filename = filename
+        raise
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise _not_regular(filename, found)
+    return fd
+
+
+def _not_regular(filename: str, found: os.stat_result) -> CorruptTableError:
+    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+    return CorruptTableError(f"{filename}: expected a regular file, found {kind}")
+
+
+class Directory:
+    """A directory, held open: a context manager. Its files stay within reach when it is moved, and nobody else's come
+    in their place; `path` is where it was, for messages.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.fd = path, -1  # if there is nothing to open
+        self.fd = os.open(path, _DIRECTORY)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def filename(self, name: str) -> str:
+        """For messages."""
+        return os.path.join(self.path, name)
+
+    def identity(self) -> list[int]:
+        """Which directory it is, of all that exist on this machine."""
+        found = os.fstat(self.fd)
+        return [found.st_dev, found.st_ino]
+
+    # -- its files --
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """See `open_regular`."""
+        return open_regular(name, flags, directory=self)
+
+    def read(self, name: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
+        fd = self.open(name)
         try:
-            _resize(fd, path, len(data) if size_bytes is None else size_bytes)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            if sync:
-                os.fsync(fd)
+            return os.pread(fd, limit_bytes, 0)
         finally:
             os.close(fd)
+
+    def exists(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def entries(self) -> Iterator[os.DirEntry[str]]:
+        """Opened once more for it: threads and forked children share the place in the list where `fd` is."""
+        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
+        try:
+            yield from os.scandir(fd)
+        finally:
+            os.close(fd)
+
+    def create(self, name: str, data: bytes, size_bytes: int | None = None, *, sync: bool = True) -> None:
+        """Creates a file of `size_bytes` (default: of the data) that begins with `data` and is otherwise a hole."""
+        with space_errors(self.filename(name)):
+            fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            try:
+                _resize(fd, self.filename(name), len(data) if size_bytes is None else size_bytes)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Puts a small file in the place of another in one step, durably."""
+        temporary = _temporary_name(name)
+        self.remove(temporary)  # of a process of the same number that was killed, or could not remove it
+        try:
+            self.create(temporary, data)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except BaseException:
+            self.remove(temporary)
+            raise
+        os.fsync(self.fd)
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
+
+    def sync(self, name: str | None = None) -> None:
+        """Makes a file durable, or the names of all."""
+        with space_errors(self.path if name is None else self.filename(name)):
+            if name is None:
+                os.fsync(self.fd)
+                return
+            fd = self.open(name)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def _resize(fd: int, path: str, size_bytes: int) -> None:
@@ -89,310 +204,125 @@ def _resize(fd: int, path: str, size_bytes: int) -> None:
         raise OSError(error.errno, message, path) from None
 
 
-def replace_file(path: str, data: bytes) -> None:
-    """Puts a small file in the place of another in one step, durably."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    remove_if_there(temporary)  # of a process of the same number that was killed, or could not remove it
+def _temporary_name(name: str) -> str:
+    return f"{name}.{os.getpid()}.tmp"
+
+
+def _is_temporary(found: str, names: tuple[str, ...]) -> bool:
+    """Whether `_temporary_name` has made the name `found`, in any process, of one of these."""
+    parts = found.rsplit(".", 2)
+    return len(parts) == 3 and parts[0] in names and parts[1].isdecimal() and parts[2] == "tmp"
+
+
+def remove_leftovers(directory: Directory, *names: str) -> None:
+    """Removes these files, and what others were killed at while replacing one or the history. Alone with the table."""
+    for entry in directory.entries():
+        ours = entry.name in names or _is_temporary(entry.name, (HISTORY_FILE, *names))
+        if ours and entry.is_file(follow_symlinks=False):
+            directory.remove(entry.name)
+
+
+def table_directory(path: str) -> Directory:
+    """The directory of a table, open; `FileNotFoundError` or `FormatError` if there is none."""
     try:
-        write_file(temporary, data)
-        os.rename(temporary, path)
-    except BaseException:
-        remove_if_there(temporary)
-        raise
-    sync_directory(os.path.dirname(path))
-
-
-def remove_leftovers(path: str, *names: str) -> None:
-    """Removes these files of a table, and what others were killed at while they replaced one. Alone with the table."""
-    for entry in os.scandir(path):
-        if entry.is_file(follow_symlinks=False) and (entry.name in names or entry.name.endswith(".tmp")):
-            remove_if_there(entry.path)
-
-
-def remove_if_there(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def sync_file(path: str) -> None:
-    with space_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def check_free(path: str, aside: str | None = None) -> str:
-    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot.
-
-    What is at `path` is in nobody's way if it may be moved to `aside`.
-    """
-    parent = os.path.dirname(os.path.abspath(path))
-    if aside is None and os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "there is already something at this path", path)
-    if not os.path.isdir(parent):
-        raise FileNotFoundError(errno.ENOENT, "the directory to create it in does not exist", parent)
-    return parent
+        return Directory(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(path):
+            raise FileNotFoundError(errno.ENOENT, "no table at this path", path) from None
+        raise FormatError(f"{path}: not a hashemb table: it holds no file meta.json") from None
 
 
 @contextmanager
-def new_directory(path: str, *, aside: str | None = None) -> Iterator[str]:
-    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
-
-    `FileExistsError` if there is something at `path`, unless it may be moved to `aside`; `FileNotFoundError` if its
-    parent does not exist.
-    """
-    parent = check_free(path, aside)
-    with building_directory(path) as building:
-        yield building
-        sync_directory(building)
-        if aside is None:
-            _rename_to_free(building, path)
-        else:
-            take_place(building, path, aside)
-        try:
-            sync_directory(parent)
-        except BaseException:
-            with suppress(OSError):
-                if aside is None:
-                    os.rename(path, building)  # to be removed there: from `path` it goes in one step
-                else:
-                    give_place_back(building, path, aside)
-            raise
-
-
-def _rename_to_free(directory: str, path: str) -> None:
-    """Somebody may have made something at `path` since it was free; if so, `FileExistsError`."""
-    try:
-        os.rename(directory, path)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
-        raise
-
-
-@contextmanager
-def building_directory(path: str) -> Iterator[str]:
-    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
-
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
-    """
-    parent, prefix = os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
-    remove_abandoned(parent, prefix)
-    with space_errors(path):
-        building = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    try:
-        with _locked_directory(building):
-            os.chmod(building, 0o777 & ~_umask())
-            yield building
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def _locked_directory(path: str) -> Iterator[None]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def take_place(new: str, path: str, aside: str) -> None:
-    """Puts `new` at `path`, and what was there at `aside`: all beside each other.
-
-    In one step where the file system can exchange two names: then `new` waits at `aside` for it, so that a kill never
-    leaves what was at `path` under a name that looks temporary. Elsewhere nothing is at `path` for a moment.
-    """
-    os.rename(new, aside)
-    try:
-        exchange(aside, path)
-    except OSError as error:
-        os.rename(aside, new)
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        os.rename(path, aside)
-        try:
-            os.rename(new, path)
-        except OSError:
-            os.rename(aside, path)
-            raise
-
-
-def give_place_back(new: str, path: str, aside: str) -> None:
-    """The inverse of `take_place`, in steps of which each leaves a table at `path` where names can be exchanged."""
-    try:
-        exchange(aside, path)
-        os.rename(aside, new)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        os.rename(path, new)
-        os.rename(aside, path)
-
-
-def exchange(one: str, other: str) -> None:
-    """Swaps two names of a file system in one step; `OSError` with EINVAL or ENOSYS where it cannot."""
-    if not hasattr(_libc, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), one)
-    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), one)
-
-
-def remove_abandoned(parent: str, prefix: str) -> None:
-    """Removes directories begun by `new_directory` in processes that are dead: nobody holds a lock on them."""
-    with suppress(OSError):  # a courtesy: what is in the way of it is in nobody's way
-        for entry in os.scandir(parent):
-            is_ours = entry.name.startswith(prefix) and entry.name.endswith(".tmp")
-            if is_ours and entry.is_dir(follow_symlinks=False) and time.time() - entry.stat().st_mtime > ABANDONED_S:
-                _remove_if_unlocked(entry.path)
-
-
-def _remove_if_unlocked(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def create_arrays(directory: str, files: dict[str, FileSpec]) -> None:
-    """Array files that are holes behind their headers: O(1) in their size."""
-    for name, spec in files.items():
-        write_file(os.path.join(directory, f"{name}.npy"), encode_npy_header(spec), spec.file_bytes)
-
-
-def clone_files(source: str, target: str, filenames: Iterable[str]) -> bool:
-    """Copies files that share their space until one of two is written; False, and none, where that is not possible."""
-    made: list[str] = []
-    try:
-        for filename in filenames:
-            _clone_file(os.path.join(source, filename), os.path.join(target, filename), made)
-    except OSError as error:
-        for path in made:
-            remove_if_there(path)
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
-            return False
-        raise
-    return True
-
-
-def _clone_file(source: str, target: str, made: list[str]) -> None:
-    old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        new = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        made.append(target)
-        try:
-            with space_errors(target):
-                fcntl.ioctl(new, _FICLONE, old)
-        finally:
-            os.close(new)
-    finally:
-        os.close(old)
-
-
-def create_table(path: str, meta: TableMeta) -> None:
-    """Makes the directory `path` in one step. O(1) in the size of the table."""
-    with new_directory(path) as building:
-        create_arrays(building, meta.files)
-        finish_table(building, meta, encode_control(meta, boot_id()))
-
-
-def finish_table(building: str, meta: TableMeta, control: bytes) -> None:
-    """What a table's directory holds beside its arrays."""
-    write_file(os.path.join(building, "control"), control)
-    write_file(os.path.join(building, "lock"), b"")
-    write_file(os.path.join(building, "meta.json"), encode_meta(meta))
+def opened(place: str | Directory) -> Iterator[Directory]:
+    """A directory that is open already, or the one at a path, for the time being."""
+    if isinstance(place, Directory):
+        yield place
+        return
+    with table_directory(place) as directory:
+        yield directory
 
 
 # ---- reading ----
 
 
 def read_file(path: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_regular(path)
     try:
         return os.pread(fd, limit_bytes, 0)
     finally:
         os.close(fd)
 
 
-def read_meta(path: str) -> TableMeta:
+def read_meta(place: str | Directory) -> TableMeta:
     """The table's metadata; `FileNotFoundError`, `FormatError` or `CorruptTableError` if there is none."""
-    if not os.path.lexists(path):
-        raise FileNotFoundError(errno.ENOENT, "no table at this path", path)
-    filename = os.path.join(path, "meta.json")
-    try:
-        data = read_file(filename)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise FormatError(f"{path}: not a hashemb table: it holds no file meta.json") from None
-    return decode_meta(data, filename)
-
-
-def read_control(path: str) -> Any:
-    """A copy of the control page, as a record with the fields of `_format.CONTROL_DTYPE`."""
-    filename = os.path.join(path, "control")
-    for attempt in range(3):
+    with opened(place) as directory:
         try:
-            data = read_file(filename, CONTROL_BYTES + 1)
+            data = directory.read("meta.json")
         except FileNotFoundError:
-            raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found no file") from None
-        try:
-            check_control(data, filename)
-            break
-        except CorruptTableError:  # or read while a writer came or went
-            if attempt == 2:
-                raise
+            raise FormatError(f"{directory.path}: not a hashemb table: it holds no file meta.json") from None
+        except CorruptTableError as error:
+            message = f"{directory.path}: not a hashemb table: it holds no file meta.json; {error}"
+            raise FormatError(message) from None
+        return decode_meta(data, directory.filename("meta.json"))
+
+
+def read_control(place: str | Directory, meta: TableMeta | None = None) -> Any:
+    """A copy of the control page, as a record with the fields of `_format.CONTROL_DTYPE`; held to `meta` if given."""
+    with opened(place) as directory:
+        filename = directory.filename("control")
+        for attempt in range(3):
+            try:
+                data = directory.read("control", CONTROL_BYTES + 1)
+            except FileNotFoundError:
+                raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found no file") from None
+            try:
+                check_control(data, filename, meta)
+                break
+            except CorruptTableError:  # or read while a writer came or went
+                if attempt == 2:
+                    raise
     return np.frombuffer(data, CONTROL_DTYPE)[0]
 
 
-def read_history(path: str) -> History:
-    """The points in the table's past; none where nothing has been taken of it yet."""
-    filename = os.path.join(path, "history.json")
-    try:
-        return History.decode(read_file(filename), filename)
-    except FileNotFoundError:
-        return History()
+def read_history(place: str | Directory, table: str = "") -> History:
+    """The points in the table's past; none where nothing has been taken of it yet.
+
+    `CorruptTableError` if they are those of another table than the one with the id `table` ("": of any).
+    """
+    with opened(place) as directory:
+        filename = directory.filename(HISTORY_FILE)
+        try:
+            history = History.decode(directory.read(HISTORY_FILE), filename)
+        except FileNotFoundError:
+            return History()
+    if table and history.table not in ("", table):
+        raise CorruptTableError(
+            f"{filename}: expected the history of table {table}, found that of table {history.table}: remove the file; "
+            "the next delta then begins with since=None or a new snapshot"
+        )
+    return history
 
 
-def write_history(path: str, history: History) -> None:
-    replace_file(os.path.join(path, "history.json"), history.of(read_meta(path).id).encode())
+def write_history(directory: Directory, history: History) -> None:
+    directory.replace(HISTORY_FILE, history.of(read_meta(directory).id).encode())
 
 
-def read_snapshot_info(path: str) -> SnapshotInfo | None:
+def read_snapshot_info(place: str | Directory) -> SnapshotInfo | None:
     """What was said of the table when it was made as a snapshot; None if it was not."""
-    filename = os.path.join(path, "snapshot.json")
-    try:
-        return SnapshotInfo.decode(read_file(filename), filename)
-    except FileNotFoundError:
-        return None
+    with opened(place) as directory:
+        try:
+            return SnapshotInfo.decode(directory.read("snapshot.json"), directory.filename("snapshot.json"))
+        except FileNotFoundError:
+            return None
 
 
-def disk_bytes(path: str) -> int:
+def disk_bytes(place: str | Directory) -> int:
     """Bytes that the table's files take up on disk (holes take none)."""
     total = 0
-    for entry in os.scandir(path):
-        with suppress(FileNotFoundError):  # a snapshot's announcement comes and goes
-            total += entry.stat().st_blocks * 512 if entry.is_file() else 0
+    with opened(place) as directory:
+        for entry in directory.entries():
+            with suppress(FileNotFoundError):  # a snapshot's announcement comes and goes
+                total += entry.stat().st_blocks * 512 if entry.is_file() else 0
     return total
 
 

@@ -7,10 +7,10 @@ from `meta.json` alone.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import math
+import re
 import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -19,21 +19,81 @@ import numpy as np
 
 from hashemb import init as initializers
 from hashemb import optim
+from hashemb._rules import (
+    COUNTER,
+    DECAY_TOTAL,
+    EPOCH,
+    EPOCH_OR_NONE,
+    FLAG,
+    ID,
+    LINE,
+    MAX_BYTES,
+    OBJECT,
+    RATE,
+    Rule,
+    Whole,
+    check_fields,
+    expect,
+    list_of,
+    one_of,
+    shown,
+)
+from hashemb._sealed import dump_checked, load_checked, load_json
 from hashemb.errors import CorruptTableError, FormatError
 
 FORMAT = 1
 DATA_OFFSET_BYTES = 4096
 CONTROL_BYTES = 4096
+SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
 CONTROL_MAGIC = b"hashemb\x01"
-MAX_HASHES = 16
 HASH_SCHEME = "murmur3-x64-128, fmix64, mulhi64"
 
 STORAGE_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
-OPTIMIZERS: dict[str, type] = {
+OPTIMIZERS: dict[str, Any] = {
     c.kind: c for c in (optim.Adagrad, optim.RowWiseAdagrad, optim.SGD, optim.FTRL)
 }
-INITIALIZERS: dict[str, type] = {
+INITIALIZERS: dict[str, Any] = {
     c.kind: c for c in (initializers.Uniform, initializers.Normal, initializers.Zeros)
+}
+
+#: What the fields of meta.json may be. `create` has its limits from here.
+META_RULES: dict[str, Rule | Whole] = {
+    "format": Whole(1, FORMAT),
+    "num_embeddings": Whole(1, MAX_BYTES),
+    "embedding_dim": Whole(1, 1 << 24),
+    "dtype": one_of(*STORAGE_DTYPES),
+    "optimizer": OBJECT,
+    "init": OBJECT,
+    "num_hashes": Whole(1, 16),
+    "seed": Whole(0, (1 << 64) - 1),
+    "block_rows": Whole(1, 4096),
+    "id": ID,
+    "created_by": LINE,
+    "hash": one_of(HASH_SCHEME),
+    "files": OBJECT,
+}
+
+#: What the fields of the control page may be; any bytes are an id, and a boot id means something to its machine only.
+CONTROL_RULES: dict[str, Rule | Whole] = {
+    "step": COUNTER,
+    "epoch": EPOCH,
+    "lr": RATE,
+    "decay_total": DECAY_TOTAL,
+    "clean": FLAG,
+    "rows_touched": COUNTER,
+    "saving": EPOCH_OR_NONE,
+    "save_failed": EPOCH_OR_NONE,
+    "save_errno": Whole(0, 4095),
+    "gate_closing": FLAG,
+    "opened": FLAG,
+}
+
+#: What the fields of saving.json may be.
+SAVING_RULES: dict[str, Rule | Whole] = {
+    "directory": Rule("an absolute path", lambda v: type(v) is str and v.startswith("/") and "\0" not in v),
+    "names": list_of(8, "names of arrays"),
+    "since": EPOCH_OR_NONE,
+    "until": EPOCH,
 }
 
 CONTROL_DTYPE = np.dtype(
@@ -162,14 +222,15 @@ def check_npy_header(data: bytes, spec: FileSpec, filename: str) -> None:
     if data == encode_npy_header(spec):
         return
     found = "no .npy header"
-    if data[:6] == b"\x93NUMPY":
-        try:
-            header = ast.literal_eval(data[10:].decode("latin1").strip())
-            found = f"shape {header['shape']}, dtype {header['descr']}"
-            if (header["shape"], header["descr"]) == (spec.shape, spec.dtype):
+    if data[:6] == b"\x93NUMPY":  # read by a pattern: a parser of Python can be made to exhaust the stack
+        header = data[10:].decode("latin1")
+        descr = re.search(r"'descr': '([!-~]{1,20})'", header)
+        shape = re.search(r"'shape': (\([0-9, ]{0,60}\))", header)
+        found = "an unreadable .npy header"
+        if descr and shape:
+            found = f"shape {shape[1]}, dtype {descr[1]}"
+            if (shape[1], descr[1]) == (repr(spec.shape), spec.dtype):
                 found = f"that, but in other bytes than the {DATA_OFFSET_BYTES} it takes"
-        except (ValueError, SyntaxError, KeyError, TypeError):
-            found = "an unreadable .npy header"
     raise CorruptTableError(f"{filename}: expected shape {spec.shape}, dtype {spec.dtype}; found {found}")
 
 
@@ -178,16 +239,6 @@ def check_npy_header(data: bytes, spec: FileSpec, filename: str) -> None:
 
 def _tagged(value: Any) -> dict[str, Any]:
     return {"kind": value.kind, **asdict(value)}
-
-
-def checksum_of(content: dict[str, Any]) -> str:
-    """SHA-256 of an object as `json.dumps(..., sort_keys=True)` writes it."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def dump_checked(content: dict[str, Any]) -> bytes:
-    """JSON as bytes, with the SHA-256 of the rest as its last entry."""
-    return (json.dumps({**content, "checksum": checksum_of(content)}, indent=2) + "\n").encode()
 
 
 def encode_meta(meta: TableMeta) -> bytes:
@@ -209,50 +260,68 @@ def meta_content(meta: TableMeta) -> dict[str, Any]:
     return content
 
 
-def _untag(value: dict[str, Any], classes: dict[str, type]) -> Any:
-    options = dict(value)
-    return classes[options.pop("kind")](**options)
-
-
-def _parse(data: bytes, filename: str) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptTableError(
-            f"{filename}: expected JSON, found {len(data)} bytes that are not: {error}"
-        ) from None
-    if not isinstance(content, dict) or type(content.get("format")) is not int:
-        raise FormatError(f'{filename}: not the description of a hashemb table (no integer "format")')
-    if content["format"] > FORMAT:
-        raise FormatError(
-            f"{filename}: the table has format {content['format']}, this version reads up to {FORMAT}: "
-            "upgrade hashemb"
-        )
-    if content["format"] < 1:
-        raise FormatError(f"{filename}: the table has format {content['format']}, formats begin at 1")
-    return content
-
-
 def decode_meta(data: bytes, filename: str) -> TableMeta:
     """The inverse of `encode_meta`; any other bytes are a `FormatError` or a `CorruptTableError`."""
-    content = _parse(data, filename)
-    stored = content.pop("checksum", None)
-    if stored != checksum_of(content) or data != dump_checked(content):
-        raise CorruptTableError(
-            f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}"
-        )
-    return meta_of_content(content, filename)
+    return meta_of_content(load_checked(data, filename, FORMAT), filename)
 
 
-def meta_of_content(content: dict[str, Any], filename: str) -> TableMeta:
+def meta_of_content(content: dict[str, Any], filename: str, where: str = "") -> TableMeta:
     """The inverse of `meta_content`; `FormatError` where this version lacks what it names."""
+    check_fields(content, META_RULES, filename, where)
+    values = {field.name: content[field.name] for field in fields(TableMeta)}
+    values["optimizer"] = _untag("optimizer", content, OPTIMIZERS, filename)
+    values["init"] = _untag("init", content, INITIALIZERS, filename)
+    meta = TableMeta(**values)
+    expected = rows_per_block(meta.row_bytes)
+    expect(meta.block_rows == expected, filename, f"{where}block_rows to be {expected} for its rows", meta.block_rows)
     try:
-        values = {field.name: content[field.name] for field in fields(TableMeta)}
-        values["optimizer"] = _untag(values["optimizer"], OPTIMIZERS)
-        values["init"] = _untag(values["init"], INITIALIZERS)
-        return TableMeta(**values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{filename}: this version cannot read the table: {error!r}") from None
+        check_size(meta)
+    except ValueError as error:
+        raise CorruptTableError(f"{filename}: expected files of up to {MAX_BYTES} bytes, found that {error}") from None
+    follows = meta_content(meta)
+    if json.dumps(follows) != json.dumps(content):  # as text: 1 is not True, nor 1.0
+        names = [n for n in follows if json.dumps(follows[n]) != json.dumps(content[n])] or ["the order of fields"]
+        expect(False, filename, f"{where}{names[0]} to be what follows from the rest", content.get(names[0]))
+    return meta
+
+
+def _untag(name: str, content: dict[str, Any], classes: dict[str, Any], filename: str) -> Any:
+    options = dict(content[name])
+    kind = options.pop("kind", None)
+    rule = one_of(*classes)
+    try:
+        if not rule.holds(kind):
+            raise ValueError(f"expected {name}.kind to be {rule.words}, found {shown(kind)}")
+        known = {field.name for field in fields(classes[kind])}
+        unknown = [option for option in options if option not in known]
+        if unknown:
+            raise ValueError(f"expected {name} of kind {kind!r} to have no field {shown(unknown[0])}, found one")
+        return classes[kind](**options)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{filename}: this version cannot read it: {error}") from None
+
+
+def check_size(meta: TableMeta) -> None:
+    """`ValueError` if a file of the table would be larger than a file can be."""
+    largest = max(spec.file_bytes for spec in meta.files.values())
+    if largest > MAX_BYTES:
+        rows, dim = meta.num_embeddings, meta.embedding_dim
+        raise ValueError(f"{rows} rows of {dim} need a file of {largest} bytes, more than 2**63 - 1")
+
+
+# ---- saving.json ----
+
+
+def decode_saving(data: bytes, filename: str, meta: TableMeta) -> dict[str, Any]:
+    """What the owner of a snapshot in progress asks of writers of the table; `FormatError` if it is no such thing."""
+    content = load_json(data, filename)
+    expect(OBJECT.holds(content), filename, OBJECT.words, content)
+    check_fields(content, SAVING_RULES, filename)
+    is_known = one_of(*meta.row_files)
+    for name in content["names"]:
+        expect(is_known.holds(name), filename, f"names of arrays, {is_known.words}", name)
+    expect(content["since"] < content["until"], filename, f"since below {content['until']}", content["since"])
+    return content  # type: ignore[no-any-return]
 
 
 # ---- the control page ----
@@ -278,8 +347,8 @@ def page_id(value: np.void) -> str:
     return data.hex() if any(data) else ""
 
 
-def check_control(data: bytes, filename: str) -> None:
-    """Raises `CorruptTableError` unless `data` can be a control page."""
+def check_control(data: bytes, filename: str, meta: TableMeta | None = None) -> None:
+    """Raises `CorruptTableError` unless `data` can be a control page, of the table `meta` if that is given."""
     if len(data) != CONTROL_BYTES:
         raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found {len(data)}")
     page = np.frombuffer(data, CONTROL_DTYPE)[0]
@@ -288,17 +357,25 @@ def check_control(data: bytes, filename: str) -> None:
             f"{filename}: expected {CONTROL_MAGIC!r} and format {FORMAT}, "
             f"found {data[:8]!r} and format {page['format']}"
         )
-    lr, total = float(page["lr"]), float(page["decay_total"])
-    if not (math.isfinite(lr) and lr >= 0.0 and math.isfinite(total) and total <= 0.0 and page["epoch"] >= 1):
-        raise CorruptTableError(
-            f"{filename}: expected lr >= 0, decay_total <= 0 and epoch >= 1, "
-            f"found {lr!r}, {total!r} and {page['epoch']}"
-        )
-    stored, clean = int(page["checksum"]), int(page["clean"])
-    if clean > 1 or (stored and not clean):
-        raise CorruptTableError(f"{filename}: expected clean 0 or 1, 1 with a check sum; found {clean} and {stored:#x}")
+    values = {name: page[name].item() for name in CONTROL_RULES}
+    check_fields(values, CONTROL_RULES, filename)
+    epoch, lr = values["epoch"], values["lr"]
+    expect(values["saving"] <= epoch, filename, f"a snapshot of an epoch up to {epoch} in progress", values["saving"])
+    if meta is not None:
+        expect_rate(meta.optimizer, lr, filename)
+    stored, clean = int(page["checksum"]), values["clean"]
+    if stored and not clean:
+        raise CorruptTableError(f"{filename}: expected clean 1 with a check sum, found 0 and {stored:#x}")
     if stored and stored != _page_checksum(data):
         raise CorruptTableError(f"{filename}: expected check sum {_page_checksum(data):#x}, found {stored:#x}")
+
+
+def expect_rate(optimizer: optim.Optimizer, lr: float, filename: str) -> None:
+    """`CorruptTableError` unless a table with this optimiser can be at this rate."""
+    try:
+        optim.with_rate(optimizer, lr)
+    except ValueError as error:
+        raise CorruptTableError(f"{filename}: expected a rate of the optimiser, found that {error}") from None
 
 
 def seal_control(data: bytes) -> bytes:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
-__all__ = ["Lock", "after_fork_in_child"]
+from hashemb._directory import Directory
+from hashemb.errors import HashembError
+
+__all__ = ["Lock", "after_fork_in_child", "open_again"]
 
 
 class _Forkable(Protocol):
@@ -26,11 +30,15 @@ def after_fork_in_child(item: _Forkable) -> None:
 
 
 class Lock:
-    """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none."""
+    """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none.
 
-    def __init__(self, path: str) -> None:
-        self.fd = -1  # if there is nothing to open
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    Takes over the descriptor.
+    """
+
+    fd = -1  # until there is one: an exception may come from a signal's handler before
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
         after_fork_in_child(self)
 
     def close(self) -> None:
@@ -43,6 +51,22 @@ class Lock:
 
     def __del__(self) -> None:
         self.close()
+
+
+def open_again(directory: Directory, known: os.stat_result) -> int:
+    """Opens the lock file of an open table, known by its `os.fstat`, for locks of its own.
+
+    `HashembError` where the directory has another by now, which excludes nobody, or none.
+    """
+    with suppress(FileNotFoundError):
+        fd = directory.open("lock", os.O_RDWR)
+        if os.path.samestat(os.fstat(fd), known):
+            return fd
+        os.close(fd)
+    raise HashembError(
+        f"{directory.path}: the table was removed, or its lock file was replaced, while it was open: snapshots, deltas "
+        "and writing from a forked process need it; open the table again where it is now"
+    )
 
 
 def _in_child() -> None:

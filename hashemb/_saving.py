@@ -6,19 +6,19 @@ place-to-be. The protocol itself is in csrc/save.c.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
-import weakref
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from hashemb import _core
+from hashemb._directory import Directory
 from hashemb._format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._locks import Lock
 
-__all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "bits_bytes"]
+__all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "bits_bytes", "open_announced"]
 
 SAVING_FILE = "saving.json"  # in the table
 BITS_FILE, LOG_PREFIX = "rows.bits", "rows.log."  # in the half-made directory
@@ -37,42 +37,45 @@ class SaveTarget:
         meta: TableMeta,
         arrays: dict[str, Any],
         lock: Lock,
-        directory: str,
+        directory: Directory,
         names: list[str],
         since: int,
         until: int,
         *,
         owner: bool,
     ) -> None:
-        self.until, self._lock = until, lock
-        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._fds = [self._directory]
-        weakref.finalize(self, _close_all, self._fds)
-        files = [(arrays[name], self._open(f"{name}.npy") if owner else -1) for name in names]
-        blocks_fd, bits_fd = self._open("blocks.npy"), self._open(BITS_FILE)
-        self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
-        log_fd = self._open(self._log, os.O_CREAT | os.O_EXCL | os.O_APPEND)
-        bits = np.frombuffer(mmap.mmap(bits_fd, bits_bytes(meta)), np.uint64)
-        fds = (blocks_fd, bits_fd, log_fd, lock.fd)
-        shift = meta.block_rows.bit_length() - 1
-        blocks, control = arrays["blocks"], arrays["control"]
-        self.saving = _core.Saving(files, blocks, control, bits, fds, since, until, DATA_OFFSET_BYTES, shift)
+        self.until, self._directory = until, directory
+        opened: list[int] = []
+        try:
+            files = [(arrays[name], self._open(opened, f"{name}.npy") if owner else -1) for name in names]
+            blocks_fd, bits_fd = self._open(opened, "blocks.npy"), self._open(opened, BITS_FILE)
+            self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
+            fds = (blocks_fd, bits_fd, self._open(opened, self._log, os.O_CREAT | os.O_EXCL | os.O_APPEND))
+            bits = np.frombuffer(mmap.mmap(bits_fd, bits_bytes(meta)), np.uint64)
+            shift, blocks, control = meta.block_rows.bit_length() - 1, arrays["blocks"], arrays["control"]
+            self.saving = _core.Saving(
+                files, blocks, control, bits, fds, lock, since, until, DATA_OFFSET_BYTES, shift, opened
+            )
+        finally:
+            list(map(os.close, opened))  # those that have found no owner
 
-    def _open(self, filename: str, flags: int = 0) -> int:
-        self._fds.append(os.open(filename, flags | os.O_RDWR | os.O_CLOEXEC, 0o666, dir_fd=self._directory))
-        return self._fds[-1]
+    def _open(self, opened: list[int], filename: str, flags: int = 0) -> int:
+        opened.append(self._directory.open(filename, flags | os.O_RDWR))
+        return opened[-1]
 
     def discard(self) -> None:
         """For one that came too late: all is saved, and nobody will look for the log."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._log, dir_fd=self._directory)
+        self._directory.remove(self._log)
+
+
+def open_announced(wanted: dict[str, Any]) -> Directory:
+    """The half-made directory that SAVING_FILE names; `OSError` if another stands at its path by now."""
+    directory = Directory(wanted["directory"])
+    if wanted.get("identity", directory.identity()) != directory.identity():  # older versions note none
+        raise OSError(errno.ESTALE, "the directory of a snapshot in progress has been replaced", directory.path)
+    return directory
 
 
 def bits_bytes(meta: TableMeta) -> int:
     """Size of BITS_FILE: whole stripes."""
     return -(-meta.num_blocks // _core.STRIPE_BLOCKS) * _core.STRIPE_BLOCKS * meta.block_rows // 8
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,15 +23,15 @@ import numpy.typing as npt
 
 from hashemb import _core, _huge_pages, _recovery
 from hashemb._directory import (
+    HISTORY_FILE,
+    Directory,
     boot_id,
     disk_bytes,
     read_control,
-    read_file,
     read_history,
     read_meta,
-    remove_if_there,
     remove_leftovers,
-    space_errors,
+    table_directory,
 )
 from hashemb._format import (
     CONTROL_BYTES,
@@ -39,17 +40,17 @@ from hashemb._format import (
     FileSpec,
     check_npy_header,
 )
-from hashemb._locks import Lock, after_fork_in_child
+from hashemb._locks import Lock, after_fork_in_child, open_again
 from hashemb._mapping import HUGE_PAGE_BYTES, map_file
-from hashemb._saving import SAVING_FILE, SaveTarget
-from hashemb.errors import CorruptTableError, FormatError, HashembError, ReadOnlyTableError
+from hashemb._saving import SAVING_FILE, SaveTarget, open_announced
+from hashemb._seats import SEATS_FILE, abandoned_rows, take_seat
+from hashemb._space import Space, block_bytes
+from hashemb.errors import ClosedTableError, CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
 
-_FALLOC_KEEP_SIZE = 1
 _SYS_CACHESTAT = 451
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class TableFiles:
@@ -65,6 +66,8 @@ class TableFiles:
 
     Attributes
     ----------
+    directory : Directory
+        All files are reached through it: a table that is moved, or replaced at its path, goes on with its own.
     meta : TableMeta
     arrays : dict of ndarray
         The table's arrays by file name without `.npy`, and "control" as 4096 bytes.
@@ -73,18 +76,23 @@ class TableFiles:
     recovered : str or None
         Where the table was not closed cleanly by its last writer: "killed" (the process ended, its pages are
         all there) or "rebooted" (the machine did, and what was not flushed may be lost).
+    suspects : ndarray of int64
+        Rows that killed processes were writing, see _seats.py.
     """
 
     def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:
         self.path, self.writable = path, writable
-        self.meta = read_meta(path)
-        read_control(path)
+        self.directory = table_directory(path)
+        self.meta = read_meta(self.directory)
+        read_control(self.directory, self.meta)
         self.recovered: str | None = None
+        self.suspects = np.empty(0, np.int64)
         self._fds: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
-        self._dirty = self._joined = self.asks_for_huge_pages = False
+        self.space = Space(path, self.meta, self.arrays, self._fds)
+        self._joined = self.asks_for_huge_pages = False
         self.target: SaveTarget | None = None
         after_fork_in_child(self)
         try:
@@ -105,12 +113,13 @@ class TableFiles:
         buffer, _ = self._map("control", "control", CONTROL_BYTES)
         self.arrays["control"] = np.frombuffer(buffer, np.uint8)
         self.control = np.frombuffer(buffer, CONTROL_DTYPE)
+        status = os.fstat(self._fds["control"])
+        self.calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
 
     def _open(self, filename: str) -> int:
-        flags = (os.O_RDWR if self.writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
-            return os.open(os.path.join(self.path, filename), flags)
-        except (FileNotFoundError, IsADirectoryError):
+            return self.directory.open(filename, os.O_RDWR if self.writable else os.O_RDONLY)
+        except FileNotFoundError:
             raise CorruptTableError(f"{self.path}: expected a file {filename}, found none") from None
         except OSError as error:
             if self.writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -160,19 +169,16 @@ class TableFiles:
 
     def _may_lose_its_holes(self) -> bool:
         """Whether the kernel lets the whole table be dirty without writing it, and the disk has room for it."""
-        room_bytes = disk_bytes(self.path) + _huge_pages.free_bytes(self._fds["weight"])
+        room_bytes = disk_bytes(self.directory) + _huge_pages.free_bytes(self._fds["weight"])
         return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
 
     def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
-        block_bytes, blocks_fd = self.block_bytes(spec), self._fds["blocks"]
-        return _huge_pages.Extents(self._address(name), spec.file_bytes, block_bytes, blocks_fd, always=always)
+        size, blocks_fd = block_bytes(self.meta, name), self._fds["blocks"]
+        return _huge_pages.Extents(self._address(name), spec.file_bytes, size, blocks_fd, always=always)
 
     def _address(self, name: str) -> int:
         data: int = self.arrays[name].ctypes.data
         return data - DATA_OFFSET_BYTES
-
-    def block_bytes(self, spec: FileSpec) -> int:
-        return (spec.file_bytes - DATA_OFFSET_BYTES) // spec.shape[0] * self.meta.block_rows
 
     def huge_page_bytes(self) -> int | None:
         """Bytes of the arrays that this process maps by huge pages; None where the kernel cannot tell."""
@@ -188,24 +194,26 @@ class TableFiles:
     # -- the writers' lock, shared by all writers while they have the table open --
 
     def _join_writers(self) -> None:
-        self._fds["lock"] = fd = self._open("lock")
-        is_alone = _core.lock(fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False)
-        if not is_alone:
-            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
-        self._check_in_place(fd)
-        if is_alone:
-            self._take_over()
-            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
-        self._unseal()
+        fd = self._open("lock")
+        self._lock_stat = os.fstat(fd)
+        self._fds["lock"] = fd
+        place = _core.LOCK_WRITERS
+        with _core.Hold(fd, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
+            if not is_alone:
+                _core.wait_for_lock(fd, fcntl.F_RDLCK, place, self.calls, "open")
+            self._check_in_place()
+            if is_alone:
+                self._take_over()
+            self._unseal()
         self._joined = True
 
-    def _check_in_place(self, lock_fd: int) -> None:
+    def _check_in_place(self) -> None:
         """Whoever puts another table in this one's place holds the lock meanwhile: it may come to us only then."""
         try:
-            found: os.stat_result | None = os.stat(os.path.join(self.path, "lock"))
-        except FileNotFoundError:
+            found: os.stat_result | None = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
             found = None
-        if found is None or not os.path.samestat(found, os.fstat(lock_fd)):
+        if found is None or not os.path.samestat(found, os.fstat(self.directory.fd)):
             raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
 
     def _take_over(self) -> None:
@@ -214,19 +222,22 @@ class TableFiles:
         self.recovered = _recovery.how_left(control)
         if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
-            _recovery.mark_what_is_there(control, marks, self._fds, self.meta, self._filename("blocks"))
-            _recovery.reserve_what_is_marked(self._fds["blocks"], self.meta, self._allocate)
+            filename = self.directory.filename("blocks.npy")
+            _recovery.mark_what_is_there(control, marks, self._fds, self.meta, filename)
+            _recovery.reserve_what_is_marked(self._fds["blocks"], self.meta, self.space.allocate)
             if not self._is_being_applied():
                 # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
                 # delta only that delta's blocks can be, and it will be applied again.
-                remove_if_there(os.path.join(self.path, "history.json"))
-        remove_leftovers(self.path, SAVING_FILE)
+                self.directory.remove(HISTORY_FILE)
+            self.directory.remove(SEATS_FILE)
+        self.suspects = abandoned_rows(self.directory, self.meta.num_embeddings)
+        remove_leftovers(self.directory, SAVING_FILE)
         self._unseal(boot_id=boot_id().encode(), saving=0, gate_closing=0, opened=1)
 
     def _is_being_applied(self) -> bool:
         try:
-            return read_history(self.path).applying is not None
-        except FormatError:  # damaged, and about to be removed
+            return read_history(self.directory, self.meta.id).applying is not None
+        except FormatError:  # damaged or of another table, and about to be removed
             return False
 
     def _unseal(self, **fields: Any) -> None:
@@ -234,10 +245,12 @@ class TableFiles:
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
-        if _core.lock(self._fds["lock"], fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
-            if self._dirty:
-                self.flush()
-            _recovery.seal(self.arrays["control"], self._maps["control"])
+        with _core.Hold(self._fds["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
+            if is_last:
+                if self.calls.dirty:
+                    self._sync()
+                self.directory.remove(SEATS_FILE)
+                _recovery.seal(self.arrays["control"], self._maps["control"])
 
     def fd(self, name: str) -> int:
         """The open file of an array, by name without `.npy`."""
@@ -248,153 +261,119 @@ class TableFiles:
         fd = self._fds["weight"]
         return fd if _huge_pages.is_tmpfs(fd) else -1
 
-    def lock_fd(self) -> int:
-        """The table's lock, which this process has for itself; a forked child joins the writers when it first asks."""
-        fd = self._fds["lock"]
+    def join(self, core: _core.Core) -> None:
+        """Gives the core the table's lock, of this process alone, and a seat; a forked child joins the writers then."""
+        fd = self._fds["lock"] if "lock" in self._fds else open_again(self.directory, self._lock_stat)
+        self._fds["lock"] = fd
         if not self._joined:
-            _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, True)
+            _core.wait_for_lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, self.calls, "update")
             self._unseal()
             self._joined = True
-        return fd
+        core.join(fd, take_seat(self.directory, fd))
 
     def new_lock(self) -> Lock:
         """The same file opened once more: what locks the one excludes the other."""
-        return Lock(f"/proc/self/fd/{self._fds['lock']}")
+        return Lock(open_again(self.directory, self._lock_stat))
+
+    def turn(self, call: str) -> _core.Hold:
+        """For a ``with``: one process at a time takes or applies points in time of a table. Its death ends its turn."""
+        return _core.Hold(self.new_lock(), self.calls, _core.LOCK_SNAPSHOT, call)
 
     def after_fork(self) -> None:
         """In the child."""
-        if "lock" in self._fds:
-            inherited = self._fds["lock"]
-            self._fds["lock"] = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
-            os.close(inherited)
+        self.calls.after_fork()
         self._joined, self.target = False, None
+        if "lock" in self._fds:
+            os.close(self._fds.pop("lock"))
+            with suppress(OSError, HashembError):  # raised when it is asked for
+                self._fds["lock"] = open_again(self.directory, self._lock_stat)
 
     # -- writing --
 
-    def reserve(self, blocks: Array) -> None:
-        """Makes room for `blocks` (ascending) in every file, then marks them as written in the current epoch.
-
-        On `NoSpaceError` nothing is marked and no data has changed; the same call may be made again.
-        """
-        self._dirty = True
+    def claim(self, blocks: Array) -> None:
+        """Makes room for those of `blocks` (ascending) never written before, and marks all as of the current epoch."""
+        marks = self.arrays["blocks"]
         if self.tmpfs_fd() >= 0:  # where reading a hole takes a page too
-            self._reserve_array("blocks", blocks, 4)
-        new = blocks[self.arrays["blocks"][blocks] == 0]  # others have had their room since their first write
-        if new.size:
-            for name, spec in self.meta.row_files.items():
-                self._reserve_array(name, new, self.block_bytes(spec))
-            self._reserve_array("blocks", new, 4)
-        self._mark(blocks)
-        if new.size:
-            for extents in self._extents.values():
-                extents.collapse_written(new)
+            self.space.reserve_array("blocks", blocks)
+        fresh = blocks[marks[blocks] == 0]
+        if fresh.size:
+            self.space.reserve(fresh)
+        marks[blocks] = self.control["epoch"][0]
+        self.calls.dirty = True
 
-    def _mark(self, blocks: Array) -> None:
-        epoch, marks = int(self.control["epoch"][0]), self.arrays["blocks"]
-        saving = self._saving()
-        _core.mark_blocks(marks, blocks, epoch, saving)
+    def apply(self, core: _core.Core, plan: _core.Plan, need: int, *, exact: bool) -> None:
+        """Sees to what a batch needs once in a while, with nothing held meanwhile; then applies it."""
+        saving, has_room = None, False
+        with self.calls:
+            while need:
+                if need == _core.NEEDS_JOIN:
+                    self.join(core)
+                elif need == _core.NEEDS_SAVING:
+                    saving = self.saving()
+                else:
+                    self.space.reserve(plan.fresh_blocks)
+                    has_room = True
+                need = core.apply(plan, exact, saving, has_room)
 
-    def save_rows(self, core: _core.Core) -> None:
-        """Saves the rows that a planned update is about to change, if a snapshot in progress still wants them.
+    def after_batch(self, fresh: Array) -> None:
+        """What can wait until a batch has been applied; `fresh` are the blocks (ascending) that it has written first.
 
-        To be called once more when that is done, while there is a `target`: it is let go of.
+        Lets go of a target whose snapshot is done: its space is free only then. On tmpfs, collapses what has filled.
         """
-        saving = self._saving()
-        if saving is not None:
-            core.save_rows(saving)
+        with suppress(ClosedTableError), self.calls:
+            target = self.target  # which another thread, or a handler, may change at any time
+            if target is not None and int(self.control["saving"][0]) != target.until:
+                self.target = None
+            for extents in self._extents.values() if fresh.size else ():
+                extents.collapse_written(fresh)
 
-    def _saving(self) -> _core.Saving | None:
-        """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does."""
-        until = int(self.control["saving"][0])
-        if not until or self.control["save_failed"][0] == until or not self._is_being_saved():
-            self.target = None
-            return None
+    def saving(self) -> _core.Saving | None:
+        """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does.
+
+        What is found is kept as `target`, see `after_batch`.
+        """
+        until, target = int(self.control["saving"][0]), self.target
+        if not until or (target is not None and target.until == until):
+            return target.saving if until and target else None
         try:
-            if self.target is None or self.target.until != until:
-                wanted = json.loads(read_file(os.path.join(self.path, SAVING_FILE)))
-                if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
-                    return None
-                directory, names, since = wanted["directory"], wanted["names"], wanted["since"]
-                self.target = self.save_target(directory, names, since, until, owner=False)
-                if int(self.control["saving"][0]) != until:
-                    self.target.discard()
-                    return None
-            return self.target.saving
-        except OSError as error:
-            self._give_up_saving(error.errno or errno.EIO)
+            self.target = target = self._open_target(until)
+            code = 0 if target else errno.ESRCH  # of one who is dead
+        except (OSError, HashembError, ValueError, KeyError, TypeError) as error:
+            target, code = None, getattr(error, "errno", None) or errno.EIO
+        if target is None:  # the snapshot has failed, which its owner reports; the table goes on
+            self.control["save_errno"] = code
+            self.control["save_failed"] = until
             return None
+        return target.saving
 
-    def save_target(self, directory: str, names: list[str], since: int, until: int, *, owner: bool) -> SaveTarget:
+    def _open_target(self, until: int) -> SaveTarget | None:
+        wanted = json.loads(self.directory.read(SAVING_FILE))
+        if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
+            return None
+        target = self.save_target(open_announced(wanted), wanted["names"], wanted["since"], until, owner=False)
+        if int(self.control["saving"][0]) != until:
+            target.discard()
+            return None
+        return target
+
+    def save_target(self, directory: Directory, names: list[str], since: int, until: int, *, owner: bool) -> SaveTarget:
         """The half-made files of a snapshot of this table, open for saving."""
         return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until, owner=owner)
 
-    def _give_up_saving(self, code: int) -> None:
-        """The snapshot has failed, which its owner reports; the table goes on. Said before a block is marked."""
-        self.control["save_errno"] = code
-        self.control["save_failed"] = self.control["saving"]
-
-    def _is_being_saved(self) -> bool:
-        """Whether the owner of the snapshot in progress is alive: it holds its lock."""
-        fd = self._fds["lock"]
-        if not _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False):
-            return True
-        _core.lock(fd, fcntl.F_UNLCK, _core.LOCK_SNAPSHOT, False)
-        return False
-
-    def _reserve_array(self, name: str, blocks: Array, block_bytes: int) -> None:
-        """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
-        if _core.populate_blocks(self.arrays[name], blocks, block_bytes):
-            for i in range(blocks.size):
-                self._reserve_block(name, blocks[i : i + 1], block_bytes)
-
-    def _reserve_block(self, name: str, block: Array, block_bytes: int) -> None:
-        """Allocates space and faults one block in. In a page cache of 2 MiB folios, of this process or another, a fault
-        needs the space of the whole folio."""
-        error = 0
-        for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
-            self._allocate(name, int(block[0]) * block_bytes, block_bytes, unit_bytes)
-            error = _core.populate_blocks(self.arrays[name], block, block_bytes)
-            if error in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14 cannot populate
-                return
-        code = errno.EIO if error == errno.EFAULT else error
-        message = f"block {block[0]} of {block_bytes} bytes cannot be made writable ({os.strerror(error)})"
-        raise OSError(code, message, self._filename(name))
-
-    def _allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int = mmap.PAGESIZE) -> None:
-        """Allocates bytes of the array, rounded out to units of the file."""
-        first = (DATA_OFFSET_BYTES + begin) // unit_bytes * unit_bytes
-        end = -(-(DATA_OFFSET_BYTES + begin + num_bytes) // unit_bytes) * unit_bytes
-        self._allocate_bytes(name, first, min(end, self.meta.files[name].file_bytes) - first)
-
-    def _allocate_bytes(self, name: str, begin: int, num_bytes: int) -> None:
-        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, begin, num_bytes):
-            code = ctypes.get_errno()
-            if code == errno.EINTR:
-                continue
-            if code == errno.EOPNOTSUPP:  # no promise of space on this file system: docs/durability.md
-                return
-            with space_errors(self._filename(name)):
-                raise OSError(code, os.strerror(code), self._filename(name))
-
-    def _filename(self, name: str) -> str:
-        return os.path.join(self.path, f"{name}.npy")
-
     def flush(self) -> None:
         """Syncs all arrays to disk, then the control page. No-op on a read-only table."""
-        if not self.writable:
-            return
-        self._dirty = False  # first: an update meanwhile makes it dirty again
-        try:
-            for name in self.meta.files:
-                self._maps[name].flush()
-            self._maps["control"].flush()
-        except BaseException:
-            self._dirty = True
-            raise
+        if self.writable:
+            self._sync(self.calls.check)
 
-    def mark_dirty(self) -> None:
-        """Called once per update: the last writer's close has something to sync."""
-        self._dirty = True
+    def _sync(self, before_each: Callable[[], None] = lambda: None) -> None:
+        self.calls.dirty = False  # first: an update meanwhile makes it dirty again
+        try:
+            for name in (*self.meta.files, "control"):
+                before_each()
+                self._maps[name].flush()
+        except BaseException:
+            self.calls.dirty = True
+            raise
 
     # -- measuring --
 
@@ -411,25 +390,19 @@ class TableFiles:
     # -- closing --
 
     def close(self) -> None:
-        """Idempotent. Mappings stay as long as somebody holds a view of them.
+        """Idempotent; waits for other threads. Mappings stay as long as somebody holds a view of them.
 
         Where the table cannot be synced that is raised; it is closed all the same, and not marked clean.
         """
+        if hasattr(self, "calls"):
+            self.calls.close()
         joined, self._joined = self._joined, False
         try:
             if joined:
                 self._leave_writers()
         finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self.target = None
-        self.arrays, self._extents = {}, {}
-        if hasattr(self, "control"):
-            del self.control
-        for mapped in self._maps.values():
-            with suppress(BufferError):  # a caller still holds table.weight; the mapping goes with the view
-                mapped.close()
-        self._maps = {}
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+            self.target = None
+            fds = list(self._fds.values())
+            self._fds.clear()
+            list(map(os.close, fds))  # with no bytecode in between, at which a signal's handler might raise
+            self.directory.close()

@@ -11,6 +11,7 @@ import sys
 import warnings
 from typing import Any
 
+from hashemb.ctr._printable import print_line
 from hashemb.errors import HashembError
 
 __all__ = ["main"]
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return _run(arguments)
-    except (HashembError, OSError, ValueError, TypeError, ArithmeticError) as error:
+    except (HashembError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         return _fail(_describe(error), 1)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
@@ -62,17 +63,18 @@ def _hint(error: Any) -> str:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fspath(error.filename)!s}: {error.strerror}"
+        name = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+        return f"{name}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"hashemb: {message}", file=sys.stderr)
+    print_line(f"hashemb: {message}", stderr=True)
     return status
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    print(f"hashemb: warning: {message}", file=sys.stderr)
+    print_line(f"hashemb: warning: {message}", stderr=True)
 
 
 if __name__ == "__main__":

@@ -17,30 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _blocks, _core
+from hashemb._building import building_directory, check_free, create_arrays, sync_directory
 from hashemb._delta_file import DeltaInfo, DeltaReader, Group, Progress, arrays_to_export, write_delta
-from hashemb._directory import (
-    building_directory,
-    check_free,
-    create_arrays,
-    read_history,
-    read_snapshot_info,
-    sync_directory,
-    write_history,
-)
+from hashemb._directory import read_history, read_snapshot_info, write_history
 from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta
 from hashemb._half import convert_rows
+from hashemb._rules import MAX_EPOCH
 from hashemb._storage import TableFiles
 from hashemb.errors import DeltaError, FormatError
 from hashemb.lineage import History, Point, SnapshotInfo, new_id
-from hashemb.optim import Optimizer
-from hashemb.snapshot import SavedPoint, one_at_a_time, save_point, whole_history
+from hashemb.optim import Optimizer, with_rate
+from hashemb.snapshot import SavedPoint, save_point, whole_history
 
 __all__ = ["DeltaInfo", "Since", "apply_to", "check_delta", "delta_info", "export_to"]
 
 Since = str | os.PathLike[str] | SnapshotInfo | DeltaInfo | None
 
 _RESERVED_TOGETHER = 1 << 16
-MAX_EPOCH = 2**32 - 1
 
 
 # ---- reading ----
@@ -81,16 +74,16 @@ def export_to(
     dtype = _export_dtype(files.meta, state, dtype)
     start_id, parent = _id_of(since), check_free(path)
     names = arrays_to_export(files.meta, state=state)
-    with building_directory(path) as building, one_at_a_time(files) as lock:
+    with files.calls, building_directory(path) as building, (turn := files.turn("export_delta")):
         history = whole_history(files)
         start = None if start_id is None else _find(history, start_id, files.path)
         create_arrays(building, {name: files.meta.files[name] for name in (*names, "blocks")})
-        point = save_point(files, lock, building, names, since=start.epoch if start else 0)
+        point = save_point(files, turn.fd, building, names, since=start.epoch if start else 0)
         with _blocks.OpenArrays(building, [*names, "blocks"]) as fds:
             info = _describe(files.meta, history, start, point, dtype, state, _count(fds["blocks"], files.meta))
-            finished = os.path.join(building, "delta")
+            finished = building.filename("delta")
             info = write_delta(finished, info, _saved_groups(fds, files.meta, names, dtype), progress)
-        write_history(files.path, history.append(info.point))
+        write_history(files.directory, history.append(info.point))
         os.rename(finished, path)
         try:
             sync_directory(parent)
@@ -185,8 +178,8 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
     info = delta.info
     _check_compatible(files.meta, info, files.path)
     _check_conversion(files.meta, delta)
-    with one_at_a_time(files) as lock:
-        history = read_history(files.path)
+    with files.calls, (turn := files.turn("apply_delta")):
+        history = read_history(files.directory, files.meta.id)
         _check_position(history, info, files)
         epoch = int(files.control["epoch"][0])
         if epoch >= MAX_EPOCH:
@@ -194,16 +187,12 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
         _reserve(files, delta)
         source = None if info.table.id == files.meta.id else info.table.id
         history = replace(history, applying=info.id, source=source)
-        write_history(files.path, history)
-        page = files.arrays["control"]
-        _core.close_gate(page, lock.fd)
-        try:
+        write_history(files.directory, history)
+        with _core.ClosedGate(turn.fd, files.calls, files.arrays["control"]):
             _write_rows(files, delta, progress)
             _take_counters(files.control, info)
             files.flush()
-        finally:
-            _core.open_gate(page, lock.fd)
-        write_history(files.path, history.append(replace(info.point, epoch=epoch)))
+        write_history(files.directory, history.append(replace(info.point, epoch=epoch)))
     return info
 
 
@@ -220,6 +209,15 @@ def _check_compatible(meta: TableMeta, info: DeltaInfo, path: str) -> None:
     differing = [f"{name} {mine!r}, the delta's is {other!r}" for name, mine, other in pairs if mine != other]
     if differing:
         raise DeltaError(f"{path}: the delta does not fit this table, which has {'; '.join(differing)}", "incompatible")
+    _check_rate(meta, info, path)
+
+
+def _check_rate(meta: TableMeta, info: DeltaInfo, path: str) -> None:
+    """A delta without state may be of another optimiser, whose rate this table's need not be able to have."""
+    try:
+        with_rate(meta.optimizer, info.lr)
+    except ValueError as error:
+        raise DeltaError(f"{path}: the table cannot take the delta's learning rate: {error}", "incompatible") from None
 
 
 def _without_rate(optimizer: Optimizer) -> dict[str, Any]:
@@ -298,10 +296,10 @@ def _reserve(files: TableFiles, delta: DeltaReader) -> None:
     for numbers in delta.numbers():
         pending.append(_table_blocks(files.meta, delta.info.table, numbers))
         if sum(part.size for part in pending) >= _RESERVED_TOGETHER:
-            files.reserve(np.unique(np.concatenate(pending)))
+            files.claim(np.unique(np.concatenate(pending)))
             pending = []
     if pending:
-        files.reserve(np.unique(np.concatenate(pending)))
+        files.claim(np.unique(np.concatenate(pending)))
 
 
 def _table_blocks(meta: TableMeta, theirs: TableMeta, numbers: _blocks.Numbers) -> npt.NDArray[np.uint64]:

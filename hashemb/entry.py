@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from hashemb import _arguments as arguments
-from hashemb import _directory, _format
+from hashemb import _building, _directory, _format
 from hashemb.init import Initializer
 from hashemb.lineage import SnapshotInfo
 from hashemb.optim import Optimizer
@@ -113,13 +113,20 @@ def create(
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
     isolation = arguments.isolation(isolation)
     meta = arguments.table_meta(num_embeddings, embedding_dim, dtype, optimizer, init, num_hashes, seed)
+    made = False
     try:
-        _directory.create_table(path, meta)
-    except FileExistsError:
-        if not exist_ok:
-            raise
-        arguments.check_same(path, _directory.read_meta(path), meta)
-    return EmbeddingTable(path, "r+", isolation=isolation, huge_pages=huge_pages)
+        try:
+            _building.create_table(path, meta)
+            made = True
+        except FileExistsError:
+            if not exist_ok:
+                raise
+            arguments.check_same(path, _directory.read_meta(path), meta)
+        return EmbeddingTable(path, "r+", isolation=isolation, huge_pages=huge_pages)
+    except BaseException:
+        if made:
+            _building.take_table_back(path, meta)
+        raise
 
 
 def open(
@@ -163,9 +170,11 @@ def open(
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
-    table = EmbeddingTable(path, mode, isolation=arguments.isolation(isolation), huge_pages=huge_pages)
+    isolation = arguments.isolation(isolation)
+    _directory.read_history(path)  # an error here comes before a writer marks the table as opened
+    table = EmbeddingTable(path, mode, isolation=isolation, huge_pages=huge_pages)
     try:
-        applying = interrupted_delta(path)
+        applying = interrupted_delta(table._open_files())
         if applying:
             warnings.warn(
                 f"{path}: delta {applying} was applied in part, as whoever applied it was interrupted: rows from "
@@ -182,7 +191,9 @@ def open(
 def info(path: str | os.PathLike[str]) -> TableInfo:
     """The table's metadata and state, read without mapping it. Errors as for `open`."""
     path = arguments.path_string(path)
-    meta, control = _directory.read_meta(path), _directory.read_control(path)
+    with _directory.table_directory(path) as directory:
+        meta, control = _directory.read_meta(directory), _directory.read_control(directory)
+        disk_bytes, snapshot = _directory.disk_bytes(directory), _directory.read_snapshot_info(directory)
     return TableInfo(
         path=path,
         num_embeddings=meta.num_embeddings,
@@ -199,7 +210,7 @@ def info(path: str | os.PathLike[str]) -> TableInfo:
         lr=float(control["lr"]),
         rows_touched=int(control["rows_touched"]),
         logical_bytes=meta.logical_bytes,
-        disk_bytes=_directory.disk_bytes(path),
+        disk_bytes=disk_bytes,
         clean=bool(control["clean"]),
-        snapshot=_directory.read_snapshot_info(path),
+        snapshot=snapshot,
     )

@@ -18,6 +18,7 @@ __all__ = [
     "MissingExtraError",
     "NoSpaceError",
     "ReadOnlyTableError",
+    "TableBusyError",
 ]
 
 
@@ -39,6 +40,14 @@ class ReadOnlyTableError(HashembError):
 
 class ClosedTableError(HashembError):
     """The table has been closed."""
+
+
+class TableBusyError(HashembError):
+    """A signal handler or callback called a table in the middle of a call of the same thread that has to return first.
+
+    Such are `close` during any long call, a snapshot or delta during another, and any change during `apply_delta`: they
+    would wait for themselves. Nothing has been changed, and the call in progress goes on.
+    """
 
 
 class DeltaError(HashembError):

@@ -7,40 +7,43 @@ key's vector keeps the variance named here.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
+
+from hashemb._rules import hyper_parameter
 
 __all__ = ["Initializer", "Normal", "Uniform", "Zeros"]
 
 
-def _check_width(owner: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a float, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < 0.0 or value > 1e30:
-        raise ValueError(f"{owner}: {name} must be between 0 and 1e30, got {value!r}")
+def _check_width(initializer: Uniform | Normal, name: str) -> None:
+    """Holds it to 0 to 1e30, and turns a NumPy number into Python's."""
+    width = hyper_parameter(type(initializer).__name__, name, getattr(initializer, name), 0.0)
+    object.__setattr__(initializer, name, width)
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform on [-scale, scale), in steps of ``scale * 2**-23``."""
+    """Uniform on [-scale, scale), in steps of ``scale * 2**-23``; `scale` is 0 to 1e30."""
 
     scale: float = 0.01
     kind: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
-        _check_width("Uniform", "scale", self.scale)
+        _check_width(self, "scale")
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0 and standard deviation `std`; the tails end at 6.2 standard deviations."""
+    """Normal with mean 0 and standard deviation `std`; the tails end at 6.2 standard deviations.
+
+    `std` is 0 to 1e30.
+    """
 
     std: float = 0.01
     kind: ClassVar[str] = "normal"
 
     def __post_init__(self) -> None:
-        _check_width("Normal", "std", self.std)
+        _check_width(self, "std")
 
 
 @dataclass(frozen=True)

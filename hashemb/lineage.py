@@ -7,38 +7,79 @@ whose last point that is may take it, which is what refuses gaps, repeats, reord
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from hashemb._format import checksum_of, dump_checked
-from hashemb.errors import CorruptTableError, FormatError
+from hashemb._format import SMALL_FILE_BYTES
+from hashemb._rules import (
+    COUNTER,
+    DECAY_TOTAL,
+    EPOCH,
+    ID,
+    OBJECT,
+    RATE,
+    SEQUENCE,
+    SHA256,
+    TIME,
+    Rule,
+    Whole,
+    check_fields,
+    expect,
+    list_of,
+    one_of,
+    optional,
+    shown,
+)
+from hashemb._sealed import dump_checked, load_checked
+from hashemb.errors import CorruptTableError
 
 __all__ = ["History", "Point", "SnapshotInfo"]
 
 LINEAGE_FORMAT = 1
 MAX_POINTS = 1000  # kept in a table's history; a delta cannot start from an older one
+MAX_EXTRA_CHARACTERS, MAX_EXTRA_NESTING = 1 << 20, 64
+MAX_EXTRA_DIGITS = 640  # the least that sys.set_int_max_str_digits can be told
+_INTEGER_LIMIT = 10**MAX_EXTRA_DIGITS
 
 
-# ---- JSON that carries its own checksum ----
+# ---- what the fields of the files may be ----
 
-
-def load_checked(data: bytes, filename: str) -> dict[str, Any]:
-    """The inverse of `dump_checked`; any other bytes are a `CorruptTableError`, a larger format a `FormatError`."""
-    try:
-        content = json.loads(data)
-        stored = content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CorruptTableError(
-            f"{filename}: expected JSON with a checksum, found {len(data)} bytes that are not"
-        ) from None
-    if data != dump_checked(content):
-        raise CorruptTableError(f"{filename}: damaged: expected checksum {checksum_of(content)}, found {stored}")
-    if not isinstance(content.get("format"), int) or content["format"] > LINEAGE_FORMAT:
-        raise FormatError(f"{filename}: format {content.get('format')!r}, this version reads up to {LINEAGE_FORMAT}")
-    return content  # type: ignore[no-any-return]
+POINT_RULES: dict[str, Rule | Whole] = {
+    "id": ID,
+    "kind": one_of("snapshot", "delta"),
+    "sequence": SEQUENCE,
+    "epoch": EPOCH,
+    "step": COUNTER,
+}
+HISTORY_RULES: dict[str, Rule | Whole] = {
+    "format": Whole(1, LINEAGE_FORMAT),
+    "table": optional(ID, ""),
+    "applying": optional(ID),
+    "source": optional(ID),
+    "points": list_of(MAX_POINTS, "points"),
+}
+#: Of every point in time, whatever holds it: the table's counters at that moment.
+MOMENT_RULES: dict[str, Rule | Whole] = {
+    "id": ID,
+    "sequence": SEQUENCE,
+    "step": COUNTER,
+    "created": TIME,
+    "lr": RATE,
+    "decay_total": DECAY_TOTAL,
+    "rows_touched": COUNTER,
+    "num_blocks": COUNTER,
+}
+SNAPSHOT_RULES: dict[str, Rule | Whole] = {
+    "format": Whole(1, LINEAGE_FORMAT),
+    **MOMENT_RULES,
+    "epoch": EPOCH,
+    "content_hash": SHA256,
+    "extra": OBJECT,
+}
 
 
 # ---- points in time ----
@@ -94,6 +135,9 @@ class History:
         return next((point for point in self.points if point.id == id), None)
 
     def next_sequence(self) -> int:
+        """`OverflowError` after the last that can be written: an epoch is used up by each, and there are no more."""
+        if self.points and self.points[-1].sequence >= SEQUENCE.high:
+            raise OverflowError(f"points in time are numbered up to {SEQUENCE.high}, and that number was taken")
         return self.points[-1].sequence + 1 if self.points else 0
 
     def append(self, point: Point) -> History:
@@ -119,12 +163,22 @@ class History:
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> History:
-        content = load_checked(data, filename)
-        try:
-            points = tuple(Point(**point) for point in content["points"])
-            return cls(points, content["applying"], content["table"], content["source"])
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{filename}: this version cannot read the history: {error!r}") from None
+        content = load_checked(data, filename, LINEAGE_FORMAT)
+        check_fields(content, HISTORY_RULES, filename)
+        points = tuple(_point(value, filename, i) for i, value in enumerate(content["points"]))
+        for before, after in itertools.pairwise(points):
+            grows = before.sequence < after.sequence and before.epoch < after.epoch and before.step <= after.step
+            if not grows:
+                raise CorruptTableError(f"{filename}: expected points after {before}, found {after}")
+        if len({point.id for point in points}) != len(points):
+            raise CorruptTableError(f"{filename}: expected {len(points)} different points, found one twice")
+        return cls(points, content["applying"], content["table"], content["source"])
+
+
+def _point(value: Any, filename: str, number: int) -> Point:
+    expect(OBJECT.holds(value), filename, f"points[{number}] to be {OBJECT.words}", value)
+    check_fields(value, POINT_RULES, filename, f"points[{number}].")
+    return Point(**value)
 
 
 # ---- snapshots ----
@@ -173,28 +227,61 @@ class SnapshotInfo:
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> SnapshotInfo:
-        content = load_checked(data, filename)
-        try:
-            info = cls(**{f.name: content[f.name] for f in fields(cls)})
-        except KeyError as error:
-            raise FormatError(f"{filename}: this version cannot read the snapshot: {error!r}") from None
-        if not math.isfinite(info.lr) or not isinstance(info.extra, dict):
-            raise CorruptTableError(f"{filename}: expected a finite lr and an object extra, found {info.lr!r}")
-        return info
+        content = load_checked(data, filename, LINEAGE_FORMAT)
+        check_fields(content, SNAPSHOT_RULES, filename)
+        return cls(**{f.name: content[f.name] for f in fields(cls)})
+
+
+# ---- the caller's own ----
 
 
 def check_extra(extra: Any) -> dict[str, Any]:
-    """`extra` as it will be read back: JSON, at most 1 MiB of it; anything else is a `TypeError` or `ValueError`."""
+    """`extra` as it will be read back; a `TypeError` or `ValueError` if it cannot be, with the limit in it."""
     if extra is None:
         return {}
     if not isinstance(extra, dict):
         raise TypeError(f"extra must be a dict, got {type(extra).__name__}")
+    _check_parts(extra)
     try:
-        text = json.dumps(extra, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"extra must hold what JSON can: {error}") from None
-    if len(text) > 1 << 20:
-        raise ValueError(f"extra may take at most {1 << 20} characters as JSON, got {len(text)}")
-    if json.loads(text) != extra:
+        text = json.dumps(extra)
+    except TypeError as error:
+        raise TypeError(f"extra must hold what JSON can: {error}") from None
+    if len(text) > MAX_EXTRA_CHARACTERS:
+        raise ValueError(f"extra may take at most {MAX_EXTRA_CHARACTERS} characters as JSON, got {len(text)}")
+    if (size := len(json.dumps({"extra": extra}, indent=2))) > SMALL_FILE_BYTES - 4096:
+        raise ValueError(f"extra may take less than {SMALL_FILE_BYTES} bytes in its file, with indents, got {size}")
+    back: dict[str, Any] = json.loads(text)
+    if back != extra:
         raise ValueError("extra must read back from JSON as it is: keys that are not strings, or tuples, do not")
-    return extra
+    return back
+
+
+def _check_parts(extra: dict[str, Any]) -> None:
+    """Level by level, so that neither depth nor cycles nor parts that are held many times exhaust anything."""
+    level: list[Any] = [extra]
+    for _ in range(MAX_EXTRA_NESTING + 1):
+        below: list[Any] = []
+        for part in level:
+            _check_scalar(part)
+            if isinstance(part, (dict, list, tuple)):
+                below += [*part, *part.values()] if isinstance(part, dict) else part
+                if len(below) > MAX_EXTRA_CHARACTERS:
+                    limit = f"at most {MAX_EXTRA_CHARACTERS} characters as JSON"
+                    raise ValueError(f"extra may take {limit}, got more parts than that")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"extra may be nested at most {MAX_EXTRA_NESTING} deep, got deeper, or a part that holds itself")
+
+
+def _check_scalar(part: Any) -> None:
+    if isinstance(part, int) and abs(part) >= _INTEGER_LIMIT:
+        limit = f"{MAX_EXTRA_DIGITS} digits, which every Python reads back"
+        raise ValueError(f"extra may hold integers of up to {limit}, got {shown(part)}")
+    if isinstance(part, float) and not math.isfinite(part):
+        raise ValueError(f"extra must hold what JSON can, and it has no {part!r}")
+    if isinstance(part, str) and not part.isascii():
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"extra must hold text that UTF-8 can: {error.reason} in {shown(part)}") from None

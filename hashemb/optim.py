@@ -3,33 +3,54 @@
 Every class has the same small protocol, which `table.py` and `_format.py` rely on: `kind` (the name in
 `meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps beside
 the weights, and whether an array holds one value a row or one an element).
+
+The kernels compute in float32, where 1e308 is infinite and 1e-320 is 0. So hyper-parameters are at most 1e30, and those
+that something is divided by are at least 1e-30, or 0: gradients and weights of ordinary size then stay finite.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from hashemb._rules import LARGEST, SMALLEST, hyper_parameter
 
 __all__ = ["FTRL", "SGD", "Adagrad", "Optimizer", "RowWiseAdagrad"]
 
 Shape = Literal["row", "element"]
 
 
-def _check(owner: str, name: str, value: float, *, above: float = 0.0, inclusive: bool = True) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a float, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < above or (value == above and not inclusive):
-        relation = ">=" if inclusive else ">"
-        raise ValueError(f"{owner}: {name} must be finite and {relation} {above:g}, got {value!r}")
+def _check(optimizer: Any, name: str, low: float = 0.0, *, zero: bool = True) -> None:
+    """Holds a hyper-parameter to its range, and turns a NumPy number into Python's."""
+    value = hyper_parameter(type(optimizer).__name__, name, getattr(optimizer, name), low, zero=zero)
+    object.__setattr__(optimizer, name, value)
 
 
-def _check_decay(owner: str, lr: float, weight_decay: float) -> None:
-    _check(owner, "weight_decay", weight_decay)
+def _check_decay(optimizer: Adagrad | SGD) -> None:
+    _check(optimizer, "lr")
+    _check(optimizer, "weight_decay")
+    lr, weight_decay = optimizer.lr, optimizer.weight_decay
     if lr * weight_decay >= 1.0:
+        owner = type(optimizer).__name__
         raise ValueError(
             f"{owner}: lr * weight_decay must be < 1, got {lr!r} * {weight_decay!r} = {lr * weight_decay!r}"
         )
+
+
+def with_rate(optimizer: Optimizer, lr: Any) -> Optimizer:
+    """The optimiser at another rate: `TypeError` or `ValueError` if it cannot have that one."""
+    return replace(optimizer, alpha=lr) if isinstance(optimizer, FTRL) else replace(optimizer, lr=lr)
+
+
+def check_divisor(optimizer: Optimizer) -> None:
+    """`ValueError` where a row's first gradient, if it is 0 or next to it, would be divided by 0."""
+    if isinstance(optimizer, SGD):
+        return
+    one, other = ("beta", "l2") if isinstance(optimizer, FTRL) else ("eps", "initial_accumulator_value")
+    if not getattr(optimizer, one) and not getattr(optimizer, other):
+        owner = type(optimizer).__name__
+        raise ValueError(f"{owner}: {one} and {other} must not both be 0: a first gradient of 0 would make a row NaN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +60,22 @@ class Adagrad:
     Parameters
     ----------
     lr : float
-        Learning rate, >= 0.
+        Learning rate, 0 to 1e30, and at most 1e30 times ``sqrt(initial_accumulator_value) + eps``.
     eps : float
-        Added to the root, >= 0.
+        Added to the root: 0, or 1e-30 to 1e30.
     initial_accumulator_value : float
-        What every accumulator starts at, >= 0. Stored as an offset: the file holds only the sum of squares.
+        What every accumulator starts at: 0, or 1e-30 to 1e30. Stored as an offset: the file holds only the sum of
+        squares. `hashemb.create` refuses 0 for both this and `eps`: a first gradient of 0 would be 0 / 0.
     weight_decay : float
-        Decoupled decay λ, >= 0: each step multiplies every weight of the table by ``1 - lr * λ``, exactly,
-        though only the rows that a batch reads or writes are visited.
+        Decoupled decay λ, 0 to 1e30, and ``lr * λ < 1``: each step multiplies every weight of the table by
+        ``1 - lr * λ``, exactly, though only the rows that a batch reads or writes are visited.
+
+    Raises
+    ------
+    TypeError
+        For what is no number. NumPy's numbers are taken, and kept as Python's.
+    ValueError
+        For numbers out of range.
 
     References
     ----------
@@ -63,11 +92,13 @@ class Adagrad:
     state_files: ClassVar[dict[str, Shape]] = {"accumulator": "element"}
 
     def __post_init__(self) -> None:
-        owner = type(self).__name__
-        _check(owner, "lr", self.lr)
-        _check(owner, "eps", self.eps)
-        _check(owner, "initial_accumulator_value", self.initial_accumulator_value)
-        _check_decay(owner, self.lr, self.weight_decay)
+        _check_decay(self)
+        _check(self, "eps", SMALLEST)
+        _check(self, "initial_accumulator_value", SMALLEST)
+        divisor = math.sqrt(self.initial_accumulator_value) + self.eps
+        if divisor and self.lr / divisor > LARGEST:
+            ratio = "lr / (sqrt(initial_accumulator_value) + eps)"
+            raise ValueError(f"{type(self).__name__}: {ratio} must be at most 1e30, got {self.lr / divisor!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +129,7 @@ class SGD:
     state_files: ClassVar[dict[str, Shape]] = {}
 
     def __post_init__(self) -> None:
-        _check("SGD", "lr", self.lr)
-        _check_decay("SGD", self.lr, self.weight_decay)
+        _check_decay(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +144,13 @@ class FTRL:
 
     Parameters
     ----------
-    alpha, beta : float
-        Learning rate (the table's `lr`; > 0) and its smoothing (>= 0).
+    alpha : float
+        Learning rate (the table's `lr`), 1e-30 to 1e30.
+    beta : float
+        Its smoothing: 0, or 1e-30 to 1e30, and likewise ``beta / alpha``. `hashemb.create` refuses 0 for both this and
+        `l2`: a first gradient near 0 would be divided by 0.
     l1, l2 : float
-        Regularisation strengths, >= 0. FTRL has its own L2; there is no `weight_decay`.
+        Regularisation strengths, 0 to 1e30 (`l2`: 0, or from 1e-30). FTRL has its own L2; there is no `weight_decay`.
 
     References
     ----------
@@ -134,9 +167,12 @@ class FTRL:
     weight_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check("FTRL", "alpha", self.alpha, inclusive=False)
-        for name in ("beta", "l1", "l2"):
-            _check("FTRL", name, getattr(self, name))
+        _check(self, "alpha", SMALLEST, zero=False)
+        _check(self, "beta", SMALLEST)
+        _check(self, "l1")
+        _check(self, "l2", SMALLEST)
+        if self.beta and not SMALLEST <= (ratio := self.beta / self.alpha) <= LARGEST:
+            raise ValueError(f"FTRL: beta / alpha must be 0 or between 1e-30 and 1e30, got {ratio!r}")
 
     @property
     def lr(self) -> float:

@@ -18,19 +18,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _blocks, _core, _directory
+from hashemb import _blocks, _building, _core, _directory
 from hashemb._arguments import path_string
 from hashemb._blocks import Bytes, Numbers
+from hashemb._directory import HISTORY_FILE, Directory
 from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, TableMeta, id_bytes, seal_control
 from hashemb._locks import Lock
 from hashemb._saving import SAVING_FILE
 from hashemb._scan import Progress
+from hashemb._seats import SEATS_FILE
 from hashemb.errors import CorruptTableError, FormatError, HashembError
 from hashemb.verify import Check
 
 __all__ = ["restore"]
 
-_OWN_FILES = {"meta.json", "control", "lock", "history.json", "snapshot.json", "checksums.npy", SAVING_FILE}
+_OWN_FILES = {"meta.json", "control", "lock", HISTORY_FILE, "snapshot.json", "checksums.npy", SAVING_FILE, SEATS_FILE}
 
 
 def restore(
@@ -137,12 +139,13 @@ def _refuse(check: Check) -> None:
 
 @contextmanager
 def _without_writers(path: str) -> Iterator[None]:
-    """Keeps the table at `path` to this process. One whose lock is gone can have no new writer."""
+    """Keeps the table at `path` to this process. One whose lock is gone, or no file, can have no new writer."""
     if not any(os.path.lexists(os.path.join(path, name)) for name in ("meta.json", "control", "weight.npy")):
         raise FormatError(f"{path}: not a hashemb table: it is not replaced by one")
     try:
-        lock = Lock(os.path.join(path, "lock"))
-    except (FileNotFoundError, IsADirectoryError):
+        with _directory.table_directory(path) as directory:
+            lock = Lock(directory.open("lock", os.O_RDWR))
+    except (FileNotFoundError, CorruptTableError):
         yield
         return
     try:
@@ -168,20 +171,25 @@ def _build(check: Check, path: str, aside: str | None, progress: Progress | None
     if meta is None or info is None or history is None:
         raise CorruptTableError(f"{check.path}: expected a snapshot with its history, found none")
     names = [f"{name}.npy" for name in (*meta.files, "checksums")]
-    with _directory.new_directory(path, aside=aside) as building:
-        if _directory.clone_files(check.path, building, names):
-            check.run(progress, arrays_in=building)
+    with _building.new_directory(path, aside=aside) as building:
+        if _cloned(check.path, building, names):
+            check.run(progress, arrays_in=building.path)
         else:
-            _directory.create_arrays(building, meta.files)
-            with _Copy(building, meta) as copy:
-                check.run(progress, sink=copy)
+            _building.create_arrays(building, meta.files)
+            with _blocks.OpenArrays(building, meta.files, os.O_RDWR) as fds:
+                check.run(progress, sink=_Copy(building, meta, fds))
         _refuse(check)
-        _directory.remove_if_there(os.path.join(building, "checksums.npy"))
-        _directory.finish_table(building, meta, _control_of_table(check.page))
-        _directory.write_file(os.path.join(building, "history.json"), history.encode())
+        building.remove("checksums.npy")
+        _building.finish_table(building, meta, _control_of_table(check.page))
+        building.create(HISTORY_FILE, history.encode())
         _carry_over([path, check.path], building, meta)
         for name in meta.files:
-            _directory.sync_file(os.path.join(building, f"{name}.npy"))
+            building.sync(f"{name}.npy")
+
+
+def _cloned(snapshot: str, building: Directory, names: list[str]) -> bool:
+    with _directory.table_directory(snapshot) as source:
+        return _building.clone_files(source, building, names)
 
 
 def _control_of_table(page: Any) -> bytes:
@@ -195,21 +203,11 @@ def _control_of_table(page: Any) -> bytes:
 
 
 class _Copy:
-    """Writes what a scan reads to the array files of a new directory; a context manager."""
+    """Writes what a scan reads to the array files of a new directory, which are open."""
 
-    def __init__(self, directory: str, meta: TableMeta) -> None:
-        self._meta = meta
-        self._paths = {name: os.path.join(directory, f"{name}.npy") for name in meta.files}
-        self._fds: dict[str, int] = {}
-
-    def __enter__(self) -> _Copy:
-        for name, path in self._paths.items():
-            self._fds[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+    def __init__(self, directory: Directory, meta: TableMeta, fds: dict[str, int]) -> None:
+        self._meta, self._fds = meta, fds
+        self._paths = {name: directory.filename(f"{name}.npy") for name in meta.files}
 
     def epochs(self, first: int, epochs: npt.NDArray[np.uint32]) -> None:
         _blocks.write_rows(self._fds["blocks"], first, epochs, self._paths["blocks"])
@@ -218,7 +216,7 @@ class _Copy:
         _blocks.write_blocks(self._fds[name], self._meta, self._meta.files[name], blocks, data, self._paths[name])
 
 
-def _carry_over(sources: list[str], building: str, meta: TableMeta) -> None:
+def _carry_over(sources: list[str], building: Directory, meta: TableMeta) -> None:
     """Files that lie beside a table's own: those of later sources replace those of earlier ones."""
     own = _OWN_FILES | {f"{name}.npy" for name in meta.files}
     for source in sources:
@@ -227,7 +225,7 @@ def _carry_over(sources: list[str], building: str, meta: TableMeta) -> None:
         for entry in os.scandir(source):
             is_file = stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
             if is_file and entry.name not in own and not entry.name.endswith(".tmp"):
-                target = os.path.join(building, entry.name)
+                target = building.filename(entry.name)
                 with _directory.space_errors(target):
                     shutil.copy2(entry.path, target)
-                _directory.sync_file(target)
+                building.sync(entry.name)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hashemb import _arguments as arguments
+from hashemb._building import create_table
 from hashemb._delta_file import DeltaInfo, DeltaReader
-from hashemb._directory import create_table, read_history, read_meta
+from hashemb._directory import read_history, read_meta, table_directory
 from hashemb._format import STORAGE_DTYPES, TableMeta, rows_per_block
 from hashemb.delta import delta_info
 from hashemb.errors import CorruptTableError, DeltaError, FormatError
@@ -182,7 +183,7 @@ def follow(
     for file in found.deltas.keys() - mine.keys():
         found.skipped[os.path.basename(file)] = f"of table {found.deltas[file].table.id}, the replica is of {source}"
     applied = _apply_all(path, _plan(history, mine), found, on_applied)
-    return _status(read_history(path), list(mine.values()), tuple(applied), found.skipped)
+    return _status(_standing(path)[0], list(mine.values()), tuple(applied), found.skipped)
 
 
 class _Directory:
@@ -205,13 +206,9 @@ class _Directory:
 
 def _source(path: str, found: _Directory) -> tuple[str | None, History]:
     """The table that the replica is of, or will be; and where the replica stands."""
-    if os.path.lexists(path):
-        history = read_history(path)
-        if history.source or history.points:
-            return history.source or read_meta(path).id, history
-        meta = read_meta(path)
-    else:
-        history, meta = History(), None
+    history, meta = _standing(path)
+    if meta and (history.source or history.points):
+        return history.source or meta.id, history
     infos = found.deltas.values()
     sources = sorted({info.table.id for info in infos if info.parent is None} or {info.table.id for info in infos})
     if meta and meta.id in sources:
@@ -219,6 +216,15 @@ def _source(path: str, found: _Directory) -> tuple[str | None, History]:
     if len(sources) > 1:
         raise DeltaError(f"{path}: a new replica: of which of {len(sources)} tables, {', '.join(sources)}?", "foreign")
     return (sources[0] if sources else None), history
+
+
+def _standing(path: str) -> tuple[History, TableMeta | None]:
+    """The replica's history and metadata, if there is one."""
+    if not os.path.lexists(path):
+        return History(), None
+    with table_directory(path) as directory:
+        meta = read_meta(directory)
+        return read_history(directory, meta.id), meta
 
 
 def _plan(history: History, mine: dict[str, DeltaInfo]) -> list[str]:

@@ -14,29 +14,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hashemb import _blocks, _core
-from hashemb._directory import (
-    boot_id,
-    create_arrays,
-    finish_table,
-    new_directory,
-    read_history,
-    remove_if_there,
-    replace_file,
-    space_errors,
-    sync_file,
-    write_file,
-    write_history,
-)
+from hashemb._building import create_arrays, finish_table, new_directory
+from hashemb._directory import HISTORY_FILE, Directory, boot_id, read_history, space_errors, write_history
 from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
-from hashemb._locks import Lock
 from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
 from hashemb._storage import TableFiles
 from hashemb.errors import DeltaError
@@ -46,7 +33,6 @@ __all__ = [
     "Progress",
     "SavedPoint",
     "interrupted_delta",
-    "one_at_a_time",
     "save_point",
     "take_snapshot",
     "whole_history",
@@ -70,21 +56,9 @@ class SavedPoint:
         return np.frombuffer(self.control, CONTROL_DTYPE)[0]
 
 
-@contextmanager
-def one_at_a_time(files: TableFiles) -> Iterator[Lock]:
-    """Only one process takes or applies points in time of a table; others wait. Its death ends it."""
-    lock = files.new_lock()
-    try:
-        _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_SNAPSHOT, True)
-        files.control["saving"] = 0  # what somebody was killed at, writers need no longer save
-        yield lock
-    finally:
-        lock.close()
-
-
 def whole_history(files: TableFiles) -> History:
     """The table's history, for a caller that has the table to itself; `DeltaError` if a delta was applied in part."""
-    history = read_history(files.path)
+    history = read_history(files.directory, files.meta.id)
     if history.applying:
         raise DeltaError(
             f"{files.path}: delta {history.applying} was applied in part, as whoever applied it was interrupted: "
@@ -94,14 +68,14 @@ def whole_history(files: TableFiles) -> History:
     return history
 
 
-def interrupted_delta(path: str) -> str | None:
+def interrupted_delta(files: TableFiles) -> str | None:
     """Id of a delta that was applied to the table in part, and that nobody is applying now."""
-    if not read_history(path).applying:
+    if not read_history(files.directory, files.meta.id).applying:
         return None
-    fd = os.open(os.path.join(path, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    fd = files.directory.open("lock")
     try:
         alone = _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
-        return read_history(path).applying if alone else None
+        return read_history(files.directory).applying if alone else None
     finally:
         os.close(fd)
 
@@ -111,10 +85,10 @@ def take_snapshot(
 ) -> SnapshotInfo:
     """See `EmbeddingTable.snapshot`."""
     extra, meta = check_extra(extra), files.meta
-    with new_directory(path) as building, one_at_a_time(files) as lock:
+    with files.calls, new_directory(path) as building, (turn := files.turn("snapshot")):
         history = whole_history(files)
         create_arrays(building, {**meta.files, "checksums": _blocks.checksum_spec(meta)})
-        point = save_point(files, lock, building, list(meta.row_files), progress=progress)
+        point = save_point(files, turn.fd, building, list(meta.row_files), progress=progress)
         num_blocks, content_hash = write_checksums(building, meta)
         page = point.page
         info = SnapshotInfo(
@@ -132,13 +106,13 @@ def take_snapshot(
         )
         history = history.append(info.point).of(meta.id)
         for log in _logs(building):  # begun, and left empty, by a writer who came when all was saved
-            remove_if_there(log)
+            building.remove(log)
         finish_table(building, meta, _control_of_copy(point, info.id))
-        write_file(os.path.join(building, "history.json"), history.encode())
-        write_file(os.path.join(building, "snapshot.json"), info.encode())
+        building.create(HISTORY_FILE, history.encode())
+        building.create("snapshot.json", info.encode())
         for name in (*meta.files, "checksums"):
-            sync_file(os.path.join(building, f"{name}.npy"))
-        write_history(files.path, history)
+            building.sync(f"{name}.npy")
+        write_history(files.directory, history)
     return info
 
 
@@ -156,49 +130,39 @@ def _control_of_copy(point: SavedPoint, id: str) -> bytes:
 
 
 def save_point(
-    files: TableFiles, lock: Lock, directory: str, names: list[str], *, since: int = 0, progress: Progress | None = None
+    files: TableFiles,
+    turn_fd: int,
+    directory: Directory,
+    names: list[str],
+    *,
+    since: int = 0,
+    progress: Progress | None = None,
 ) -> SavedPoint:
     """Saves the blocks written after epoch `since`, of the arrays `names`, to array files that `directory` holds.
 
-    The caller has the table to itself (`one_at_a_time`) by `lock`. blocks.npy there says which blocks are saved, and
-    their epochs. Not synced.
+    The caller has its turn (`TableFiles.turn`), of which `turn_fd` is the lock file. blocks.npy there says which blocks
+    are saved, and their epochs. Not synced.
     """
-    control, bits = files.control, os.path.join(directory, BITS_FILE)
+    control, path = files.control, os.path.abspath(directory.path)
+    control["saving"] = 0  # what somebody was killed at, writers need no longer save
     until = int(control["epoch"][0])  # which a writer tells it by from what a killed one before it wanted
-    wanted = {"directory": os.path.abspath(directory), "names": names, "since": since, "until": until}
-    announcement = os.path.join(files.path, SAVING_FILE)
-    write_file(bits, b"", bits_bytes(files.meta), sync=False)
+    wanted = {"directory": path, "identity": directory.identity(), "names": names, "since": since, "until": until}
+    directory.create(BITS_FILE, b"", bits_bytes(files.meta), sync=False)
     try:
-        replace_file(announcement, json.dumps(wanted).encode())
-        point = _begin(files, lock)
+        files.directory.replace(SAVING_FILE, json.dumps(wanted).encode())
+        page = _core.begin_point(files.arrays["control"], turn_fd)
+        point = SavedPoint(until, time.time(), page)
         try:
-            with space_errors(directory):
+            with space_errors(path):
                 target = files.save_target(directory, names, since, point.epoch, owner=True)
                 _copy_blocks(files, target.saving, progress)
-            _check_writers(files, point.epoch, directory)
+            _check_writers(files, point.epoch, path)
         finally:
             control["saving"] = 0
     finally:
-        remove_if_there(announcement)
+        files.directory.remove(SAVING_FILE)
     _put_back_rows(directory, files.meta, names)
-    remove_if_there(bits)
-    return point
-
-
-def _begin(files: TableFiles, lock: Lock) -> SavedPoint:
-    """The moment itself: no batch is in flight between closing the gate and opening it."""
-    page, control = files.arrays["control"], files.control
-    _core.close_gate(page, lock.fd)
-    try:
-        epoch = int(control["epoch"][0])
-        if epoch >= 2**32 - 1:
-            raise OverflowError(f"{files.path}: epochs are 32 bits, and {epoch} points in time were taken of the table")
-        point = SavedPoint(epoch, time.time(), page.tobytes())
-        control["save_failed"] = control["save_errno"] = 0
-        control["saving"] = epoch
-        control["epoch"] = epoch + 1
-    finally:
-        _core.open_gate(page, lock.fd)
+    directory.remove(BITS_FILE)
     return point
 
 
@@ -208,6 +172,7 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
     done, total = 0, sum(last - first for first, last in spans)
     for first, last in reversed(spans):
         for end in range(last, first, -_STRIPES_PER_CALL):
+            files.calls.check()
             begin = max(first, end - _STRIPES_PER_CALL)
             saving.copy_stripes(begin, end)
             done += end - begin
@@ -215,48 +180,54 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
                 progress(done * _core.STRIPE_BLOCKS, total * _core.STRIPE_BLOCKS)
 
 
-def _put_back_rows(directory: str, meta: TableMeta, names: list[str]) -> None:
+def _put_back_rows(directory: Directory, meta: TableMeta, names: list[str]) -> None:
     """What writers had logged of rows, over copies of blocks in which the rows had been changed already."""
     rows = {name: np.dtype((spec.dtype, spec.shape[1:])) for name, spec in meta.row_files.items() if name in names}
     entry = np.dtype([("row", "<u8"), *((name, rows[name]) for name in names)])
     with _blocks.OpenArrays(directory, ["blocks"]) as fds:
         for log in _logs(directory):
-            with suppress(FileNotFoundError):  # empty, of a writer who came when all was saved, and went
-                for saved in _blocks.read_records(log, entry):
+            try:
+                fd = directory.open(log, os.O_RDWR)
+            except FileNotFoundError:  # empty, of a writer who came when all was saved, and went
+                continue
+            try:
+                for saved in _blocks.read_records(fd, entry):
                     epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
                     _write_rows(directory, meta, names, saved[epochs != 0])
-                os.truncate(log, 0)  # or its space would be freed by the writer, amid a batch
-                os.unlink(log)
+                os.truncate(fd, 0)  # or its space would be freed by the writer, amid a batch
+                directory.remove(log)
+            finally:
+                os.close(fd)
 
 
-def _logs(directory: str) -> list[str]:
-    return [entry.path for entry in os.scandir(directory) if entry.name.startswith(LOG_PREFIX)]
+def _logs(directory: Directory) -> list[str]:
+    return [entry.name for entry in directory.entries() if entry.name.startswith(LOG_PREFIX)]
 
 
-def _write_rows(directory: str, meta: TableMeta, names: list[str], saved: Any) -> None:
+def _write_rows(directory: Directory, meta: TableMeta, names: list[str], saved: Any) -> None:
     """By mappings: the blocks have been copied, so that the pages are there."""
     for name in names:
         spec = meta.row_files[name]
-        with _blocks.mapped_array(os.path.join(directory, f"{name}.npy"), spec) as array:
+        with _blocks.mapped_array(directory, name, spec) as array:
             array[saved["row"]] = saved[name]
 
 
-def _check_writers(files: TableFiles, epoch: int, directory: str) -> None:
+def _check_writers(files: TableFiles, epoch: int, path: str) -> None:
     if int(files.control["save_failed"][0]) != epoch:
         return
     code = int(files.control["save_errno"][0])
-    with space_errors(directory):
-        raise OSError(code, f"a writer of the table could not save a row to it: {os.strerror(code)}", directory)
+    with space_errors(path):
+        raise OSError(code, f"a writer of the table could not save a row to it: {os.strerror(code)}", path)
 
 
 # ---- check sums ----
 
 
-def write_checksums(directory: str, meta: TableMeta) -> tuple[int, str]:
+def write_checksums(directory: Directory, meta: TableMeta) -> tuple[int, str]:
     """Fills in checksums.npy of a table at rest; returns how many blocks it has, and their content hash."""
-    filename, count, digest = os.path.join(directory, "checksums.npy"), 0, hashlib.sha256()
+    filename, count, digest = directory.filename("checksums.npy"), 0, hashlib.sha256()
     with _blocks.OpenArrays(directory, [*meta.row_files, "blocks"]) as fds:
-        out = os.open(filename, os.O_RDWR | os.O_CLOEXEC)
+        out = directory.open("checksums.npy", os.O_RDWR)
         try:
             for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
                 written = np.flatnonzero(epochs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -48,6 +47,9 @@ class EmbeddingTable:
     recovered : {None, "killed", "rebooted"}
         How the table was found, if its last writer did not close it: ended by a signal (all it wrote is there), or by
         a restart of the machine (what was not flushed may be lost). Only of a table opened for writing by nobody else.
+    suspects : ndarray of int64
+        With `recovered`, the rows that killed processes were writing, at most one for each of their threads: elements
+        or optimiser state from before and after an update may stand side by side in them, and in no other row.
     """
 
     def __init__(
@@ -55,14 +57,14 @@ class EmbeddingTable:
     ) -> None:
         files = _storage.TableFiles(path, writable=mode == "r+", huge_pages=huge_pages)
         meta = files.meta
-        self.path, self.mode, self.isolation, self.recovered = path, mode, isolation, files.recovered
+        self.path, self.mode, self.isolation = path, mode, isolation
+        self.recovered, self.suspects = files.recovered, files.suspects
         self.num_embeddings, self.embedding_dim = meta.num_embeddings, meta.embedding_dim
         self.num_hashes, self.seed, self.dtype = meta.num_hashes, meta.seed, meta.dtype
         self.optimizer, self.init = meta.optimizer, meta.init
         self._meta = meta
         self._files: _storage.TableFiles | None = files
         self._core: _core.Core | None = bind_core(files)
-        self._update_lock, self._pid = threading.Lock(), os.getpid()
         self._finalizer = weakref.finalize(self, files.close)
         if files.recovered == "rebooted":
             warnings.warn(
@@ -194,35 +196,31 @@ class EmbeddingTable:
         ReadOnlyTableError, ClosedTableError
         NoSpaceError
             The file system is full; nothing has been written, and the same call may be made again.
+        TableBusyError
+            Called by a signal handler or callback in the middle of `apply_delta` to the same table by the same thread.
 
         Notes
         -----
+        A signal handler runs before or after the batch is applied, never amid it, and may use the table or raise.
+        Another thread must not change `grads` meanwhile: what becomes NaN or infinite does not reach the table, and a
+        `ValueError` says how many rows were left as they were.
+
         Gradients of the same row (the same key, or colliding ones) are summed in batch order, then each row is
         stepped once. Reads and writes each distinct row and its state once. Bits do not depend on the number of
         threads. Counts as one step also when `keys` is empty.
         """
-        self._writable()
+        core, files = self._writable()
         keys, offsets, weights, code, shape = arguments.batch(
             keys, offsets, pooling, per_sample_weights, self.embedding_dim
         )
         grads = arguments.float_array("grads", grads, shape)
-        with self._lock():
-            core, files = self._writable()  # another thread may have closed the table meanwhile
-            lock_fd = files.lock_fd()
-            core.enter_gate(lock_fd)
-            try:
-                stale = core.plan(keys, grads, offsets, weights, code)
-                if stale.size:
-                    files.reserve(stale)
-                if core.is_saving or files.target:
-                    files.save_rows(core)
-                files.mark_dirty()
-                if self.isolation == "exact":
-                    core.apply_exact(lock_fd)
-                else:
-                    core.apply()
-            finally:
-                core.leave_gate(lock_fd)
+        plan = core.plan(keys, grads, offsets, weights, code)
+        target = files.target
+        need = core.apply(plan, self.isolation == "exact", target.saving if target else None)
+        if need:
+            files.apply(core, plan, need, exact=self.isolation == "exact")
+        if files.target is not None or plan.num_fresh:
+            files.after_batch(plan.fresh_blocks)
 
     @property
     def lr(self) -> float:
@@ -258,7 +256,10 @@ class EmbeddingTable:
     def stats(self, exact: bool = False) -> TableStats:
         """How full the table is; with `exact`, rows are counted by reading every block ever written."""
         files = self._open_files()
-        touched = self._count_rows() if exact else int(files.control["rows_touched"][0])
+        with files.calls:
+            touched = self._count_rows(files) if exact else int(files.control["rows_touched"][0])
+            disk_bytes = _directory.disk_bytes(files.directory)
+            resident_bytes, huge_page_bytes = files.resident_bytes(), files.huge_page_bytes()
         touched = min(touched, self.num_embeddings)
         distinct = estimate_distinct_keys(touched, self.num_embeddings, self.num_hashes)
         return TableStats(
@@ -268,15 +269,16 @@ class EmbeddingTable:
             estimated_distinct_keys=distinct,
             collision_rate=collision_rate(distinct, self.num_embeddings, self.num_hashes),
             logical_bytes=self._meta.logical_bytes,
-            disk_bytes=_directory.disk_bytes(self.path),
-            resident_bytes=files.resident_bytes(),
-            huge_page_bytes=files.huge_page_bytes(),
+            disk_bytes=disk_bytes,
+            resident_bytes=resident_bytes,
+            huge_page_bytes=huge_page_bytes,
         )
 
-    def _count_rows(self) -> int:
-        files, rows, count = self._open_files(), self._meta.block_rows, 0
+    def _count_rows(self, files: _storage.TableFiles) -> int:
+        rows, count = self._meta.block_rows, 0
         weight = files.arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
         for first, epochs in _blocks.epoch_chunks(files.fd("blocks"), self._meta.num_blocks):
+            files.calls.check()
             for block in (first + np.flatnonzero(epochs)).tolist():
                 count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
         return count
@@ -373,25 +375,37 @@ class EmbeddingTable:
 
     def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
         """See `hashemb.apply_delta`; the delta has been checked."""
-        with self._lock():
-            _, files = self._writable()
-            return apply_to(files, delta, progress)
+        _, files = self._writable()
+        return apply_to(files, delta, progress)
 
     # -- life --
 
     def flush(self) -> None:
         """Returns when everything written so far is on disk: the durability point. Costs what is unwritten."""
-        self._open_files().flush()
+        files = self._open_files()
+        with files.calls:
+            files.flush()
 
     def close(self) -> None:
-        """Closes the table; again is no error. Waits for an update in another thread.
+        """Closes the table; again is no error.
 
+        Calls in other threads end first: updates and look-ups with their result, longer ones with `ClosedTableError`.
         Arrays from `weight` and `state` stay valid.
+
+        Raises
+        ------
+        TableBusyError
+            Called by a signal handler or callback, in the middle of another call of the same thread.
         """
-        with self._lock():
-            self._core = None
-            self._files = None
-            self._finalizer()
+        files = self._files
+        if files is None:
+            return
+        try:
+            files.close()
+        finally:
+            if files.calls.closed:
+                self._core = self._files = None
+                self._finalizer.detach()
 
     def __enter__(self) -> EmbeddingTable:
         self._open_files()
@@ -427,12 +441,6 @@ class EmbeddingTable:
         if self.mode == "r":
             raise ReadOnlyTableError(f'{self.path} is open read-only; open it with mode="r+"')
         return core, files
-
-    def _lock(self) -> threading.Lock:
-        """The lock that serialises updates; a new one in a forked child, where its holder may not exist."""
-        if self._pid != os.getpid():
-            self._update_lock, self._pid = threading.Lock(), os.getpid()
-        return self._update_lock
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

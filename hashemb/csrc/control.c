@@ -11,6 +11,8 @@ static double load_double(const double *p) { return he_double(__atomic_load_n((c
 
 double he_decay_total(const he_control *c) { return load_double(&c->decay_total); }
 
+uint64_t he_epoch(const he_control *c) { return __atomic_load_n(&c->epoch, __ATOMIC_ACQUIRE); }
+
 /* S += log(1 - lr * weight_decay) for this step; returns the new S. */
 static double decay_total_add(he_control *c, double amount) {
     uint64_t *p = (uint64_t *)&c->decay_total;

@@ -67,17 +67,18 @@ static int supported(int variant) {
 
 static const he_kernels *active;
 
-const he_kernels *he_kernels_active(void) {
-    if (!active)
-        for (int v = 0; v < NUM_VARIANTS; v++)
-            if (supported(v)) active = &variants[v];
-    return active;
+const he_kernels *he_kernels_active(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED); }
+
+/* Before anything else of this library runs. */
+__attribute__((constructor)) static void choose_best(void) {
+    for (int v = 0; v < NUM_VARIANTS; v++)
+        if (supported(v)) active = &variants[v];
 }
 
 int he_isa_force(const char *name) {
     for (int v = 0; v < NUM_VARIANTS; v++)
         if (strcmp(name, variants[v].name) == 0 && supported(v)) {
-            active = &variants[v];
+            __atomic_store_n(&active, &variants[v], __ATOMIC_RELAXED);
             return 0;
         }
     return -1;
@@ -87,6 +88,16 @@ const char *he_isa_available(int i) {
     for (int v = 0; v < NUM_VARIANTS; v++)
         if (supported(v) && i-- == 0) return variants[v].name;
     return NULL;
+}
+
+int64_t he_offsets_copy(const int64_t *offsets, int64_t num_bags, int64_t num_keys, int64_t *out) {
+    int64_t falls = 0;
+    memcpy(out, offsets, (size_t)(num_bags + 1) * sizeof(*out));
+    if (out[0] != 0) return 0;
+    for (int64_t i = 0; i < num_bags; i++) falls |= out[i + 1] < out[i];
+    for (int64_t i = 0; falls && i < num_bags; i++)
+        if (out[i + 1] < out[i]) return i + 1;
+    return out[num_bags] == num_keys ? -1 : num_bags + 1;
 }
 
 void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales) {

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <time.h>
 
 #include "portability.h"
@@ -35,15 +36,21 @@ void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
         if (error != EINTR) nanosleep(&pause, NULL);
 }
 
-/* A batch holds the gate shared from planning to the last row. Whoever wants it exclusively says so in the control page
- * and holds the turnstile meanwhile: without it, batches that overlap would keep the gate shared for ever. */
-int he_gate_enter(const he_control *c, int fd) {
-    if (__atomic_load_n(&c->gate_closing, __ATOMIC_ACQUIRE)) {
-        int error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 1);
-        if (error) return error;
-        he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
-    }
-    return he_lock(fd, F_RDLCK, HE_LOCK_GATE, 1, 1);
+/* A batch holds the gate shared from its first mark to its last row. Whoever wants it exclusively says so in the control
+ * page and holds the turnstile meanwhile: without it, batches that overlap would keep the gate shared for ever.
+ *
+ * Never waits: HE_GATE_CLOSED, and he_gate_wait then, with nothing held; `waited` says that this has been done. */
+int he_gate_enter(const he_control *c, int fd, int waited) {
+    if (!waited && __atomic_load_n(&c->gate_closing, __ATOMIC_ACQUIRE)) return HE_GATE_CLOSED;
+    const int error = he_lock(fd, F_RDLCK, HE_LOCK_GATE, 1, 0);
+    return error == EAGAIN ? HE_GATE_CLOSED : error;
+}
+
+/* Until whoever closed the gate has opened it, or is dead. 0 or an errno; EINTR where a signal came first. */
+int he_gate_wait(int fd) {
+    const int error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 1);
+    if (!error) he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
+    return error;
 }
 
 void he_gate_leave(int fd) { he_lock(fd, F_UNLCK, HE_LOCK_GATE, 1, 0); }
@@ -61,4 +68,23 @@ void he_gate_open(he_control *c, int fd) {
     __atomic_store_n(&c->gate_closing, 0, __ATOMIC_RELEASE);
     he_lock(fd, F_UNLCK, HE_LOCK_GATE, 1, 0);
     he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
+}
+
+/* The moment that a snapshot holds: no batch is in flight between closing the gate and opening it. Copies the control page
+ * to `page`, tells writers that rows of its epoch are wanted from now on, and raises the epoch. 0, an errno, or ERANGE where
+ * there is no next epoch. */
+int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) {
+    int error = he_gate_close(c, fd);
+    if (error) return error;
+    const uint64_t epoch = he_epoch(c);
+    memcpy(page, c, (size_t)page_bytes);
+    if (epoch >= UINT32_MAX) error = ERANGE;
+    else {
+        __atomic_store_n(&c->save_failed, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&c->save_errno, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&c->saving, epoch, __ATOMIC_RELEASE);
+        __atomic_store_n(&c->epoch, epoch + 1, __ATOMIC_RELEASE);
+    }
+    he_gate_open(c, fd);
+    return error;
 }

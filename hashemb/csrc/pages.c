@@ -45,6 +45,17 @@ int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, i
     return begin < end ? populate(begin, end, MADV_POPULATE_WRITE) : 0;
 }
 
+int he_make_room(const he_table *t, const uint64_t *blocks, int64_t num_blocks) {
+    const int64_t rows = (int64_t)t->num_rows, per_block = INT64_C(1) << t->block_shift;
+    const int64_t state = t->optimizer == HE_ROWWISE_ADAGRAD ? 4 : t->dim * 4;
+    int error = he_populate_blocks(t->weight, blocks, num_blocks, per_block * t->row_bytes, rows * t->row_bytes);
+    for (int i = 0; i < 2 && t->state[i] && !error; i++)
+        error = he_populate_blocks((char *)t->state[i], blocks, num_blocks, per_block * state, rows * state);
+    if (t->paid && !error) error = he_populate_blocks((char *)t->paid, blocks, num_blocks, per_block * 8, rows * 8);
+    if (!error) error = he_populate_blocks((char *)t->blocks, blocks, num_blocks, 4, ((rows - 1) / per_block + 1) * 4);
+    return error;
+}
+
 /* ---- tmpfs ---- */
 
 static int has_room(int fd, uint64_t num_pages) {

@@ -113,11 +113,12 @@ static int cpus_allowed(void) {
 }
 
 int he_threads_get(void) {
-    if (num_threads == 0) num_threads = cpus_allowed();
-    return num_threads;
+    int n = __atomic_load_n(&num_threads, __ATOMIC_RELAXED);
+    if (n == 0) he_threads_set(n = cpus_allowed());
+    return n;
 }
 
-void he_threads_set(int n) { num_threads = n; }
+void he_threads_set(int n) { __atomic_store_n(&num_threads, n, __ATOMIC_RELAXED); }
 
 int he_threads_for(int64_t work_items, int64_t items_per_thread) {
     int64_t useful = work_items / items_per_thread;

@@ -22,9 +22,12 @@
 
 enum { HE_LINE_BYTES = 64 };
 
+#define HE_PRAGMA(x) _Pragma(#x)
+
 /* Before a loop over a row: vectorise it as it stands, before it is unrolled into scalars, which is what compilers do
  * where they know the dimension. Needs -fopenmp-simd; no OpenMP library. The order of additions stays. */
 #define HE_SIMD _Pragma("omp simd")
+#define HE_SIMD_OR(x) HE_PRAGMA(omp simd reduction(| : x))
 
 /* High 64 bits of a 128-bit product: maps a 64-bit hash onto [0, n) without a division (Lemire 2019,
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
@@ -47,6 +50,14 @@ HE_INLINE void he_pause(void) {
 #endif
 }
 
+/* Stores a note before whatever is stored next, and after whatever was stored before: in the order in which this thread's
+ * stores stand should it be killed between two of them. Costs the compiler some freedom, and the processor nothing. */
+HE_INLINE void he_note(uint64_t *note, uint64_t value) {
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    __atomic_store_n(note, value, __ATOMIC_RELAXED);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
 /* Every cache line of [p, p + bytes). */
 HE_INLINE void he_prefetch_range(const void *p, int64_t bytes, const int kind) {
     const char *line = (const char *)((uintptr_t)p & ~(uintptr_t)(HE_LINE_BYTES - 1));
@@ -57,7 +68,6 @@ HE_INLINE void he_prefetch_range(const void *p, int64_t bytes, const int kind) {
  * `fma`, and the build has -ffp-contract=off: all variants give the same bits. */
 #if defined(__x86_64__)
 #define HE_X86 1
-#define HE_PRAGMA(x) _Pragma(#x)
 #define HE_AVX2 "avx2,bmi,bmi2"
 #if defined(__clang__)
 #define HE_AVX512 "avx2,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl"

@@ -5,6 +5,7 @@
 #ifndef HASHEMB_TABLE_H
 #define HASHEMB_TABLE_H
 
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -41,6 +42,7 @@ typedef struct {
     double weight_decay;
     he_ahead *ahead;
     int32_t tmpfs_fd;    /* a file of the table where it lies on tmpfs, else -1 */
+    uint64_t *in_flight; /* a cache line for each thread of this process, in a file that others read should it be killed */
 } he_table;
 
 /* One call's keys. offsets == NULL: no bags; num_bags is then num_keys. */
@@ -66,7 +68,6 @@ typedef struct {
 /* What one update is: a snapshot of the control page taken when its step began. */
 typedef struct {
     uint64_t step;
-    uint32_t epoch;
     float lr;
     double decay_total;
 } he_step;
@@ -82,16 +83,21 @@ typedef struct {
     int64_t num_stale;
     float *scratch;        /* 2 * dim floats */
     int64_t bad_value;     /* the first value of its part of the gradients that is not finite, or -1 */
+    int64_t bad_row;       /* the first of its rows whose gradients' sum is not finite, or -1 */
     uint64_t rows_touched; /* first updates of a row, once applied */
+    uint64_t rows_refused; /* left as they were, because somebody has changed their gradient since it was checked */
+    uint64_t *in_flight;   /* where the row being written is noted, plus 1 */
 } he_share;
 
 /* Floats for the sums of a plan's first n entries: a row that is summed has two or more; rows of one float all are. */
 static inline int64_t he_sums_before(int64_t n, int64_t dim) { return dim == 1 ? n : n / 2 * dim; }
 
-/* See update.c. An occurrence is one of a key's rows: number key * num_hashes + h. */
+/* See update.c. An occurrence is one of a key's rows: number key * num_hashes + h. Of the caller's arrays only gradients are
+ * read again after they were checked, and then checked again. */
 typedef struct {
-    he_batch batch;
+    he_batch batch;     /* its offsets are a copy */
     const float *grads; /* (num_bags, dim) */
+    int64_t *offsets;   /* the copy, or NULL without bags */
     int64_t *bag_of;    /* per key, or NULL without bags */
     float *scales;      /* per key, or NULL where all are 1 */
     int64_t num_occurrences, num_buckets;
@@ -102,6 +108,10 @@ typedef struct {
     uint32_t *slots;
     int64_t *bucket_begin, *counts;
     float *sums;
+    uint32_t epoch;     /* what its stale blocks are older than; 0: not known any more */
+    uint64_t *stale, *fresh; /* blocks, ascending: older than the epoch; of these, those never written */
+    int64_t num_stale, num_fresh;
+    uint64_t step;      /* which one this was, once applied */
     he_share shares[HE_MAX_THREADS];
 } he_plan;
 
@@ -133,17 +143,32 @@ int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */
 /* Per key of a batch of bags: its bag, and (where scales is not NULL) what its gradient is multiplied by. */
 void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
 
-/* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes; he_update_plan, which returns the first
- * gradient value that is not finite, or -1; then the caller makes room for the stale blocks; he_update_apply, which
- * writes and returns how many rows were new. Exactly, between processes: he_update_lock_rows, he_step_begin,
- * he_update_apply_exact, which also unlocks. */
+/* What he_commit and he_gate_enter return beside 0 and errnos. */
+enum {
+    HE_AGAIN = -1,        /* a signal came, or may have come: look at it, and commit again */
+    HE_CLOSED = -2,       /* the table has been closed */
+    HE_GATE_CLOSED = -3,  /* he_gate_wait, and commit again */
+    HE_NEEDS_JOIN = -4,   /* the process has not joined the writers since it was forked */
+    HE_NEEDS_ROOM = -5,   /* p->fresh needs space, which faults cannot give: allocate it, or raise */
+    HE_NEEDS_SAVING = -6, /* a snapshot in progress wants rows saved: say where */
+    HE_ROWS_REFUSED = -7, /* applied but for rows whose gradients have become NaN or infinite since they were checked */
+};
+
+/* Offsets copied, and the copies checked. -1, or which is wrong: 0 where the first is not 0; i where offsets[i] is below the
+ * one before it; num_bags + 1 where the last is not the number of keys. */
+int64_t he_offsets_copy(const int64_t *offsets, int64_t num_bags, int64_t num_keys, int64_t *out);
+
+/* update.c. In this order: he_plan_init; he_plan_layout on he_plan_bytes bytes, which copies the offsets and returns the first
+ * that is wrong, or -1; he_update_plan, which returns the first gradient value that is not finite, or -1 (p->shares[i].bad_row
+ * has sums that are not); he_commit. */
 int he_plan_init(const he_table *t, he_plan *p); /* 0, or -1: too many occurrences for one update */
 int64_t he_plan_bytes(const he_table *t, const he_plan *p);
-void he_plan_layout(const he_table *t, he_plan *p, char *memory);
+int64_t he_plan_layout(const he_table *t, he_plan *p, char *memory);
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch);
-uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s);
+int64_t he_first_overflow(const he_table *t, const he_plan *p);
+int he_update_apply(const he_table *t, he_control *c, he_plan *p, const he_step *s);
 int he_update_lock_rows(const he_plan *p, int lock_fd); /* 0 or an errno; then nothing is locked */
-uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd);
+int he_update_apply_exact(const he_table *t, he_control *c, he_plan *p, const he_step *s, int lock_fd);
 
 /* ahead.c: pages are asked for before they are touched. A call asks he_ahead_watch whether to look at the disk at all; if so
  * it works chunk by chunk: he_ahead_begin says whether to ask (he_ahead_keys or he_ahead_planned, for the chunk after);
@@ -160,6 +185,7 @@ int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int wit
 /* pages.c: makes the pages of these blocks writable without a fault; 0 or an errno (EFAULT: a store would be a SIGBUS,
  * EINVAL: the kernel is older than 5.14). */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes);
+int he_make_room(const he_table *t, const uint64_t *blocks, int64_t num_blocks); /* of all files; 0 or an errno */
 
 /* Before a batch reads a table on tmpfs: its rows (of_rows), or else its blocks' epochs. A read of a hole takes a page
  * there; with little space left the pages are asked for one by one, which is slow. 0 or an errno: EFAULT where a read
@@ -199,18 +225,38 @@ int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t
 #define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: takes a snapshot or delta, or applies one */
 #define HE_LOCK_BLOCKS (INT64_C(1) << 32)
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
+#define HE_LOCK_SEATS INT64_C(1024) /* exclusive: a page of the file `inflight` */
 #define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the next exact batch to lock rows */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
 int he_lock_soon(int fd, int kind, int64_t begin, int64_t length);
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
-int he_gate_enter(const he_control *c, int fd);
+int he_gate_enter(const he_control *c, int fd, int waited);
+int he_gate_wait(int fd);
 void he_gate_leave(int fd);
 int he_gate_close(he_control *c, int fd);
 void he_gate_open(he_control *c, int fd);
+int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes);
+
+/* commit.c: the batches of one open table, one after another. */
+typedef struct {
+    pthread_mutex_t mutex;
+    int32_t closed, dirty; /* dirty: something has been written since it was last 0 */
+} he_batches;
+typedef struct {
+    int32_t lock_fd, exact, waited;
+    int32_t has_room, asks_for_room;          /* HE_NEEDS_ROOM has been seen to; always asks, as tests want */
+    const he_saving *saving;                  /* where a snapshot in progress wants rows saved, or NULL */
+} he_commit_options;
+void he_batches_init(he_batches *b);
+void he_batches_after_fork(he_batches *b);
+int he_batches_enter(he_batches *b); /* 0 or HE_AGAIN */
+void he_batches_leave(he_batches *b);
+int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o);
 
 /* control.c: atomic access to the shared page. */
 void he_step_begin(he_control *c, double weight_decay, he_step *out);
 double he_decay_total(const he_control *c);
+uint64_t he_epoch(const he_control *c);
 void he_rows_touched_add(he_control *c, uint64_t n);
 
 #endif

@@ -54,6 +54,7 @@ static void *take(char **at, int64_t bytes) {
 static char *lay_out(const he_table *t, he_plan *p, char *at) {
     const he_batch *b = &p->batch;
     const int64_t n = p->num_occurrences, row = t->dim * (int64_t)sizeof(float);
+    p->offsets = b->offsets ? take(&at, (b->num_bags + 1) * 8) : NULL;
     p->bag_of = b->offsets ? take(&at, b->num_keys * 8) : NULL;
     p->scales = b->offsets && (b->weights || b->pooling != HE_SUM) ? take(&at, b->num_keys * 4) : NULL;
     p->rows = take(&at, n * 8);
@@ -62,7 +63,7 @@ static char *lay_out(const he_table *t, he_plan *p, char *at) {
     p->slots = take(&at, n * HE_SLOTS_PER_ENTRY * 4);
     p->bucket_begin = take(&at, (p->num_buckets + 1) * 8);
     p->counts = take(&at, p->num_threads * p->num_buckets * 8);
-    for (int i = 0; i < p->num_threads; i++) p->shares[i].scratch = take(&at, 2 * row);
+    for (int i = 0; i < p->num_threads; i++) p->shares[i].scratch = (float *)((char *)take(&at, HE_LINE_BYTES + 2 * row) + HE_LINE_BYTES);
     p->sums = take(&at, he_sums_before(n, t->dim) * (int64_t)sizeof(float));
     return at;
 }
@@ -73,10 +74,15 @@ int64_t he_plan_bytes(const he_table *t, const he_plan *p) {
     return lay_out(t, &measured, start) - start + HE_LINE_BYTES;
 }
 
-/* Divides scratch memory (he_plan_bytes of it) and, for bags, fills in each key's bag and scale. */
-void he_plan_layout(const he_table *t, he_plan *p, char *memory) {
+/* Divides scratch memory (he_plan_bytes of it) and, for bags, copies and checks offsets and fills in each key's bag and
+ * scale. */
+int64_t he_plan_layout(const he_table *t, he_plan *p, char *memory) {
     lay_out(t, p, (char *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)));
-    if (p->bag_of) he_bag_scales(&p->batch, p->bag_of, p->scales);
+    if (!p->offsets) return -1;
+    const int64_t bad = he_offsets_copy(p->batch.offsets, p->batch.num_bags, p->batch.num_keys, p->offsets);
+    p->batch.offsets = p->offsets;
+    if (bad < 0) he_bag_scales(&p->batch, p->bag_of, p->scales);
+    return bad;
 }
 
 /* ---- planning ---- */
@@ -143,6 +149,7 @@ static void merge_share(void *arg, int i) {
 
 int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
     job j = {t, p, epoch, NULL, -1, 0};
+    p->epoch = epoch;
     he_parallel(count_share, &j, p->num_threads);
     for (int i = 0; i < p->num_threads; i++)
         if (p->shares[i].bad_value >= 0) return p->shares[i].bad_value;
@@ -152,20 +159,39 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
     return -1;
 }
 
+/* The largest magnitude of n finite values. */
+static float largest(const float *values, int64_t n) {
+    float most = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < n; i++) most = HE_MAX(most, __builtin_fabsf(values[i]));
+    return most;
+}
+
+/* Finite gradients times finite scales: the first key whose product is not finite, or -1. */
+int64_t he_first_overflow(const he_table *t, const he_plan *p) {
+    const float scale = p->scales ? largest(p->scales, p->batch.num_keys) : 0.0f;
+    if (scale <= 1.0f || __builtin_isfinite(scale * largest(p->grads, p->batch.num_bags * t->dim))) return -1;
+    for (int64_t key = 0; key < p->batch.num_keys; key++)
+        for (int64_t j = 0; j < t->dim; j++)
+            if (!__builtin_isfinite(p->grads[p->bag_of[key] * t->dim + j] * p->scales[key])) return key;
+    return -1;
+}
+
 /* ---- applying ---- */
 
 /* Applies rows [from, end) of a share; returns how many were new. */
-static uint64_t apply_rows(const job *j, const he_share *whole, int64_t from, int64_t end) {
+static uint64_t apply_rows(const job *j, he_share *whole, int64_t from, int64_t end) {
     he_share part = *whole;
     part.rows = whole->rows + from;
     part.sources = whole->sources + from;
     part.num_rows = end - from;
     he_kernels_active()->apply(j->t, j->p, &part, j->step);
+    whole->rows_refused += part.rows_refused;
     return part.rows_touched;
 }
 
 /* The same, having asked for the pages of rows [*asked, ahead) if rows have to be read from disk. */
-static uint64_t apply_watchfully(const job *j, const he_share *whole, int64_t from, int64_t end, int64_t ahead, int64_t *asked) {
+static uint64_t apply_watchfully(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead, int64_t *asked) {
     int64_t mark;
     const int asking = he_ahead_begin(j->t, &mark);
     if (asking) {
@@ -192,17 +218,32 @@ static void apply_share(void *arg, int i) {
     share->rows_touched = touched;
 }
 
-static uint64_t rows_touched(const he_plan *p) {
-    uint64_t touched = 0;
-    for (int i = 0; i < p->num_threads; i++) touched += p->shares[i].rows_touched;
-    return touched;
+/* Where a thread notes the row that it writes: in the table's file, so that a killed process leaves a note, or in the plan. */
+static void begin_shares(const he_table *t, he_plan *p) {
+    const int64_t words = HE_LINE_BYTES / 8;
+    for (int i = 0; i < p->num_threads; i++) {
+        he_share *s = &p->shares[i];
+        s->rows_refused = 0;
+        s->in_flight = t->in_flight ? t->in_flight + i * words : (uint64_t *)s->scratch - words;
+    }
 }
 
-uint64_t he_update_apply(const he_table *t, he_plan *p, const he_step *s) {
-    job j = {t, p, s->epoch, s, -1, he_ahead_watch(t->ahead)};
+static int end_shares(he_control *c, const he_plan *p) {
+    uint64_t touched = 0, refused = 0;
+    for (int i = 0; i < p->num_threads; i++) {
+        touched += p->shares[i].rows_touched;
+        refused += p->shares[i].rows_refused;
+    }
+    if (touched) he_rows_touched_add(c, touched);
+    return refused ? HE_ROWS_REFUSED : 0;
+}
+
+int he_update_apply(const he_table *t, he_control *c, he_plan *p, const he_step *s) {
+    job j = {t, p, p->epoch, s, -1, he_ahead_watch(t->ahead)};
+    begin_shares(t, p);
     he_parallel(apply_share, &j, p->num_threads);
     he_ahead_done(t->ahead, j.watch);
-    return rows_touched(p);
+    return end_shares(c, p);
 }
 
 /* ---- applying exactly: no update of another process is lost, and all are in the order of their steps ----
@@ -270,9 +311,10 @@ static void apply_exact_share(void *arg, int i) {
     whole->rows_touched = touched;
 }
 
-uint64_t he_update_apply_exact(const he_table *t, he_plan *p, const he_step *s, int lock_fd) {
-    job j = {t, p, s->epoch, s, lock_fd, he_ahead_watch(t->ahead)};
+int he_update_apply_exact(const he_table *t, he_control *c, he_plan *p, const he_step *s, int lock_fd) {
+    job j = {t, p, p->epoch, s, lock_fd, he_ahead_watch(t->ahead)};
+    begin_shares(t, p);
     he_parallel(apply_exact_share, &j, p->num_threads);
     he_ahead_done(t->ahead, j.watch);
-    return rows_touched(p);
+    return end_shares(c, p);
 }

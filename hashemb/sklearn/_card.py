@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._json_values import as_list, as_object, as_text, as_whole, parse_file
+from hashemb.ctr._labels import shown
 from hashemb.ctr.model_dir import MODEL_FILE, read_card
 from hashemb.errors import FormatError
 from hashemb.sklearn._columns import check_kinds
@@ -24,6 +27,7 @@ __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
 
 ESTIMATOR_FILE = "estimator.json"
 _FORMAT = 1
+_DTYPE = re.compile(r"[<>=|](?:[biuf][1248]|f16|U[1-9][0-9]{0,4}|O)")
 #: By kind of model and whether it has factors.
 _ESTIMATORS = {
     ("factorization_machine", False): "HashedLogisticRegression",
@@ -87,27 +91,25 @@ class EstimatorCard:
         FormatError
             Not a card, or one of a newer format.
         """
-        path = Path(directory, ESTIMATOR_FILE)
         try:
-            text = path.read_text(encoding="utf-8")
+            return parse_file(Path(directory, ESTIMATOR_FILE), "an estimator's card", cls._parse)
         except FileNotFoundError:
             return cls._of_model(directory)
-        try:
-            return cls._parse(json.loads(text))
-        except (ValueError, TypeError, KeyError) as error:
-            raise FormatError(f"{path}: not an estimator's card: {error!r}") from error
 
     @classmethod
-    def _parse(cls, values: dict[str, Any]) -> EstimatorCard:
-        if values["format"] > _FORMAT:
-            raise ValueError(f"format {values['format']} is newer than this version reads ({_FORMAT})")
-        classes = np.array(values["classes"], dtype=np.dtype(values["classes_dtype"]))
-        if classes.shape != (2,):
-            raise ValueError(f"{classes.size} classes, expected 2")
-        kinds = None if values["columns"] is None else check_kinds(values["columns"])
-        if kinds is not None and len(kinds) != values["num_columns"]:
-            raise ValueError(f"{len(kinds)} columns, expected {values['num_columns']}")
-        return cls(values["estimator"], classes, Layout(int(values["num_columns"]), kinds, bool(values["named"])))
+    def _parse(cls, values: Any) -> EstimatorCard:
+        card = as_object(values, "the card")
+        version = as_whole(card.get("format"), "format", 1)
+        if version > _FORMAT:
+            raise ValueError(f"format {version} is newer than this version reads ({_FORMAT})")
+        num_columns = as_whole(card.get("num_columns"), "num_columns", 1)
+        kinds = None if card.get("columns") is None else check_kinds(card["columns"])
+        for name in kinds or ():
+            as_text(name, "a column", encodable=True)
+        if kinds is not None and len(kinds) != num_columns:
+            raise ValueError(f"{len(kinds)} columns, expected {num_columns}")
+        layout = Layout(num_columns, kinds, card.get("named") is True)
+        return cls(as_text(card.get("estimator"), "estimator"), _parse_classes(card), layout)
 
     @classmethod
     def _of_model(cls, directory: str | os.PathLike[str]) -> EstimatorCard:
@@ -121,3 +123,20 @@ class EstimatorCard:
             raise FormatError(f"{os.fspath(directory)}: {MODEL_FILE} names no fields yet: the model has seen no data")
         estimator = _ESTIMATORS.get((card.kind, card.rank > 0), card.description)
         return cls(estimator, np.array([0, 1]), Layout(len(card.schema), check_kinds(dict(card.schema)), named=True))
+
+
+def _parse_classes(card: dict[str, Any]) -> npt.NDArray[Any]:
+    """Two labels, of a type that `as_json` writes and no longer than they need be."""
+    values, dtype = as_list(card.get("classes"), "classes"), as_text(card.get("classes_dtype"), "classes_dtype")
+    texts = [value for value in values if isinstance(value, str)]
+    if len(values) != 2 or not all(isinstance(value, (str, int, float)) for value in values) or len(texts) == 1:
+        raise ValueError(f"classes must be two labels of one type, found {shown(values)}")
+    if not _DTYPE.fullmatch(dtype) or (dtype[1] in "UO") < bool(texts):
+        raise ValueError(f"classes_dtype {shown(dtype)} is not of the labels {shown(values)}")
+    try:
+        classes = np.array(values, dtype=np.dtype(dtype))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"classes_dtype {shown(dtype)} can't hold the labels {shown(values)}: {error}") from error
+    if not classes[0] < classes[1]:
+        raise ValueError(f"classes must be sorted and differ, found {shown(values)}")
+    return classes

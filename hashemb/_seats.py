@@ -1,0 +1,97 @@
+"""The file `inflight`: which row each thread of each writer is writing, so that a killed process leaves a note of it.
+
+A writer has a page of the file to itself, its seat, for as long as it holds the lock on that page's number; each of
+its threads notes the row that it writes in a cache line of its own, plus 1, and 0 when it is done. A note whose seat's
+lock is free was left by a process that was killed: at that row, and nowhere else, elements or state from before and
+after an update may stand side by side. Notes last until the last writer closes the table, which removes the file.
+
+Nothing of a table depends on it: where it cannot be made there are no notes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from hashemb import _core
+from hashemb._directory import Directory
+from hashemb.errors import HashembError
+
+__all__ = ["SEATS_FILE", "abandoned_rows", "take_seat"]
+
+SEATS_FILE = "inflight"
+_NUM_SEATS, _SEAT_BYTES, _LINE_WORDS = 1024, 4096, 8
+
+Lines = npt.NDArray[np.uint64]
+
+
+def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
+    """The lines of a free seat, mapped, uint64 (threads, 8); None where there is none to be had.
+
+    It is this writer's while it has `lock_fd` open. Seats with notes of the dead are taken last.
+    """
+    try:
+        fd = directory.open(SEATS_FILE, os.O_RDWR | os.O_CREAT)
+    except (OSError, HashembError):
+        return None
+    try:
+        if os.fstat(fd).st_size != _NUM_SEATS * _SEAT_BYTES:
+            os.ftruncate(fd, _NUM_SEATS * _SEAT_BYTES)
+        seat = _free_seat(fd, lock_fd)
+        if seat is None:
+            return None
+        os.pwrite(fd, bytes(_SEAT_BYTES), seat * _SEAT_BYTES)  # takes its space: a store without would be a signal
+        mapped = mmap.mmap(fd, _SEAT_BYTES, offset=seat * _SEAT_BYTES)
+        return np.frombuffer(mapped, np.uint64).reshape(-1, _LINE_WORDS)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _free_seat(fd: int, lock_fd: int) -> int | None:
+    """Locks a seat and returns its number: the first without notes, or else the first."""
+    with_notes: int | None = None
+    for seat in range(_NUM_SEATS):
+        if not _core.lock(lock_fd, fcntl.F_WRLCK, _core.LOCK_SEATS + seat, False):
+            continue
+        if not any(os.pread(fd, _SEAT_BYTES, seat * _SEAT_BYTES)):
+            if with_notes is not None:
+                _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + with_notes, False)
+            return seat
+        if with_notes is None:
+            with_notes = seat
+        else:
+            _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + seat, False)
+    return with_notes
+
+
+def abandoned_rows(directory: Directory, num_embeddings: int) -> npt.NDArray[np.int64]:
+    """The rows that killed processes were writing, ascending int64; those of the living are left out."""
+    try:
+        fd = directory.open(SEATS_FILE)
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+    try:
+        lock_fd = directory.open("lock")
+        try:
+            pages = [_notes(fd, lock_fd, seat) for seat in range(os.fstat(fd).st_size // _SEAT_BYTES)]
+        finally:
+            os.close(lock_fd)
+    finally:
+        os.close(fd)
+    rows = np.unique(np.concatenate([np.empty(0, np.uint64), *pages]))
+    return (rows[(rows > 0) & (rows <= num_embeddings)] - np.uint64(1)).astype(np.int64)
+
+
+def _notes(fd: int, lock_fd: int, seat: int) -> npt.NDArray[np.uint64]:
+    """Of one seat; none where its writer lives."""
+    page = np.frombuffer(os.pread(fd, _SEAT_BYTES, seat * _SEAT_BYTES).ljust(_SEAT_BYTES, b"\0"), np.uint64)
+    if not page.any() or not _core.lock(lock_fd, fcntl.F_RDLCK, _core.LOCK_SEATS + seat, False):
+        return page[:0]
+    _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + seat, False)
+    return page[::_LINE_WORDS]

@@ -1,0 +1,98 @@
+"""Making room in a table's files before anything is written: a store for which there is no space would be a signal.
+
+Room is first asked for by faulting pages in, which the core does for a batch by itself. What is here comes after that
+has failed: with allocation, on a disk that is nearly full, it tells what fits from what does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from typing import Any
+
+import numpy.typing as npt
+
+from hashemb import _blocks, _core
+from hashemb._directory import space_errors
+from hashemb._format import DATA_OFFSET_BYTES, TableMeta
+from hashemb._mapping import HUGE_PAGE_BYTES
+
+__all__ = ["Space", "block_bytes"]
+
+Array = npt.NDArray[Any]
+
+_FALLOC_KEEP_SIZE = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def block_bytes(meta: TableMeta, name: str) -> int:
+    """Bytes of a block in one of the array files, by name without `.npy`."""
+    return 4 if name == "blocks" else _blocks.block_bytes(meta, meta.files[name])
+
+
+class Space:
+    """The room of an open table's array files.
+
+    Parameters
+    ----------
+    path : str
+        For messages.
+    meta : TableMeta
+    arrays : dict of ndarray
+        The arrays, mapped, by name without `.npy`.
+    fds : dict of int
+        Their files.
+    """
+
+    def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], fds: dict[str, int]) -> None:
+        self._path, self._meta, self._arrays, self._fds = path, meta, arrays, fds
+
+    def reserve(self, blocks: Array) -> None:
+        """Makes room for `blocks` (ascending) in every file.
+
+        On `NoSpaceError` no data has changed; the same call may be made again.
+        """
+        for name in (*self._meta.row_files, "blocks"):
+            self.reserve_array(name, blocks)
+
+    def reserve_array(self, name: str, blocks: Array) -> None:
+        """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
+        size = block_bytes(self._meta, name)
+        if _core.populate_blocks(self._arrays[name], blocks, size):
+            for i in range(blocks.size):
+                self._reserve_block(name, blocks[i : i + 1], size)
+
+    def _reserve_block(self, name: str, block: Array, size: int) -> None:
+        """Allocates space and faults one block in. In a page cache of 2 MiB folios, of this process or another, a fault
+        needs the space of the whole folio."""
+        error = 0
+        for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
+            self.allocate(name, int(block[0]) * size, size, unit_bytes)
+            error = _core.populate_blocks(self._arrays[name], block, size)
+            if error in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14 cannot populate
+                return
+        code = errno.EIO if error == errno.EFAULT else error
+        message = f"block {block[0]} of {size} bytes cannot be made writable ({os.strerror(error)})"
+        raise OSError(code, message, self._filename(name))
+
+    def allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int = mmap.PAGESIZE) -> None:
+        """Allocates bytes of the array, rounded out to units of the file."""
+        first = (DATA_OFFSET_BYTES + begin) // unit_bytes * unit_bytes
+        end = -(-(DATA_OFFSET_BYTES + begin + num_bytes) // unit_bytes) * unit_bytes
+        self._allocate_bytes(name, first, min(end, self._meta.files[name].file_bytes) - first)
+
+    def _allocate_bytes(self, name: str, begin: int, num_bytes: int) -> None:
+        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, begin, num_bytes):
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            if code == errno.EOPNOTSUPP:  # no promise of space on this file system: docs/durability.md
+                return
+            with space_errors(self._filename(name)):
+                raise OSError(code, os.strerror(code), self._filename(name))
+
+    def _filename(self, name: str) -> str:
+        return os.path.join(self._path, f"{name}.npy")

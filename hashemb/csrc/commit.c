@@ -1,0 +1,160 @@
+/* A planned batch is brought to the table here, in one call: no lock, no gate and no half-made state outlives it.
+ *
+ * Python code runs between any two of its instructions what a signal's handler wants, and that may use the table again or
+ * raise. So whatever needs Python (opening the files of a snapshot, allocating space on a disk that is nearly full, waiting
+ * for long) is asked for by the status that he_commit returns, with everything given up before, and the caller commits
+ * again. The table's mutex is never held while the gate is waited for: its owner may be the thread that keeps it closed. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <time.h>
+
+#include "portability.h"
+#include "table.h"
+
+enum { MUTEX_SLICE_NS = 20000000, DIGIT_BITS = 11 };
+
+/* ---- the mutex of an open table ---- */
+
+void he_batches_init(he_batches *b) {
+    pthread_mutex_init(&b->mutex, NULL);
+    b->closed = b->dirty = 0;
+}
+
+/* In a forked child, where the thread that held it may not exist. */
+void he_batches_after_fork(he_batches *b) { pthread_mutex_init(&b->mutex, NULL); }
+
+/* 0, or HE_AGAIN after a while in vain, in which signals may have come. */
+int he_batches_enter(he_batches *b) {
+    struct timespec until;
+    if (pthread_mutex_trylock(&b->mutex) == 0) return 0;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += MUTEX_SLICE_NS;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    return pthread_mutex_timedlock(&b->mutex, &until) ? HE_AGAIN : 0;
+}
+
+void he_batches_leave(he_batches *b) { pthread_mutex_unlock(&b->mutex); }
+
+/* ---- the blocks of a batch that are older than the epoch ---- */
+
+/* Sorts n numbers below 2^bits, by digits; returns the one of the two arrays that holds them then. */
+static uint64_t *sort(uint64_t *from, uint64_t *to, int64_t n, int bits) {
+    for (int shift = 0; shift < bits; shift += DIGIT_BITS) {
+        int64_t begin[1 << DIGIT_BITS] = {0}, at = 0;
+        for (int64_t i = 0; i < n; i++) begin[from[i] >> shift & ((1 << DIGIT_BITS) - 1)]++;
+        for (int d = 0; d < 1 << DIGIT_BITS; d++) {
+            const int64_t count = begin[d];
+            begin[d] = at;
+            at += count;
+        }
+        for (int64_t i = 0; i < n; i++) to[begin[from[i] >> shift & ((1 << DIGIT_BITS) - 1)]++] = from[i];
+        uint64_t *swap = from;
+        from = to;
+        to = swap;
+    }
+    return from;
+}
+
+/* The shares' stale blocks, ascending and each once; `fresh` are those of them that were never written. They lie where the
+ * merged buckets had their hash sets. */
+static void gather_stale(const he_table *t, he_plan *p) {
+    uint64_t *all = (uint64_t *)p->slots, *spare = all + p->num_occurrences;
+    int64_t n = 0, distinct = 0;
+    for (int i = 0; i < p->num_threads; i++) {
+        memcpy(all + n, p->shares[i].stale, (size_t)p->shares[i].num_stale * sizeof(*all));
+        n += p->shares[i].num_stale;
+    }
+    p->num_stale = p->num_fresh = 0;
+    if (n == 0) return;
+    p->stale = sort(all, spare, n, 64 - __builtin_clzll(((t->num_rows - 1) >> t->block_shift) | 1));
+    for (int64_t i = 0; i < n; i++)
+        if (i == 0 || p->stale[i] != p->stale[i - 1]) p->stale[distinct++] = p->stale[i];
+    p->num_stale = distinct;
+    p->fresh = spare + p->num_occurrences;
+    for (int64_t i = 0; i < distinct; i++)
+        if (__atomic_load_n(&t->blocks[p->stale[i]], __ATOMIC_RELAXED) == 0) p->fresh[p->num_fresh++] = p->stale[i];
+}
+
+/* A snapshot has begun since the batch was planned. */
+static void find_stale(const he_table *t, he_plan *p, uint32_t epoch) {
+    for (int i = 0; i < p->num_threads; i++) {
+        he_share *s = &p->shares[i];
+        s->num_stale = 0;
+        for (int64_t u = 0; u < s->num_rows; u++) {
+            const uint64_t block = s->rows[u] >> t->block_shift;
+            if (__atomic_load_n(&t->blocks[block], __ATOMIC_RELAXED) != epoch) s->stale[s->num_stale++] = block;
+        }
+    }
+    p->epoch = epoch;
+}
+
+/* ---- what a snapshot in progress wants ---- */
+
+/* Whether the owner of the snapshot in progress is alive: it holds its lock. */
+static int owner_lives(int lock_fd) {
+    if (he_lock(lock_fd, F_RDLCK, HE_LOCK_SNAPSHOT, 1, 0)) return 1;
+    he_lock(lock_fd, F_UNLCK, HE_LOCK_SNAPSHOT, 1, 0);
+    return 0;
+}
+
+/* The epoch whose rows are to be saved before they change; 0: none. */
+static uint64_t saving_epoch(const he_control *c, int lock_fd) {
+    const uint64_t until = __atomic_load_n(&c->saving, __ATOMIC_ACQUIRE);
+    if (HE_LIKELY(until == 0) || __atomic_load_n(&c->save_failed, __ATOMIC_ACQUIRE) == until) return 0;
+    return owner_lives(lock_fd) ? until : 0;
+}
+
+/* Takes the memory of the stale blocks; they are found again should the batch be given up. */
+static void save_rows(const he_saving *s, he_plan *p) {
+    int error = 0;
+    p->epoch = 0;
+    for (int i = 0; i < p->num_threads && !error; i++)
+        error = he_save_rows(s, p->shares[i].rows, p->shares[i].num_rows, p->shares[i].stale);
+}
+
+/* ---- the batch ---- */
+
+/* With the gate held. `saving` is NULL where nothing is to be saved. */
+static int prepare(const he_table *t, he_control *c, he_plan *p, const he_commit_options *o, const he_saving *saving) {
+    const uint32_t epoch = (uint32_t)he_epoch(c);
+    if (HE_UNLIKELY(p->epoch != epoch)) find_stale(t, p, epoch);
+    gather_stale(t, p);
+    if (HE_LIKELY(p->num_stale == 0)) return 0;
+    if (p->num_fresh && !o->has_room && (o->asks_for_room || he_make_room(t, p->fresh, p->num_fresh))) return HE_NEEDS_ROOM;
+    he_mark_blocks(saving, t->blocks, p->stale, p->num_stale, epoch);
+    return 0;
+}
+
+static int in_gate(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) {
+    const uint64_t until = saving_epoch(c, o->lock_fd);
+    const he_saving *saving = until ? o->saving : NULL;
+    he_step step;
+    int error;
+    if (HE_UNLIKELY(until && (!saving || saving->until != until))) return HE_NEEDS_SAVING;
+    if ((error = prepare(t, c, p, o, saving))) return error;
+    if (saving) save_rows(saving, p);
+    if (o->exact && (error = he_update_lock_rows(p, o->lock_fd))) return error == EINTR ? HE_AGAIN : error;
+    __atomic_store_n(&b->dirty, 1, __ATOMIC_RELEASE);
+    he_step_begin(c, t->weight_decay, &step);
+    p->step = step.step;
+    return o->exact ? he_update_apply_exact(t, c, p, &step, o->lock_fd) : he_update_apply(t, c, p, &step);
+}
+
+int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) {
+    int error = he_batches_enter(b);
+    if (error) return error;
+    if (b->closed) error = HE_CLOSED;
+    else if (o->lock_fd < 0) error = HE_NEEDS_JOIN;
+    else error = he_gate_enter(c, o->lock_fd, o->waited);
+    if (!error) {
+        error = in_gate(t, c, b, p, o);
+        he_gate_leave(o->lock_fd);
+    }
+    he_batches_leave(b);
+    return error;
+}

@@ -50,6 +50,7 @@ def attempt(scenario: Scenario, n: int, mode: int, variant: int) -> int:
     finally:
         kind: int = shim.shim_disarm()
     scenario.dead = MODES[mode] == "dead"
+    scenario.lasting = MODES[mode] in ("dead", "persistent")
     if error is not None:
         assert kind >= 0, f"failed without a fault: {error!r}"
         assert str(error) not in ("", "None")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hashemb
 from bench import __main__ as program
-from bench import embedding, harness, report, workload
+from bench import against, embedding, harness, report, workload
 from bench.harness import Clock, Mismatch, Settings
 from bench.sides import HashembSide, NumpySide
 from bench.workload import Case
@@ -21,8 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def keep_threads() -> Any:
-    import hashemb
-
     before = hashemb.get_num_threads()
     yield
     hashemb.set_num_threads(before)
@@ -129,3 +128,20 @@ def test_default_grid_is_the_acceptance_point() -> None:
     cases = list(embedding.grid(Settings(), Case(rows=1 << 23, dim=16), ["rowwise_adagrad"]))
     assert {(c.dim, c.threads) for c in cases} == {(16, 1), (16, 2), (64, 1), (64, 2)}
     assert {(c.rows, c.num_keys, c.distribution) for c in cases} == {(1 << 23, 4096 * 26, "uniform")}
+
+
+def test_a_build_against_itself(tmp_path: pathlib.Path) -> None:
+    target, here = tmp_path / "out.json", str(pathlib.Path(hashemb.__file__).parents[1])
+    assert program.main(["--smoke", "--json", str(target), "--dir", str(tmp_path), "--against", here]) == 0
+    results = json.loads(target.read_text())["results"]
+    assert {result["bench"] for result in results} == set(against.NAMES)
+    for result in results:
+        assert [side["name"] for side in result["sides"]] == [harness.OURS, against.OTHER]
+        assert "by phase lookup" in result["sides"][1]["note"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"], "tables left behind"
+
+
+def test_a_directory_without_a_build_is_refused(tmp_path: pathlib.Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["overhead", "--smoke", "--against", str(tmp_path)])
+    assert "has no build in place" in capsys.readouterr().err

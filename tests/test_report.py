@@ -135,6 +135,13 @@ def test_a_report_on_a_model_that_has_learned_nothing(tmp_path: Path) -> None:
     assert not any(tag == "svg" for tag, _ in page.tags)
 
 
+def test_a_report_on_data_without_a_good_row(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("click,user,site <a>\nx,1,s1\n")
+    text, page = report(runs, tmp_path, str(tmp_path / "bad.csv"))
+    assert "1 bad row left out" in text
+    assert page.cell("examples") == "0"
+
+
 def test_the_page_is_complete_and_loads_nothing(runs: Path, tmp_path: Path) -> None:
     text, page = report(runs, tmp_path, str(runs / "test.csv"), "--compare", str(runs / "small"))
     assert not re.search(r"<script|<link|<img|<iframe|@import|\bsrc=", text)

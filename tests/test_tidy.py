@@ -213,6 +213,17 @@ def test_paths_and_a_function_named_open_are_no_files() -> None:
 
 
 @needs_source
+def test_all_output_is_made_printable() -> None:
+    assert complaints(tidy.prints_raw, python_modules()) == []
+
+
+@pytest.mark.parametrize("text", ["print(name)", "console.print(name)", "typer.echo(name)"])
+def test_canary_output(text: str) -> None:
+    assert len(tidy.prints_raw("ctr.session", text)) == 1
+    assert tidy.prints_raw("ctr.console", text) == []
+
+
+@needs_source
 def test_flags_name_no_machine() -> None:
     paths = [ROOT / name for name in BUILD_FILES if (ROOT / name).is_file()]
     build = [(path.name, path.read_text(encoding="utf-8")) for path in paths]

@@ -20,22 +20,27 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "stats": set(),
     "_reference_numerics": set(),
-    "optim": {"errors"},
-    "init": {"errors"},
+    "_rules": {"errors"},
+    "_sealed": {"errors", "_rules"},
+    "optim": {"errors", "_rules"},
+    "init": {"errors", "_rules"},
     "_core": {"errors"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
     "_versions": {"_version", "_core"},
     "hashing": {"errors", "_core"},
-    "_format": {"errors", "optim", "init"},
-    "_arguments": {"errors", "optim", "init", "_format", "_version"},
+    "_format": {"errors", "optim", "init", "_rules", "_sealed"},
+    "_arguments": {"errors", "optim", "init", "_rules", "_format", "_version"},
     "_mapping": set(),
     "_huge_pages": {"_format", "_mapping"},
-    "lineage": {"errors", "_format"},
-    "_directory": {"errors", "optim", "init", "_format", "lineage"},
+    "lineage": {"errors", "_rules", "_sealed", "_format"},
+    "_directory": {"errors", "_format", "lineage"},
     "_blocks": {"errors", "_format", "_directory", "_core"},
-    "_locks": set(),
-    "_saving": {"_format", "_locks", "_core"},
+    "_locks": {"errors", "_directory"},
+    "_building": {"errors", "_format", "_directory", "_locks", "_core"},
+    "_saving": {"_format", "_directory", "_locks", "_core"},
     "_recovery": {"_format", "_directory", "_blocks"},
+    "_seats": {"errors", "_directory", "_core"},
+    "_space": {"_format", "_directory", "_mapping", "_blocks", "_core"},
     "_storage": {
         "errors",
         "_format",
@@ -45,19 +50,24 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_mapping",
         "_huge_pages",
         "_saving",
+        "_seats",
+        "_space",
         "_core",
     },
-    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_saving", "_storage", "_core"},
-    "_binding": {"_format", "_storage", "_core"},
+    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_building", "_saving"}
+    | {"_storage", "_core"},
+    "_binding": {"_format", "_locks", "_storage", "_core"},
     "_half": {"_format"},
-    "_delta_file": {"errors", "lineage", "_format", "_directory", "_blocks"},
+    "_delta_file": {"errors", "lineage", "_rules", "_sealed", "_format", "_directory", "_blocks"},
     "delta": {
         "errors",
         "optim",
         "lineage",
+        "_rules",
         "_format",
         "_half",
         "_directory",
+        "_building",
         "_blocks",
         "_storage",
         "_delta_file",
@@ -82,13 +92,16 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "_delta_file",
         "delta",
     },
-    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_delta_file", "delta", "table"},
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "snapshot", "table"},
+    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_building", "_delta_file"}
+    | {"delta", "table"},
+    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "_building", "snapshot"}
+    | {"table"},
     "_report": set(),
     "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
-    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "delta"},
-    "repair": {"errors", "_arguments", "_format", "_directory", "_blocks", "_locks", "_saving", "_core"}
-    | {"_scan", "verify"},
+    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "_seats"}
+    | {"delta"},
+    "repair": {"errors", "_arguments", "_format", "_directory", "_building", "_blocks", "_locks", "_saving", "_core"}
+    | {"_scan", "_seats", "verify"},
     "__init__": {
         "errors",
         "optim",
@@ -112,8 +125,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {
-    "_directory", "_blocks", "_locks", "_recovery", "_saving", "_storage", "_mapping", "_huge_pages", "snapshot",
-    "_delta_file", "delta", "replica", "_scan", "verify", "repair",
+    "_directory", "_building", "_blocks", "_locks", "_recovery", "_saving", "_seats", "_space", "_storage", "_mapping",
+    "_huge_pages",
+    "snapshot", "_delta_file", "delta", "replica", "_scan", "verify", "repair",
 }  # fmt: skip
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
@@ -143,6 +157,9 @@ LEXICAL_PATH_NAMES = {"basename", "dirname", "join", "normpath", "splitext"}
 FILE_METHODS = {"read_bytes", "write_bytes", "read_text", "write_text", "mkdir", "unlink", "rmdir", "tofile"}
 FILE_MODULES = {"mmap", "fcntl", "shutil", "tempfile", "io", "glob"}
 NUMPY_FILE_NAMES = {"load", "save", "savez", "memmap", "fromfile", "open_memmap"}
+#: What writes to a terminal, and who may call it.
+PRINTING_NAMES = {"print", "echo", "secho"}
+PRINTING_MODULES = {"ctr._printable", "ctr.console"}
 BANNED_FLAGS = re.compile(r"-march=native|-mtune=native|fast-math|-Ofast|-funsafe-math|-fassociative-math")
 
 
@@ -343,6 +360,15 @@ def _file_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
                 yield "calls open()"
             elif isinstance(node.func, ast.Attribute) and node.func.attr in FILE_METHODS:
                 yield f"calls .{node.func.attr}()"
+
+
+def prints_raw(module: str, text: str) -> list[str]:
+    """Complaints about output of the command line that passes by `_printable`, with whatever names hold."""
+    if module.split(".")[0] not in {"cli", "ctr"} or module in PRINTING_MODULES:
+        return []
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    printing = [name for name in map(ast.unparse, calls) if name.split(".")[-1] in PRINTING_NAMES]
+    return [f"hashemb.{module} calls {name}(); use say, print_line or confirm" for name in printing]
 
 
 def banned_flags(name: str, text: str) -> list[str]:

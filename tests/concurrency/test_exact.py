@@ -83,9 +83,11 @@ class RecordingCore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.core, name)
 
-    def apply_exact(self, lock_fd: int) -> int:
-        self.steps.append(self.core.apply_exact(lock_fd))
-        return int(self.steps[-1])
+    def apply(self, plan: Any, *options: Any) -> int:
+        need = int(self.core.apply(plan, *options))
+        if not need:
+            self.steps.append(plan.step)
+        return need
 
 
 def batch_of(writer: int, number: int, dim: int) -> tuple[Any, Any, dict[str, Any]]:

@@ -19,7 +19,7 @@ import pytest
 from processes import wait_for
 
 import hashemb
-from hashemb import snapshot as snapshot_module
+from hashemb import _core
 
 SPAWN = multiprocessing.get_context("spawn")
 PAIRS, FAR, CLOCK = 1000, 10**6, 10**9
@@ -97,7 +97,7 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four writers on fewer cores, so that there is always a batch in flight: the gate must still close."""
-    path, waited, begin = tmp_path / "t", [], snapshot_module._begin
+    path, waited, begin = tmp_path / "t", [], _core.begin_point
 
     def timed(*args: Any) -> Any:
         began = time.perf_counter()
@@ -106,7 +106,7 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
         finally:
             waited.append(time.perf_counter() - began)
 
-    monkeypatch.setattr(snapshot_module, "_begin", timed)
+    monkeypatch.setattr(_core, "begin_point", timed)
     hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
     with hashemb.open(path, "r+") as table, writers(path, "hogwild", (1, 1, 1, 1)):
         for number in range(5):
@@ -155,17 +155,18 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
 ) -> None:
     """The next owner holds the lock and has said what it wants, but has not begun: the mark in the control page is
     still the dead one's, and a writer that meets it must save nothing."""
-    keys, path, begin = np.arange(1000), tmp_path / "t", snapshot_module._begin
+    keys, path, begin = np.arange(1000), tmp_path / "t", _core.begin_point
     with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
         table.update(keys, np.ones((1000, 4), np.float32))
         kill_a_snapshot(path, tmp_path / "dead")
 
-        def late(files: Any, lock: Any) -> Any:
+        def late(control: Any, lock_fd: int) -> Any:
+            table._files.control["saving"] = 1  # type: ignore[union-attr]
             with hashemb.open(path, "r+") as writer:
                 writer.update(keys, np.ones((1000, 4), np.float32))
-            return begin(files, lock)
+            return begin(control, lock_fd)
 
-        monkeypatch.setattr(snapshot_module, "_begin", late)
+        monkeypatch.setattr(_core, "begin_point", late)
         table.snapshot(tmp_path / "s")
         with hashemb.open(tmp_path / "s") as taken:
             np.testing.assert_array_equal(taken.lookup(keys), np.full((1000, 4), -2, np.float32))
@@ -179,7 +180,7 @@ def test_what_a_killed_snapshot_left_in_the_table_goes_with_the_next_writer(tmp_
         (path / name).write_bytes(b"{")
     with hashemb.open(path) as reader, hashemb.open(path, "r+") as table:
         assert reader.step == table.step == 0
-        assert {entry.name for entry in os.scandir(path)} == whole
+        assert {entry.name for entry in os.scandir(path)} == {*whole, "inflight"}
 
 
 def test_a_file_that_goes_while_the_table_is_measured_is_no_error(

@@ -14,7 +14,7 @@ import shim
 from crash import ALL, GRADS, NEW, OLD, OPTIONS
 
 import hashemb
-from hashemb import _directory, _recovery, _storage
+from hashemb import _building, _directory, _recovery, _storage
 from hashemb._directory import read_history
 from hashemb.errors import DeltaError
 
@@ -37,7 +37,7 @@ def disks(library, tmp_path, monkeypatch):
             done = shim.run(library, "crash.py", str(work / "root"), str(work / "record"), name)
             assert done.returncode == 0, done.stderr
             moments, root = load(work / "record")
-            for module in (_directory, _recovery, _storage):
+            for module in (_building, _directory, _recovery, _storage):
                 monkeypatch.setattr(module, "boot_id", lambda: "another boot")
             for mark, disk in crash.states(moments, root, work, *seeds):
                 yield mark, disk
@@ -234,7 +234,7 @@ def test_space_that_was_lost_is_reserved_again(tmp_path, monkeypatch):
     os.truncate(copy / "accumulator.npy", 4096)
     os.truncate(copy / "accumulator.npy", (path / "accumulator.npy").stat().st_size)
     assert (copy / "accumulator.npy").stat().st_blocks < used
-    for module in (_directory, _recovery, _storage):
+    for module in (_building, _directory, _recovery, _storage):
         monkeypatch.setattr(module, "boot_id", lambda: "another boot")
     with reopened(copy):
         assert (copy / "accumulator.npy").stat().st_blocks >= used

@@ -24,14 +24,13 @@ from hashemb.errors import DeltaError
 
 #: Where a child kills itself: (module or class, function, the call of it that is the last).
 APPLYING = [
-    ("hashemb._storage.TableFiles", "reserve", 1),
+    ("hashemb._storage.TableFiles", "claim", 1),
     ("hashemb.delta", "write_history", 1),
-    ("hashemb._core", "close_gate", 1),
+    ("hashemb._core", "ClosedGate", 1),
     ("hashemb.delta", "_write_runs", 1),
     ("hashemb.delta", "_write_runs", 5),
     ("hashemb.delta", "_take_counters", 1),
     ("hashemb._storage.TableFiles", "flush", 1),
-    ("hashemb._core", "open_gate", 1),
     ("hashemb.delta", "write_history", 2),
 ]
 EXPORTING = [
@@ -82,7 +81,7 @@ def test_an_apply_that_was_killed_is_completed_by_another(tmp_path: Path, where:
     if _directory.read_history(str(tmp_path / "r")).applying:
         _half_applied_table_behaves(tmp_path, files)
     else:
-        assert where[1] in ("reserve", "write_history")
+        assert where[1] in ("claim", "write_history")
         hashemb.open(tmp_path / "r").close()  # does not warn
     for file in files[1:]:
         hashemb.apply_delta(tmp_path / "r", file)

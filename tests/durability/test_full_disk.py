@@ -10,7 +10,7 @@ import pytest
 from disks import fill, mounted
 
 import hashemb
-from hashemb import _core, _storage
+from hashemb import _core, _space
 from hashemb.errors import NoSpaceError
 
 OPTIONS = {"num_embeddings": 2**22, "embedding_dim": 16, "optimizer": hashemb.Adagrad(lr=0.1)}
@@ -68,6 +68,7 @@ def test_kernels_without_populate_use_fallocate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_core, "populate_blocks", refuse)
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
+        table._core.asks_for_room = True
         table.update(np.arange(10), np.ones((10, 16), np.float32))
         assert asked == 3 * [10, *10 * [1]]  # in each file all together, then one by one
         assert table.stats().disk_bytes >= 3 * 10 * 4096
@@ -133,13 +134,13 @@ def answers(*errors):
 @pytest.fixture
 def allocated(monkeypatch):
     """(first byte, bytes) of each fallocate."""
-    calls, real = [], _storage._libc.fallocate
+    calls, real = [], _space._libc.fallocate
 
     def fallocate(fd, mode, offset, length):
         calls.append((offset, length))
         return real(fd, mode, offset, length)
 
-    monkeypatch.setattr(_storage._libc, "fallocate", fallocate)
+    monkeypatch.setattr(_space._libc, "fallocate", fallocate)
     return calls
 
 
@@ -148,12 +149,12 @@ def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocate
     with hashemb.create(tmp_path / "t", huge_pages=False, **OPTIONS) as table:
         size = (tmp_path / "t" / "weight.npy").stat().st_size
         monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT))
-        table._files.reserve(np.array([0, 1, 65535], np.uint64))
+        table._files.claim(np.array([0, 1, 65535], np.uint64))
         assert allocated == [(4096, 4096), (8192, 4096), (size - 4096, 4096)]
         assert np.flatnonzero(table._files.arrays["blocks"]).tolist() == [0, 1, 65535]
         allocated.clear()
         monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT, 0, errno.EFAULT))
-        table._files.reserve(np.array([2, 600], np.uint64))
+        table._files.claim(np.array([2, 600], np.uint64))
         assert allocated == [(12288, 4096), (601 * 4096, 4096), (2 << 20, 2 << 20)]
 
 
@@ -162,6 +163,7 @@ def test_pages_that_cannot_be_had_at_all(tmp_path, monkeypatch, code, raised):
     """Space is there, faults fail: a broken disk or memory. An error, and nothing is marked."""
     message = r"block \d+ of 4096 bytes cannot be made writable.*accumulator\.npy"
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
+        table._core.asks_for_room = True
         monkeypatch.setattr(_core, "populate_blocks", answers(0, code, code, code))
         with pytest.raises(OSError, match=message) as caught:
             table.update([1], np.ones((1, 16), np.float32))
@@ -177,12 +179,13 @@ def test_full_disk_seen_by_fallocate(tmp_path, monkeypatch):
     """The slow way names the file and leaves the table as it was."""
 
     def full(fd, mode, offset, length):
-        _storage.ctypes.set_errno(errno.ENOSPC)
+        _space.ctypes.set_errno(errno.ENOSPC)
         return -1
 
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
+        table._core.asks_for_room = True
         monkeypatch.setattr(_core, "populate_blocks", lambda *args: errno.EFAULT)
-        monkeypatch.setattr(_storage._libc, "fallocate", full)
+        monkeypatch.setattr(_space._libc, "fallocate", full)
         with pytest.raises(NoSpaceError, match=r"no space left.*weight\.npy"):
             table.update([1], np.ones((1, 16), np.float32))
         assert table.step == 0

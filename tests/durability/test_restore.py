@@ -20,7 +20,7 @@ import pytest
 from test_full_disk import fill, mounted
 
 import hashemb
-from hashemb import _directory, errors, restore, verify
+from hashemb import _building, _directory, errors, restore, verify
 
 KEYS = np.arange(300)
 OPTIONS: dict[str, Any] = {
@@ -208,14 +208,14 @@ def test_a_writer_that_comes_while_it_is_replaced(made: Path, monkeypatch: pytes
         except errors.HashembError as error:
             found.append(error)
 
-    writer, real = threading.Thread(target=open_it), _directory.take_place
+    writer, real = threading.Thread(target=open_it), _building.take_place
 
     def take_place(*paths: str) -> None:
         writer.start()
         time.sleep(0.3)  # by now it waits for the lock of the old table
         real(*paths)
 
-    monkeypatch.setattr(_directory, "take_place", take_place)
+    monkeypatch.setattr(_building, "take_place", take_place)
     aside = restore(made / "s", made / "t", replace=True)
     writer.join()
     assert "moved or replaced" in str(found[0])
@@ -231,9 +231,9 @@ def test_a_writer_that_comes_while_it_is_replaced(made: Path, monkeypatch: pytes
 CHILD = """
 import os, signal, sys
 import hashemb
-from hashemb import _directory
+from hashemb import _building
 call, left, source, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-owner, name = (_directory, "exchange") if call == "exchange" else (os, call)
+owner, name = (_building, "exchange") if call == "exchange" else (os, call)
 real = getattr(owner, name)
 def dying(*args, **kwargs):
     global left
@@ -284,7 +284,7 @@ def test_without_exchanging_names(made: Path, monkeypatch: pytest.MonkeyPatch, c
     def refuse(one: str, other: str) -> None:
         raise OSError(code, os.strerror(code), one)
 
-    monkeypatch.setattr(_directory, "exchange", refuse)
+    monkeypatch.setattr(_building, "exchange", refuse)
     before = content(made / "t")
     assert restore(made / "s", made / "t", replace=True) == f"{made / 't'}.damaged-1"
     assert content(made / "t") == content(made / "s")
@@ -299,7 +299,7 @@ def test_when_names_cannot_be_changed(made: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EIO, os.strerror(errno.EIO), one)
 
     before = content(made / "t")
-    monkeypatch.setattr(_directory, "exchange", fail)
+    monkeypatch.setattr(_building, "exchange", fail)
     with pytest.raises(OSError, match="Input/output error"):
         restore(made / "s", made / "t", replace=True)
     assert content(made / "t") == before
@@ -309,7 +309,7 @@ def test_when_names_cannot_be_changed(made: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_when_the_directory_cannot_be_synced(made: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     """What is not known to be durable has not happened: the old table is back."""
-    real = _directory.sync_directory
+    real = _building.sync_directory
 
     def sync(path: str) -> None:
         if path == str(made):
@@ -320,9 +320,9 @@ def test_when_the_directory_cannot_be_synced(made: Path, monkeypatch: pytest.Mon
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), one)
 
     before = content(made / "t")
-    monkeypatch.setattr(_directory, "sync_directory", sync)
+    monkeypatch.setattr(_building, "sync_directory", sync)
     if not can_exchange:
-        monkeypatch.setattr(_directory, "exchange", refuse)
+        monkeypatch.setattr(_building, "exchange", refuse)
     with pytest.raises(OSError, match="Input/output error"):
         restore(made / "s", made / "t", replace=True)
     assert content(made / "t") == before
@@ -404,8 +404,9 @@ def test_cloning_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if len(calls) == 2:
             raise OSError(errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(_directory.fcntl, "ioctl", ioctl)
-    assert _directory.clone_files(str(tmp_path), str(tmp_path / "target"), ["a", "b"]) is False
+    monkeypatch.setattr(_building.fcntl, "ioctl", ioctl)
+    with _directory.Directory(str(tmp_path)) as source, _directory.Directory(str(tmp_path / "target")) as target:
+        assert _building.clone_files(source, target, ["a", "b"]) is False
     assert names(tmp_path / "target") == []
     assert calls == [0x40049409] * 2
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 import hashemb
 from hashemb import _arguments
@@ -72,3 +73,78 @@ def test_what_c_may_not_read_is_copied() -> None:
     out = np.frombuffer(bytearray(grads.nbytes + 1), np.float32, offset=1).reshape(grads.shape)
     with pytest.raises(ValueError, match="out must be C-contiguous, aligned and writeable"):
         _arguments.output_array(out, grads.shape)
+
+
+# ---- arrays whose meaning would be lost ----
+
+OFFSETS = np.array([0, 4, 6])
+
+
+def masked(array: Any) -> Any:
+    return np.ma.masked_array(array, np.arange(array.size).reshape(array.shape) % 2 == 1)
+
+
+MASKED = {
+    "keys": lambda t: t.lookup(masked(KEYS)),
+    "a list of keys": lambda t: t.lookup([masked(KEYS[0]), masked(KEYS[1])]),
+    "a masked key": lambda t: t.lookup([1, np.ma.masked]),
+    "keys of rows": lambda t: t.rows(masked(KEYS)),
+    "keys of prefetch": lambda t: t.prefetch(masked(KEYS)),
+    "keys of update": lambda t: t.update(masked(KEYS), GRADS),
+    "offsets": lambda t: t.lookup(KEYS.ravel(), offsets=masked(OFFSETS)),
+    "weights": lambda t: t.lookup(KEYS.ravel(), offsets=OFFSETS, per_sample_weights=masked(np.ones(6))),
+    "grads": lambda t: t.update(KEYS, masked(GRADS)),
+    "a list of grads": lambda t: t.update(KEYS, list(masked(GRADS))),
+    "out": lambda t: t.lookup(KEYS, out=np.ma.masked_array(np.empty((2, 3, 4), np.float32))),
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Any:
+    with hashemb.create(tmp_path / "t", num_embeddings=50, embedding_dim=4) as table:
+        yield table
+
+
+@pytest.mark.parametrize("what", MASKED)
+def test_a_mask_is_not_ignored(table: Any, what: str) -> None:
+    with pytest.raises(TypeError, match="masked array, of which the mask would be ignored"):
+        MASKED[what](table)
+    assert table.step == 0
+
+
+def test_what_the_message_says_to_do_works(table: Any) -> None:
+    array = masked(KEYS)
+    assert table.lookup(array.filled(0)).shape == (2, 3, 4)
+    assert table.lookup(array.compressed()).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t.lookup(np.zeros(2, [("a", "i8")])), "keys must be integers, got dtype"),
+        (lambda t: t.lookup(np.array([1, None])), "keys must be integers, got dtype object"),
+        (lambda t: t.update(KEYS, GRADS.astype(object)), "grads must be floats, got dtype object"),
+        (lambda t: t.lookup(sparse.csr_matrix(np.eye(4) * 1j)), "data of a CSR matrix .* real numbers, got .*complex"),
+    ],
+)
+def test_other_arrays_whose_meaning_would_be_lost(table: Any, call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(table)
+
+
+def test_missing_values_of_pandas(table: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"keys must be integers, got dtype (object|float64)"):
+        table.lookup(pandas.array([1, None], "Int64"))
+    with pytest.raises((TypeError, ValueError), match=r"grads must be f"):
+        table.update([1], pandas.DataFrame({name: pandas.array([None], "Float64") for name in "abcd"}))
+    assert table.lookup(pandas.Series([1, 2], index=[5, 6])).shape == (2, 4)
+    assert table.step == 0
+
+
+def test_tensors_with_gradients(table: Any) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"grads cannot be read as an array: .*detach\(\)"):
+        table.update([1], torch.ones(1, 4, requires_grad=True))
+    table.update(torch.tensor([1]), torch.ones(1, 4))
+    assert table.step == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import hashemb
 from hashemb.ctr.checkpoints import Checkpoints
 from hashemb.ctr.model_dir import ModelCard, SourcePosition, read_card, write_card
-from hashemb.errors import HashembError
+from hashemb.errors import FormatError, HashembError
 
 KEYS = np.arange(50)
 
@@ -25,7 +26,7 @@ class Model:
         self.checkpoints = Checkpoints(self.snapshots, self.deltas)
         options: dict[str, Any] = {"optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
         self.table = hashemb.create(self.path, num_embeddings=4096, embedding_dim=4, **options)
-        self.card = ModelCard(rank=3, schema={"a": "categorical"}, sources={"/data": SourcePosition(9, "x")})
+        self.card = ModelCard(rank=3, schema={"a": "string"}, sources={"/data": SourcePosition(9, "x")})
         write_card(self.path, self.card)
 
     def learn(self, batches: int) -> None:
@@ -121,7 +122,7 @@ def test_a_server_never_has_what_a_kill_takes_back(
 
 
 def _fails_on_publishing(rename: Any, fail: Any) -> Any:
-    return lambda src, dst: fail() if str(src).endswith(".pending") else rename(src, dst)
+    return lambda src, dst, **fds: fail() if str(src).endswith(".pending") else rename(src, dst, **fds)
 
 
 def test_two_checkpoints_are_kept_and_one_of_the_same_step_is_not_taken_again(model: Model) -> None:
@@ -139,3 +140,24 @@ def test_nothing_to_go_back_to(model: Model, tmp_path: Path) -> None:
     with pytest.raises(HashembError, match="holds no checkpoint"):
         Checkpoints(tmp_path / "others").resume(model.path)
     assert Checkpoints(tmp_path / "others").resume(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", [{"rank": "3"}, {"kind": "tree"}, {"sources": None}, {"progress": {"pass": 1}}])
+def test_a_card_that_cannot_be_read_leaves_the_model_as_it_is(model: Model, damage: dict[str, Any]) -> None:
+    model.learn(1)
+    place = model.snapshots / "step-000000000000001"
+    model.table.snapshot(place, extra={"model": {**asdict(model.card), "format": 1, **damage}, "delta": None})
+    model.learn(1)
+    model.kill()
+    before = {path.name: path.read_bytes() for path in model.path.iterdir()}
+    with pytest.raises(FormatError, match=f"{place}: the model's card in it can't be read: "):
+        model.checkpoints.resume(model.path)
+    assert {path.name: path.read_bytes() for path in model.path.iterdir()} == before
+
+
+def test_a_delta_of_another_name_is_not_taken_for_a_number(model: Model) -> None:
+    (model.deltas / "last.delta").write_bytes(b"")
+    model.learn(1)
+    with pytest.raises(HashembError, match=r"last\.delta: not a delta of a trainer, whose names are numbers"):
+        model.checkpoints.take(model.table, model.card)
+    model.table.close()

@@ -72,6 +72,7 @@ def test_float_buckets(x: float, share: float, sign: float) -> None:
         (pa.array([0, 100, None, 65535], pa.int32())[1:], "count", [21, None, 122]),
         (pa.array([7] * 9 + [None, 3], pa.uint8())[8:], "count", [3, None, 1]),
         (pa.array([], pa.int64()), "count", []),
+        (pa.array([100, None, 2**64 - 1], pa.uint64()), "count", [21, None, 1967]),
         (pa.array([1.5, None, float("nan"), 0.0]), "float", [0x3FF8 << 48 >> 49, None, None, 0]),
         (pa.array([1.5, 0.0], pa.float32()), "float", [0x3FF8 << 48 >> 49, 0]),
     ],

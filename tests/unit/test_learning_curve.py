@@ -48,8 +48,12 @@ def test_through_json_and_on() -> None:
     for row in rows[400:]:
         resumed.add(row)
     assert resumed.to_json() == whole.to_json()
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="a row must have examples, logloss_since_last, "):
         LearningCurve.from_json([{"examples": 3}])
+    with pytest.raises(ValueError, match="rows must have more and more examples, found 400 after 400"):
+        LearningCurve.from_json(half.to_json()[:1] * 2)
+    with pytest.raises(ValueError, match="rows must be a list"):
+        LearningCurve.from_json({})
 
 
 # ---- the example ----

@@ -91,7 +91,7 @@ def test_malformed_line(tmp_path: Path, line: bytes, reason: str, place: int) ->
         read_all(path, format="criteo", strict=True)
 
 
-@pytest.mark.parametrize("text", ["-0", "007", str(2**63 - 1), str(-(2**63)), "-" + "0" * 30 + "5"])
+@pytest.mark.parametrize("text", ["-0", "007", str(2**63 - 1), str(-(2**63)), "-" + "0" * 30 + "5", "0" * 5000 + "5"])
 def test_unusual_integers_that_are_good(tmp_path: Path, text: str) -> None:
     rows = [changed(1, text), GOOD[1]]
     batch, reader = read_all(write(tmp_path / "a.tsv", tsv(rows)))

@@ -172,7 +172,11 @@ def test_state_goes_through_json_and_on() -> None:
     assert restored.auc == metrics.auc
 
 
-FOUR_ZEROS = base64.b64encode(zlib.compress(bytes(32))).decode()
+def packed(values: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(values.tobytes())).decode()
+
+
+FOUR_ZEROS = packed(np.zeros(4))
 
 
 @pytest.mark.parametrize(
@@ -184,12 +188,17 @@ FOUR_ZEROS = base64.b64encode(zlib.compress(bytes(32))).decode()
         ({"num_bins": 3}, "not a state of StreamingMetrics"),
         ({"num_bins": 1 << 13}, "not a state of StreamingMetrics"),
         ({"num_bins": 2, "histogram": FOUR_ZEROS}, "state has 2 bins, this version has 16384"),
+        ({"histogram": FOUR_ZEROS}, "histogram must have 262,144 bytes, found 32"),
+        ({"histogram": packed(np.full((2, 1 << 14), -1))}, "histogram must hold sums from 0"),
+        ({"histogram": packed(np.zeros(1 << 26, np.int64))}, "histogram must have 262,144 bytes, found 262,145"),
+        ({"sum_loss": float("inf")}, "sum_loss must be finite"),
+        ({"squares": packed(np.zeros((2, 1 << 14))), "examples": 10**30}, "examples must be from 0 to"),
     ],
 )
 def test_state_that_is_none(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamingMetrics.from_state_dict(StreamingMetrics().state_dict() | change)
-    with pytest.raises(ValueError, match="not a state of StreamingMetrics: KeyError"):
+    with pytest.raises(ValueError, match="not a state of StreamingMetrics: num_bins must be an integer, found nothing"):
         StreamingMetrics.from_state_dict({})
 
 

@@ -157,7 +157,7 @@ def test_damaged_compression_names_the_file(tmp_path: Path, name: str, damage: s
     if damage == "flipped":
         data[len(data) // 2] ^= 0xFF
     path = write(tmp_path / name, bytes(data[:-200] if damage == "truncated" else data))
-    with pytest.raises(ValueError, match=f"{name}: the (gzip|zstd) data is damaged or ends early"):
+    with pytest.raises(ValueError, match=f"{name}: not readable as (gzip|zstd) data"):
         read_all(path)
 
 

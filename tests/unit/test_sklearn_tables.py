@@ -149,8 +149,17 @@ def test_a_table_is_not_taken_for_what_it_is_not(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no estimator here"):
         HashedFMClassifier.from_table(tmp_path / "plain.emb")
     card = path / "estimator.json"
-    for damage, message in [({"format": 99}, "format 99 is newer"), ({"columns": {"a": "x"}}, "not a kind"),
-                            ({"classes": [1]}, "1 classes")]:  # fmt: skip
+    for damage, message in [
+        ({"format": 99}, "format 99 is newer"),
+        ({"columns": {"a": "x"}}, "not a kind"),
+        ({"columns": {"\ud800": "string"}, "num_columns": 1}, "whole characters"),
+        ({"num_columns": "3"}, "num_columns must be an integer"),
+        ({"estimator": 5}, "estimator must be a string"),
+        ({"classes": [1]}, "classes must be two labels"),
+        ({"classes": [1, 1]}, "must be sorted"),
+        ({"classes": [1, 10**30], "classes_dtype": "<i8"}, "can't hold"),
+        ({"classes_dtype": "<U999999999"}, "classes_dtype"),
+    ]:
         content = card.read_text()
         card.write_text(json.dumps(json.loads(content) | damage))
         with pytest.raises(FormatError, match=message):

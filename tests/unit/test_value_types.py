@@ -83,7 +83,7 @@ def test_what_is_no_number(cls: type[Any], name: str, value: object) -> None:
 @pytest.mark.parametrize("value", [0.25, 0, 0.0], ids=repr)
 def test_numbers_in_range(cls: type[Any], name: str, value: float) -> None:
     if (cls, name) == (FTRL, "alpha") and value == 0:
-        with pytest.raises(ValueError, match=r"FTRL: alpha must be finite and > 0, got 0"):
+        with pytest.raises(ValueError, match=r"FTRL: alpha must be between 1e-30 and 1e30 .*, got 0"):
             cls(alpha=value)
     else:
         assert getattr(cls(**{name: value}), name) == value
@@ -114,7 +114,7 @@ def test_state_files() -> None:
 @pytest.mark.parametrize("cls", [Uniform, Normal], ids=lambda cls: cls.__name__)
 def test_widths_that_would_overflow(cls: type[Any]) -> None:
     assert cls(1e30)
-    with pytest.raises(ValueError, match=r"must be between 0 and 1e30, got 1.1e\+30"):
+    with pytest.raises(ValueError, match=r"must be between 0 and 1e30 \(.*\), got 1.1e30"):
         cls(1.1e30)
 
 

@@ -1,0 +1,414 @@
+"""One process of the storm (storm.py): it works on a table in a loop, while handlers of signals use the table too.
+
+Whatever a signal interrupts, the loop and the handlers may meet only what is documented: a result, a `TableBusyError`
+where the same thread is inside another call on the table, a `ClosedTableError` after a handler has closed it, or the
+`Interrupt` that a handler raises. Everything else is a failure, with its traceback.
+
+Signals arrive in the loop's own code too. So handlers only append to deques, which is one step of the interpreter, and
+raise only while the loop is armed for it, once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import json
+import math
+import mmap
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hashemb
+from hashemb import errors
+
+DIM = 8
+SIZES = {3: 8, 30: 6, 1000: 4, 10_000: 2, 50_000: 1}  # keys in a batch: how often
+#: What handlers do, and how often.
+HANDLERS = {
+    "nothing": 14, "raise": 20, "update": 24, "lookup": 16, "lr": 8, "stats": 4, "flush": 3, "close": 4, "snapshot": 2,
+    "export": 2,
+}  # fmt: skip
+LOOP = {"update": 70, "lookup": 20, "snapshot": 1, "delta": 3, "flush": 1, "stats": 3, "prefetch": 3, "close": 1}
+STORM, IDLE, FINISH = 0, 1, 2  # phases
+MAX_DEPTH = 3  # of handlers within handlers
+NUM_BUCKETS = 96  # of the histogram of times, four to the octave, from a microsecond
+BUSY: Any = getattr(errors, "TableBusyError", ())
+
+
+class Interrupt(BaseException):
+    """What a handler raises, as KeyboardInterrupt is."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one worker is: its table's isolation, the library's threads, and whether a second Python thread works."""
+
+    isolation: str
+    num_threads: int
+    has_thread: bool = False
+
+
+ROLES = [Role("hogwild", 1), Role("exact", 1), Role("hogwild", 3, has_thread=True), Role("exact", 3)]
+
+
+class Board:
+    """Shared memory: the phase, and what each worker reports of itself."""
+
+    FIELDS = ("signals", "beats", "last_beat_ns", "is_idle", "has_failed", "longest_held_ns", "signals_before")
+
+    def __init__(self, path: Path, num_workers: int) -> None:
+        row = len(self.FIELDS) + NUM_BUCKETS
+        if not path.exists():
+            path.write_bytes(bytes(8 * (1 + num_workers * row)))
+        with open(path, "r+b") as file:
+            cells = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)
+        self.phase, rows = cells[:1], cells[1:].reshape(num_workers, row)
+        self.held = rows[:, len(self.FIELDS) :]
+        self.by_name = {name: rows[:, i] for i, name in enumerate(self.FIELDS)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.by_name[name]
+
+
+def bucket_of(held_ns: int) -> int:
+    return min(NUM_BUCKETS - 1, int(4 * math.log2(max(1.0, held_ns / 1e3))))
+
+
+class Worker:
+    """The loop and its handlers."""
+
+    def __init__(self, root: Path, number: int, seed: int, num_workers: int, handlers: list[str]) -> None:
+        self.handlers = {what: HANDLERS[what] for what in handlers}
+        self.root, self.number, self.role = root, number, ROLES[number % len(ROLES)]
+        self.board = Board(root / "board", num_workers)
+        self.random, self.rng = random.Random(f"{seed} {number}"), np.random.default_rng([seed, number])
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.events: deque[tuple[str, str, str]] = deque()
+        self.discarded: deque[Path] = deque()
+        self.failures: deque[str] = deque()
+        self.signals, self.names = itertools.count(1), itertools.count()
+        self.depth, self.armed, self.handled, self.has_alarm = 0, False, 0, False
+        self.batches = self.make_batches()
+        self.table: Any = None
+        self.replica: Any = None
+        self.last: Any = None  # the delta that the replica stands at
+        self.pending: Path | None = None  # a delta that it has yet to take
+        self.chains = itertools.count()
+        self.replica_path = self.place("replica")
+
+    def make_batches(self) -> list[tuple[Any, Any]]:
+        """Keys with repeats, some of all workers and some of this one; small whole numbers as gradients."""
+        batches = []
+        for size, often in SIZES.items():
+            for _ in range(often):
+                keys = self.rng.integers(0, 1 << 20, size)
+                keys[: size // 3] = self.rng.integers(0, 100, size // 3)
+                grads = self.rng.integers(-2, 3, (size, DIM)).astype(np.float32) / 1024
+                batches.append((keys, grads))
+        return batches
+
+    def place(self, kind: str) -> Path:
+        """A name in the root that nobody has had."""
+        return self.root / f"{kind}-{self.number}-{next(self.names)}"
+
+    # -- outcomes --
+
+    def attempt(self, where: str, what: str, operation: Callable[[], Any], *, armed: bool = False) -> str:
+        """Runs an operation, and books what came of it. With `armed` a handler may end it by an exception, once."""
+        outcome = "ok"
+        try:
+            self.armed = armed
+            operation()
+            self.armed = False
+        except BaseException as error:
+            self.armed = False
+            outcome = self.judge(where, what, error)
+        self.events.append((where, what, outcome))
+        return outcome
+
+    def judge(self, where: str, what: str, error: BaseException) -> str:
+        if isinstance(error, Interrupt) and where == "loop":
+            return "interrupted"
+        if isinstance(error, BUSY) and where == "handler":
+            return "busy"  # elsewhere nothing of this thread's is under way
+        if isinstance(error, errors.ClosedTableError):
+            return "closed"
+        self.failures.append(f"{where}, {what}:\n{''.join(traceback.format_exception(error))}")
+        self.board["has_failed"][self.number] = 1
+        return "other"
+
+    # -- what the loop and the handlers do --
+
+    def batch(self) -> tuple[Any, Any]:
+        return self.random.choice(self.batches)
+
+    def update(self) -> None:
+        self.table.update(*self.batch())
+
+    def lookup(self) -> None:
+        table = self.replica if self.random.random() < 0.3 else self.table
+        table.lookup(self.batch()[0])
+
+    def stats(self) -> None:
+        self.table.stats(exact=self.random.random() < 0.3)
+
+    def flush(self) -> None:
+        self.table.flush()
+
+    def prefetch(self) -> None:
+        self.table.prefetch(self.batch()[0])
+
+    def lr(self) -> None:
+        self.table.lr = self.random.uniform(0.01, 0.1)
+
+    def close(self) -> None:
+        (self.replica if self.random.random() < 0.2 else self.table).close()
+
+    def snapshot(self) -> None:
+        path = self.place("snapshot")
+        self.discarded.append(path)
+        self.table.snapshot(path)
+
+    def export(self) -> None:
+        path = self.place("handler.delta")
+        self.discarded.append(path)
+        self.table.export_delta(None, path)
+
+    # -- signals --
+
+    def on_signal(self, number: int, _frame: Any) -> None:
+        self.board["signals"][self.number] = next(self.signals)
+        self.handled += 1
+        if number == signal.SIGALRM:
+            self.has_alarm = False
+        if self.depth >= MAX_DEPTH or self.board.phase[0] != STORM:
+            return
+        what = self.random.choices(list(self.handlers), list(self.handlers.values()))[0]
+        if what == "raise":
+            self.raise_once()
+        elif what != "nothing":
+            self.depth += 1
+            self.attempt_in_handler(what)
+            self.depth -= 1
+
+    def raise_once(self) -> None:
+        if self.armed and self.depth == 0:
+            self.armed = False
+            self.events.append(("handler", "raise", "ok"))
+            raise Interrupt
+
+    def attempt_in_handler(self, what: str) -> None:
+        """The loop stays armed as it was: an exception that comes now would be raised in the handler."""
+        try:
+            getattr(self, what)()
+            outcome = "ok"
+        except Exception as error:
+            outcome = self.judge("handler", what, error)
+        self.events.append(("handler", what, outcome))
+
+    def set_alarm(self) -> None:
+        """For some time from now, if none is pending: from the length of the smallest update to that of a snapshot."""
+        if not self.has_alarm:
+            self.has_alarm = True
+            signal.setitimer(signal.ITIMER_REAL, 10 ** self.random.uniform(-5.3, -1.5))
+
+    # -- the loop --
+
+    def run(self) -> None:
+        while self.board.phase[0] == STORM and not self.failures:
+            self.reopen()
+            self.set_alarm()
+            what = self.random.choices(list(LOOP), list(LOOP.values()))[0]
+            if what == "update":
+                self.timed_update()
+            elif what == "delta":
+                self.delta()
+            else:
+                self.attempt("loop", what, getattr(self, what), armed=True)
+            self.board["beats"][self.number] += 1
+            self.board["signals_before"][self.number] = self.board["signals"][self.number]
+            self.board["last_beat_ns"][self.number] = time.monotonic_ns()
+            self.tidy()
+
+    def reopen(self) -> None:
+        """What handlers, or an interrupted call, have closed."""
+        isolation: Any = self.role.isolation
+        if self.table is None or is_closed(self.table):
+            self.table = hashemb.open(self.root / "table", "r+", isolation=isolation)
+        if self.replica is None or is_closed(self.replica):
+            if not self.replica_path.exists():
+                create(self.replica_path).close()
+            self.replica = hashemb.open(self.replica_path, "r+")
+
+    def timed_update(self) -> None:
+        """How long it waited is known where no handler ran meanwhile: its time less the processor's."""
+        handled, began_ns, cpu_ns = self.handled, time.monotonic_ns(), time.thread_time_ns()
+        outcome = self.attempt("loop", "update", self.update, armed=True)
+        held_ns = time.monotonic_ns() - began_ns - (time.thread_time_ns() - cpu_ns)
+        if outcome == "ok" and handled == self.handled:
+            self.board.held[self.number, bucket_of(held_ns)] += 1
+            longest = self.board["longest_held_ns"]
+            longest[self.number] = max(longest[self.number], held_ns)
+
+    def delta(self) -> None:
+        """One link of the chain to the replica: exported, or applied where it was exported before."""
+        if self.pending is None:
+            path = self.place("link.delta")
+            self.attempt("loop", "export", lambda: self.table.export_delta(self.last, path), armed=True)
+            self.pending = path if path.exists() else None
+            return
+        if self.attempt("loop", "apply", self.apply, armed=True) == "ok":
+            self.last, done = hashemb.delta_info(self.pending), self.pending
+            self.pending = None
+            done.unlink()
+
+    def apply(self) -> None:
+        try:
+            hashemb.apply_delta(self.replica, self.pending)  # type: ignore[arg-type]
+        except errors.DeltaError as error:
+            if error.reason != "applied":  # by a call that was interrupted when it was through
+                raise
+
+    def tidy(self) -> None:
+        """Books the events; verifies a sample of the snapshots, and removes them."""
+        while self.events:
+            self.counts[self.events.popleft()] += 1
+        for _ in range(len(self.discarded)):
+            path = self.discarded.popleft()
+            if path.is_dir():
+                if self.random.random() < 0.2:
+                    self.attempt("loop", "verify", lambda path=path: expect_clean(path))
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()
+
+    def work_beside(self) -> None:
+        """The second thread: it uses whatever table is open, and may find it closed by the first one's handlers."""
+        rng = random.Random(self.number)
+        while self.board.phase[0] == STORM and not self.failures:
+            table, (keys, grads) = self.table, rng.choice(self.batches)
+            if table is None:
+                continue
+            what = rng.choice(["update", "lookup", "stats"])
+            arguments = {"update": (keys, grads), "lookup": (keys,), "stats": ()}[what]
+            try:
+                getattr(table, what)(*arguments)
+                outcome = "ok"
+            except Exception as error:
+                outcome = self.judge("thread", what, error)
+            self.events.append(("thread", what, outcome))
+
+    # -- the end --
+
+    def finish(self) -> None:
+        """With nobody at work: the replica equals its source."""
+        self.tidy()
+        self.reopen()
+        self.replica.close()  # what was interrupted is completed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self.replica = hashemb.open(self.replica_path, "r+")
+        if self.pending is not None:
+            self.apply()
+            self.last = hashemb.delta_info(self.pending)
+        path = self.place("last.delta")
+        self.table.export_delta(self.last, path)
+        hashemb.apply_delta(self.replica, path)
+        same = np.array_equal(self.table.weight, self.replica.weight)
+        self.attempt("loop", "compare", lambda: expect(same, "the replica differs from its source"))
+        self.table.close()
+        self.replica.close()
+        self.attempt("loop", "verify", lambda: expect_clean(self.replica_path))
+        self.tidy()
+
+
+def is_closed(table: Any) -> bool:
+    try:
+        table.step  # noqa: B018
+    except errors.ClosedTableError:
+        return True
+    return False
+
+
+def create(path: Path) -> hashemb.EmbeddingTable:
+    return hashemb.create(path, num_embeddings=1 << 16, embedding_dim=DIM, optimizer=hashemb.Adagrad(lr=0.05))
+
+
+def expect(is_so: bool, message: str) -> None:
+    if not is_so:
+        raise AssertionError(message)
+
+
+def expect_clean(path: Path) -> None:
+    problems = hashemb.verify(path)
+    expect(not problems, f"{path}: {problems}")
+
+
+def descriptors() -> Counter[str]:
+    """What this process has open, by name."""
+    names: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself
+            names[os.readlink(f"/proc/self/fd/{number}")] += 1
+    return names
+
+
+def work(root: Path, number: int, seed: int, num_workers: int, handlers: list[str]) -> None:
+    """The process: works until it is told to stand idle, then finishes; its results lie in `root`."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # of a replica that an interrupted delta was applied to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(root / f"stacks-{number}", "w", encoding="utf-8") as stacks:
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        worker = Worker(root, number, seed, num_workers, handlers)
+        hashemb.set_num_threads(worker.role.num_threads)
+        opened = descriptors()
+        worker.reopen()
+        worker.board["last_beat_ns"][number] = time.monotonic_ns()
+        storm(worker)
+        worker.board["is_idle"][number] = 1
+        while worker.board.phase[0] != FINISH:
+            time.sleep(0.01)
+        if not worker.failures:
+            worker.finish()
+        write_results(worker, opened)
+
+
+def storm(worker: Worker) -> None:
+    """The loop, and beside it a second thread if the role has one, until the phase changes."""
+    for which in (signal.SIGUSR1, signal.SIGALRM):
+        signal.signal(which, worker.on_signal)
+    second = threading.Thread(target=worker.work_beside)
+    if worker.role.has_thread:
+        second.start()
+    try:
+        worker.run()
+    except BaseException as error:
+        worker.judge("loop", "own code", error)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if worker.role.has_thread:
+        second.join()
+
+
+def write_results(worker: Worker, opened: Counter[str]) -> None:
+    results = {
+        "counts": [[*key, count] for key, count in sorted(worker.counts.items())],
+        "signals": next(worker.signals) - 1,
+        "left_open": sorted((descriptors() - opened).elements()),
+        "failures": list(worker.failures),
+    }
+    (worker.root / f"results-{worker.number}.json").write_text(json.dumps(results), encoding="utf-8")
+

@@ -1,9 +1,10 @@
-"""``python -m bench [name ...] [--smoke | --full] [--json FILE]``: runs the questions and prints what they cost."""
+"""``python -m bench [name ...] [--smoke | --full] [--json FILE] [--against DIR]``: runs the questions, prints costs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import tempfile
 import time
 from typing import Any
 
+from bench import against
 from bench.harness import Result, Settings, Skip, file_system, machine
 
 BENCHES = [
@@ -40,11 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     report: dict[str, Any] = {"machine": machine(settings.directory), "settings": settings.__dict__, "results": []}
     print(json.dumps(report["machine"], indent=1))
-    for name in options.names or BENCHES:
+    for name in options.names or (against.NAMES if options.against else BENCHES):
         began = time.perf_counter()
         disk = options.dir or tempfile.gettempdir()
         where = dataclasses.replace(settings, directory=disk) if name in ON_DISK else settings
-        run_bench(name, where, report, options.json)
+        run_bench(name, where, report, options.json, options.against)
         print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
     return 0
 
@@ -56,10 +58,11 @@ def in_memory() -> str | None:
     return MEMORY
 
 
-def run_bench(name: str, settings: Settings, report: dict[str, Any], target: str | None) -> None:
-    """Runs one question; prints and saves each result as it comes."""
+def run_bench(name: str, settings: Settings, report: dict[str, Any], target: str | None, other: str | None) -> None:
+    """Runs one question, with `other` of another build too; prints and saves each result as it comes."""
     try:
-        for result in importlib.import_module(f"bench.{name}").run(settings):
+        question = importlib.import_module(f"bench.{name}")
+        for result in against.run(name, settings, other) if other else question.run(settings):
             if name != "hash":  # which has no files
                 result.case["on"] = file_system(settings.directory)
             report["results"].append(result.as_dict())
@@ -102,8 +105,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dims", type=int, nargs="+", default=[])
     parser.add_argument("--threads", type=int, nargs="+", default=[])
     parser.add_argument("--optimizers", nargs="+", choices=["rowwise_adagrad", "adagrad"], default=[])
+    parser.add_argument("--against", metavar="DIR", help="a checkout with another build in place")
     parser.add_argument("--sides", default="", help="a regular expression: only the peers whose name it finds")
     options = parser.parse_args(arguments)
+    if options.against and not glob.glob(os.path.join(glob.escape(options.against), "hashemb", "_core*.so")):
+        parser.error(f"{options.against} has no build in place: there, run `python setup.py build_ext --inplace`")
     if options.dir:
         os.makedirs(options.dir, exist_ok=True)
     return options

@@ -41,16 +41,28 @@ def run(settings: Settings) -> Iterator[Result]:
     base = Case(rows=1 << (14 if settings.smoke else 20), dim=16)
     with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
         table = workload.make_table(directory, base)
-        for batch, fields in BATCHES[:3] if settings.smoke else BATCHES:
-            for threads in settings.threads or ([1] if settings.smoke else [1, 2]):
-                case = dataclasses.replace(base, batch=batch, fields=fields, threads=threads)
-                yield run_case(settings, table, case)
+        for case in cases(settings, base):
+            yield run_case(settings, table, case)
         workload.drop_table(table)
+
+
+def cases(settings: Settings, base: Case) -> Iterator[Case]:
+    for batch, fields in BATCHES[:3] if settings.smoke else BATCHES:
+        for threads in settings.threads or ([1] if settings.smoke else [1, 2]):
+            yield dataclasses.replace(base, batch=batch, fields=fields, threads=threads)
+
+
+def calls_per_run(settings: Settings, case: Case) -> int:
+    return 4 if settings.smoke else max(2, min(500, KEYS_PER_RUN // case.num_keys))
+
+
+def point(case: Case) -> dict[str, Any]:
+    return {"keys": case.num_keys, "rows": case.rows, "dim": case.dim, "threads": case.threads}
 
 
 def run_case(settings: Settings, table: hashemb.EmbeddingTable, case: Case) -> Result:
     torch_sides.set_num_threads(case.threads)
-    calls = 4 if settings.smoke else max(2, min(500, KEYS_PER_RUN // case.num_keys))
+    calls = calls_per_run(settings, case)
     kept = dataclasses.replace(settings, sides=settings.sides or "NumPy|FBGEMM memory|Bag")
     skipped: dict[str, str] = {}
     sides = embedding.make_sides(table, case, skipped, kept, train=True)
@@ -65,5 +77,4 @@ def run_case(settings: Settings, table: hashemb.EmbeddingTable, case: Case) -> R
         [Calls(side) for side in sides], batch, units=calls, repeats=settings.repeats, inner=1, settle_s=settle_s
     )
     checks["huge_page_bytes"] = workload.huge_page_bytes(table)
-    point = {"keys": case.num_keys, "rows": case.rows, "dim": case.dim, "threads": case.threads}
-    return Result("overhead", point, "call", calls, rows, skipped, checks)
+    return Result("overhead", point(case), "call", calls, rows, skipped, checks)

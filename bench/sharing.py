@@ -25,6 +25,7 @@ from bench import workload
 from bench.harness import Clock, Mismatch, Result, Settings, Skip, measure, require_memory
 from bench.workload import Case
 from bench.writers import LOG_FIELDS, Times, Writer, timed, writers
+from hashemb import _core
 from hashemb import snapshot as snapshot_module
 
 DISTRIBUTIONS = ("uniform", "zipf1.2")
@@ -140,8 +141,8 @@ def snapshot_under_fire(
         writer.ask("until told")
     time.sleep(warm_s)
     dst = os.path.join(directory, "snapshot")
-    begin, copy = timed(snapshot_module._begin), timed(snapshot_module._copy_blocks)
-    with mock.patch.multiple(snapshot_module, _begin=begin, _copy_blocks=copy):
+    begin, copy = timed(_core.begin_point), timed(snapshot_module._copy_blocks)
+    with mock.patch.object(_core, "begin_point", begin), mock.patch.object(snapshot_module, "_copy_blocks", copy):
         called = time.perf_counter()
         info = table.snapshot(dst)
         returned = time.perf_counter()
@@ -167,25 +168,22 @@ def check_snapshot(path: str, info: hashemb.SnapshotInfo) -> None:
 def effect_on(logs: list[Times], called: float, opened: float, returned: float) -> dict[str, float]:
     """How long the writers were held up, and their rates; of the two writers the one that fared worse.
 
-    held_s: what the first batch after the point in time waited at the gate. first_s: what the rest of it took beyond
-    the median before; saving_s: what of it went into saving rows. rate_kept: from the call until it returned.
+    held_s: what the first batch after the point in time took beyond the median before: at the gate, and to save rows.
+    rate_kept: from the call until it returned.
     """
-    held, first, saved, before, during = [], [], [], 0.0, 0.0
-    begin, end, gate, saving = map(LOG_FIELDS.index, LOG_FIELDS)
+    held, before, during = [], 0.0, 0.0
+    begin, end = map(LOG_FIELDS.index, LOG_FIELDS)
     for log in logs:
         old, now = log[log[:, end] < called], log[(log[:, end] >= called) & (log[:, begin] < returned)]
         if not old.size or not now.size:
             raise Missed(f"a writer wrote {len(old)} batches before the snapshot and {len(now)} during it")
         usual = float(np.median(old[:, end] - old[:, begin]))
         next_one = log[log[:, end] > opened][0]
-        held.append(float(next_one[gate]))
-        first.append(float(max(0.0, next_one[end] - next_one[begin] - next_one[gate] - usual)))
-        saved.append(float(next_one[saving]))
+        held.append(float(max(0.0, next_one[end] - next_one[begin] - usual)))
         before += len(old) / (called - log[0, begin])
         during += share_within(now, begin, end, called, returned) / (returned - called)
     return {
-        "held_s": max(held), "first_s": max(first), "saving_s": max(saved),
-        "rate_before": before, "rate_during": during, "rate_kept": during / before,
+        "held_s": max(held), "rate_before": before, "rate_during": during, "rate_kept": during / before
     }  # fmt: skip
 
 

@@ -23,9 +23,8 @@ from bench.workload import Case
 
 DIFFERENT_BATCHES = 24
 Times = npt.NDArray[np.float64]
-#: A batch of a log: when it began, when it ended, and of that what it waited at the gate, and what it spent on new
-#: blocks and on rows that a snapshot wants saved.
-LOG_FIELDS = ("begin", "end", "gate_s", "saving_s")
+#: A batch of a log: when it began, and when it ended.
+LOG_FIELDS = ("begin", "end")
 
 
 class Writer:
@@ -95,36 +94,14 @@ def write_some(table: hashemb.EmbeddingTable, batches: list[Any], grads: Any, co
     return time.perf_counter() - began
 
 
-class TimedCore:
-    """A table's core that notes how long its batches waited at the gate."""
-
-    def __init__(self, core: Any) -> None:
-        self.core, self.gate_s = core, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.core, name)
-
-    def enter_gate(self, lock_fd: int) -> None:
-        began = time.perf_counter()
-        self.core.enter_gate(lock_fd)
-        self.gate_s = time.perf_counter() - began
-
-
-def write_until_told(table: Any, batches: list[Any], grads: Any, pipe: Any) -> Times:
+def write_until_told(table: hashemb.EmbeddingTable, batches: list[Any], grads: Any, pipe: Any) -> Times:
     """The log, (batches, LOG_FIELDS), of writing until a message comes."""
-    core, files, log = TimedCore(table._core), table._files, []
-    saving: list[Any] = [timed(files.reserve), timed(files.save_rows)]
-    table._core, files.reserve, files.save_rows = core, *saving
-    try:
-        while not pipe.poll():
-            began, before = time.perf_counter(), sum(part.seconds for part in saving)
-            table.update(batches[len(log) % len(batches)], grads)
-            spent = sum(part.seconds for part in saving) - before
-            log.append((began, time.perf_counter(), core.gate_s, spent))
-        pipe.recv()
-    finally:
-        table._core = core.core
-        del files.reserve, files.save_rows
+    log = []
+    while not pipe.poll():
+        began = time.perf_counter()
+        table.update(batches[len(log) % len(batches)], grads)
+        log.append((began, time.perf_counter()))
+    pipe.recv()
     return np.array(log)
 
 

@@ -1,0 +1,190 @@
+"""This build against another one, say the one before a change: the same questions, both builds in turn in one run.
+
+Each build runs in a process of its own, started alike, and idle while the other is timed. Both have the same table
+open, the very same pages, so that neither has the luckier ones; they get the same batches of keys, in another order, so
+that neither finds in the caches what the other has just looked up. The order of the two alternates. Ratios are the
+other's time over ours, as for peers: above 1 this build is faster. Against itself a build comes within 1 or 2 % of 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import hashemb
+from bench import embedding, overhead, workload
+from bench.harness import OURS, Clock, Mismatch, Result, Settings, Skip, digest, summaries, timed_run
+from bench.sides import HashembSide
+from bench.workload import Case
+
+OTHER = "the other build"
+NAMES = ("lookup", "update", "overhead")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+#: hashemb of the one directory, the benchmarks of this one.
+START = "import sys; sys.path[0] = sys.argv[1]; import hashemb; sys.path[0] = sys.argv[2]; import bench.against; "
+START += "bench.against.serve()"
+
+
+# ---- here ----
+
+
+class Build:
+    """A process that has one build loaded, and a table open."""
+
+    def __init__(self, name: str, directory: pathlib.Path) -> None:
+        self.name = self.group = name
+        command = [sys.executable, "-c", START, str(directory), str(ROOT)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+        found = pathlib.Path(self.ask("where")["file"])
+        if directory.resolve() not in found.resolve().parents:
+            self.close()
+            raise Mismatch(f"{found} was loaded, and nothing of {directory}")
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}: see above")
+        return json.loads(line)
+
+    def timed(self, numbers: list[int]) -> Clock:
+        """One untimed batch, then the others."""
+        found, clock = self.ask("run", numbers=numbers), Clock()
+        clock.seconds, clock.cpu_seconds = found["seconds"], found["cpu_seconds"]
+        return clock
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def run(name: str, settings: Settings, other: str) -> Iterator[Result]:
+    """Measures each case of a question with both builds."""
+    if name not in NAMES:
+        raise Skip(f"--against is for {', '.join(NAMES)}")
+    for table, case, calls in cases(name, settings):
+        builds = [Build(OURS, pathlib.Path(hashemb.__file__).parents[1]), Build(OTHER, pathlib.Path(other))]
+        try:
+            yield compare(name, settings, builds, table, case, calls)
+        finally:
+            for build in builds:
+                build.close()
+
+
+def cases(name: str, settings: Settings) -> Iterator[tuple[hashemb.EmbeddingTable, Case, int]]:
+    """As the question has them: a warm table, the case, and for `overhead` how many calls are a batch."""
+    if name != "overhead":
+        optimizers = settings.optimizers or ["rowwise_adagrad", "adagrad"][: 1 if name == "lookup" else 2]
+        grid = embedding.grid(settings, Case(rows=1 << 23, dim=16), optimizers)
+        for table, case in embedding.with_tables(settings, grid):
+            yield table, case, 1
+        return
+    base = Case(rows=1 << (14 if settings.smoke else 20), dim=16)
+    with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
+        table = workload.make_table(directory, base)
+        for case in overhead.cases(settings, base):
+            yield table, case, overhead.calls_per_run(settings, case)
+        workload.drop_table(table)
+
+
+def compare(
+    name: str, settings: Settings, builds: list[Build], table: hashemb.EmbeddingTable, case: Case, calls: int
+) -> Result:
+    opening = {"path": table.path, "case": dataclasses.asdict(case), "calls": calls, "train": name != "lookup"}
+    opened = {build.name: build.ask("open", **opening) for build in builds}
+    digests = {name: found.pop("lookup_sha256") for name, found in opened.items()}
+    if len(set(digests.values())) != 1:
+        raise Mismatch(f"look-ups of the same table differ: {digests}")
+    clocks = measure(builds, settings, embedding.SETTLE_S if case.threads > 1 and not settings.smoke else 0.0)
+    units = calls if name == "overhead" else case.num_keys
+    rows = summaries(builds, clocks, units * (1 if name == "overhead" else settings.inner))  # type: ignore[arg-type]
+    for row in rows[1:]:
+        row["note"] = "by phase " + ", ".join(phase_ratios(clocks[OURS], clocks[row["name"]]))
+    point = dataclasses.asdict(case) if name != "overhead" else overhead.point(case)
+    checks = {"lookup_sha256": digests[OURS], "opened": opened}
+    return Result(name, {**point, "against": OTHER}, "call" if name == "overhead" else "key", units, rows, {}, checks)
+
+
+def measure(builds: list[Build], settings: Settings, settle_s: float) -> dict[str, list[Clock]]:
+    """As harness.measure, but for the batches: a build gets those that the other had half of the repeats ago."""
+    clocks: dict[str, list[Clock]] = {build.name: [] for build in builds}
+    per_run = settings.inner + 1
+    for repeat in range(settings.repeats + 1):
+        for build in builds if repeat % 2 else reversed(builds):
+            turn = (repeat + builds.index(build) * (settings.repeats + 1) // 2) % (settings.repeats + 1)
+            time.sleep(settle_s)
+            clock = build.timed(list(range(turn * per_run, (turn + 1) * per_run)))
+            if repeat:
+                clocks[build.name].append(clock)
+    return clocks
+
+
+def phase_ratios(ours: list[Clock], theirs: list[Clock]) -> list[str]:
+    """Of each phase, the median of the ratios within each repeat."""
+    ratios = {
+        phase: np.median([b.seconds[phase] / a.seconds[phase] for a, b in zip(ours, theirs, strict=True)])
+        for phase in ours[0].seconds
+    }
+    return [f"{phase} {ratio:.3f}" for phase, ratio in ratios.items()]
+
+
+# ---- in the processes ----
+
+
+def serve() -> None:
+    """Answers the requests of `Build`, a line of JSON each, until there are no more."""
+    served: dict[str, Any] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        what = request.pop("what")
+        if what == "where":
+            answer: dict[str, Any] = {"file": hashemb.__file__}
+        elif what == "open":
+            answer = open_table(served, **request)
+        else:
+            answer = time_batches(served, **request)
+        print(json.dumps(answer), flush=True)
+    if "table" in served:
+        served["table"].close()
+
+
+def open_table(served: dict[str, Any], path: str, case: dict[str, Any], calls: int, train: bool) -> dict[str, Any]:
+    """Opens the table, and touches all of it for writing: zero gradients change no value of a row."""
+    served["case"], served["calls"] = Case(**case), calls
+    hashemb.set_num_threads(served["case"].threads)
+    served["table"] = table = hashemb.open(path, "r+")
+    step = min(workload.FILL_ROWS, table.num_embeddings)
+    zeros = np.zeros((step, table.embedding_dim), np.float32)
+    for begin in range(0, table.num_embeddings, step):
+        rows = np.arange(begin, min(begin + step, table.num_embeddings))
+        table.update(workload.keys_of_rows(rows, table.num_embeddings), zeros[: rows.size])
+    side = HashembSide(table, served["case"], train=train)
+    served["side"] = overhead.Calls(side) if calls > 1 else side
+    keys = side.prepare(workload.keys_for(served["case"], 1 << 20))
+    size = os.stat(sys.modules["hashemb._core"].__file__ or "").st_size
+    versions = {"version": hashemb.__version__, "extension_bytes": size, "isa": sys.modules["hashemb._core"].get_isa()}
+    return {**versions, "lookup_sha256": digest(side.lookup(keys)), "huge_page_bytes": workload.huge_page_bytes(table)}
+
+
+def time_batches(served: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+    case, calls, side = served["case"], served["calls"], served["side"]
+    if calls > 1:  # which are a batch, and so is one of them alone that comes before
+        batches = [[workload.keys_for(case, number * calls + i) for i in range(calls)] for number in numbers[:2]]
+    else:
+        batches = [workload.keys_for(case, number) for number in numbers]
+    clock = timed_run(side, [side.prepare(batch) for batch in batches])
+    return {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}

@@ -121,7 +121,7 @@ def read_records(fd: int, record: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
 @contextmanager
 def mapped_array(directory: Directory, name: str, spec: FileSpec) -> Iterator[npt.NDArray[Any]]:
     """An array file mapped for writing: for pages that have been written before, as a full disk is a signal here."""
-    with open(directory.open(f"{name}.npy", os.O_RDWR), "r+b") as file:
+    with directory.open(f"{name}.npy", os.O_RDWR) as opened, open(opened.fd, "r+b", closefd=False) as file:
         array = np.memmap(file, spec.dtype, "r+", DATA_OFFSET_BYTES, spec.shape)
     try:
         yield array
@@ -143,21 +143,17 @@ class OpenArrays:
 
     def __init__(self, place: str | Directory, names: Iterable[str], flags: int = os.O_RDONLY) -> None:
         self._place, self._names, self._flags = place, names, flags
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, _core.OpenFile] = {}
 
     def __enter__(self) -> dict[str, int]:
-        try:
-            with opened(self._place) as directory:
-                for name in self._names:
-                    self._fds[name] = directory.open(f"{name}.npy", self._flags)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self._fds
+        with opened(self._place) as directory:
+            for name in self._names:
+                self._files[name] = directory.open(f"{name}.npy", self._flags)
+        return {name: file.fd for name, file in self._files.items()}
 
     def __exit__(self, *exc_info: object) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
 
 def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> Bytes:

@@ -92,7 +92,7 @@ def building_directory(path: str) -> Iterator[Directory]:
             fcntl.flock(directory.fd, fcntl.LOCK_EX)
             yield directory
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        remove_directory(building)
 
 
 def _hidden(path: str) -> tuple[str, str]:
@@ -162,14 +162,25 @@ def remove_abandoned(parent: str, prefix: str) -> None:
 
 
 def _remove_if_unlocked(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(fd)
+    with Directory(path) as directory, suppress(BlockingIOError):
+        fcntl.flock(directory.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_directory(path)
+
+
+def remove_directory(path: str) -> None:
+    """Removes a directory with all that is in it, as far as that is possible.
+
+    Not by `shutil.rmtree`, which closes a descriptor twice where a signal's handler raises between the close and the
+    note of it: by then the number may be that of another file.
+    """
+    with suppress(OSError), Directory(path) as directory:
+        for entry in list(directory.entries()):
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):  # a user's: the library makes none
+                    shutil.rmtree(directory.filename(entry.name), ignore_errors=True)
+                else:
+                    directory.remove(entry.name)
+        os.rmdir(path)
 
 
 # ---- what is in them ----
@@ -197,17 +208,10 @@ def clone_files(source: Directory, target: Directory, filenames: Iterable[str]) 
 
 
 def _clone_file(source: Directory, target: Directory, filename: str, made: list[str]) -> None:
-    old = source.open(filename)
-    try:
-        new = target.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    with source.open(filename) as old, target.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL) as new:
         made.append(filename)
-        try:
-            with space_errors(target.filename(filename)):
-                fcntl.ioctl(new, _FICLONE, old)
-        finally:
-            os.close(new)
-    finally:
-        os.close(old)
+        with space_errors(target.filename(filename)):
+            fcntl.ioctl(new.fd, _FICLONE, old.fd)
 
 
 def finish_table(building: Directory, meta: TableMeta, control: bytes) -> None:
@@ -244,6 +248,6 @@ def take_table_back(path: str, meta: TableMeta) -> None:
             try:
                 os.rename(path, doomed)
             finally:
-                shutil.rmtree(doomed, ignore_errors=True)
+                remove_directory(doomed)
         finally:
             lock.close()  # who waits for it finds that the table is gone

@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,19 @@ class Core:
     def is_asking(self) -> bool: ...
     def apply(self, plan: Plan, exact: bool, saving: Saving | None = None, has_room: bool = False) -> int: ...
 
+# ---- open files ----
+
+@disjoint_base
+class OpenFile:
+    def __new__(
+        cls, path: str | os.PathLike[str], flags: int = 0, mode: int = 0o666, directory: OpenFile | None = None
+    ) -> Self: ...
+    @property
+    def fd(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+    def close(self) -> None: ...
+
 # ---- what processes share ----
 
 LOCK_WRITERS: int
@@ -102,17 +116,16 @@ class ClosedGate:
 class Saving:
     def __new__(
         cls,
-        files: list[tuple[npt.NDArray[Any], int]],
+        files: list[tuple[npt.NDArray[Any], OpenFile | None]],
         blocks: npt.NDArray[np.uint32],
         control: npt.NDArray[np.uint8],
         bits: npt.NDArray[np.uint64],
-        fds: tuple[int, int, int],
+        others: tuple[OpenFile, OpenFile, OpenFile],
         lock: Any,
         since: int,
         until: int,
         data_offset: int,
         block_shift: int,
-        owned: list[int],
     ) -> Self: ...
     def copy_stripes(self, begin: int, end: int) -> None: ...
 

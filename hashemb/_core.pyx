@@ -1,7 +1,7 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It knows arrays, numbers and open files, never paths. Tables are here, what processes share is in _core_sharing.pxi, hashing
-in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order named here; what is checked
+It knows arrays, numbers and open files, never paths. Tables are here, what processes share is in _core_sharing.pxi, open files
+in _core_files.pxi, hashing in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order named here; what is checked
 again is what would otherwise read or write outside an array.
 """
 
@@ -14,12 +14,16 @@ from hashemb.errors import ClosedTableError, NoSpaceError, TableBusyError
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EFAULT, EINTR, ERANGE
+from libc.errno cimport EAGAIN, EBADF, EFAULT, EINTR, ERANGE, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport F_UNLCK, F_WRLCK
+from posix.fcntl cimport F_UNLCK, F_WRLCK, O_CLOEXEC
 from posix.unistd cimport close, usleep
+
+cdef extern from "<fcntl.h>" nogil:
+    int AT_FDCWD
+    int openat(int directory, const char *path, int flags, ...)
 
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
@@ -431,5 +435,6 @@ def _configure(environment):
 _configure(os.environ)
 
 
+include "_core_files.pxi"
 include "_core_sharing.pxi"
 include "_core_hashing.pxi"

@@ -175,8 +175,8 @@ cdef class Hold:
 
     Parameters
     ----------
-    lock : object or int
-        The open lock file; an object has it as `fd`, and is kept alive.
+    lock : object
+        The open lock file, as `fd`; kept alive.
     calls : Calls
         Of the table.
     place : int
@@ -201,7 +201,7 @@ cdef class Hold:
 
     @property
     def fd(self):
-        return self.lock if isinstance(self.lock, int) else self.lock.fd
+        return self.lock.fd
 
     def __enter__(self):
         cdef int fd = self.fd
@@ -275,13 +275,13 @@ cdef class Saving:
 
     Parameters
     ----------
-    files : list of (ndarray, int)
-        The table's row arrays, and the files to copy their blocks to, open for writing; -1 for one who only logs rows.
+    files : list of (ndarray, OpenFile or None)
+        The table's row arrays, and the files to copy their blocks to, open for writing; None for one who only logs rows.
     blocks, control : ndarray of uint32, of uint8
         The table's.
     bits : ndarray of uint64
         A bit per row, mapped from a file that all writers share.
-    fds : tuple of int
+    others : tuple of OpenFile
         The target's blocks.npy (read and write), the file of `bits`, this process's log of rows.
     lock : object
         The table's lock as `fd`.
@@ -291,31 +291,32 @@ cdef class Saving:
         Where arrays begin in the target's files.
     block_shift : int
         Binary logarithm of the rows in a block.
-    owned : list of int
-        Descriptors that it takes over: the list is empty then, and they are closed with it, once no call uses it.
+
+    Notes
+    -----
+    It keeps the files open until no call uses it any more.
     """
 
     cdef he_saving saving
-    cdef object arrays
-    cdef list owned
+    cdef object kept
 
     def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray control not None,
-                  cnp.ndarray bits not None, tuple fds, lock, uint32_t since, uint32_t until, int64_t data_offset, int block_shift,
-                  list owned not None):
+                  cnp.ndarray bits not None, tuple others, lock, uint32_t since, uint32_t until, int64_t data_offset,
+                  int block_shift):
         cdef he_saving *s = &self.saving
         cdef int i
         cdef int64_t entry_bytes = 8
         cdef cnp.ndarray array
         if not 1 <= len(files) <= HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
-        self.arrays = (files, blocks, control, bits, lock)
+        self.kept = (files, blocks, control, bits, others, lock)
         s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
-        for i, (array, fd) in enumerate(files):
+        for i, (array, file) in enumerate(files):
             s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
-            s.target_fds[i] = fd
+            s.target_fds[i] = -1 if file is None else file.fd
             entry_bytes += s.row_bytes[i]
         s.num_files, s.num_rows, s.block_shift = len(files), len(array), block_shift
-        s.target_blocks_fd, s.bits_fd, s.log_fd = fds
+        s.target_blocks_fd, s.bits_fd, s.log_fd = [file.fd for file in others]
         s.lock_fd = lock.fd
         s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
         s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, b"bits")
@@ -325,14 +326,9 @@ cdef class Saving:
         s.buffer = <char *>malloc(HE_ROWS_PER_LOG * entry_bytes)
         if s.buffer == NULL:
             raise MemoryError()
-        self.owned = list(owned)
-        owned.clear()
 
     def __dealloc__(self):
-        cdef int fd
         free(self.saving.buffer)
-        for fd in self.owned or ():
-            close(fd)
 
     def copy_stripes(self, int64_t begin, int64_t end):
         """Copies what is wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from hashemb import _blocks
+from hashemb._core import OpenFile
 from hashemb._directory import open_regular, space_errors
 from hashemb._format import (
     SMALL_FILE_BYTES,
@@ -220,20 +221,16 @@ class DeltaReader:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = open_regular(path)
-        try:
-            header = self._read_header()
-            self.info = DeltaInfo.decode(header, path)
-            self._begin, self._layout = len(header), _Layout(self.info)
-            expected, found = self._begin + self._layout.end, os.fstat(self._fd).st_size
-            if found != expected:
-                raise CorruptTableError(f"{path}: expected {expected} bytes, found {found}")
-        except BaseException:
-            self.close()
-            raise
+        self._file = open_regular(path)
+        header = self._read_header()
+        self.info = DeltaInfo.decode(header, path)
+        self._begin, self._layout = len(header), _Layout(self.info)
+        expected, found = self._begin + self._layout.end, os.fstat(self._file.fd).st_size
+        if found != expected:
+            raise CorruptTableError(f"{path}: expected {expected} bytes, found {found}")
 
     def _read_header(self) -> bytes:
-        head = os.pread(self._fd, 16, 0)
+        head = os.pread(self._file.fd, 16, 0)
         if len(head) < 16 and MAGIC.startswith(head[:8]):
             raise CorruptTableError(f"{self.path}: expected a header, found {len(head)} bytes")
         if head[:8] != MAGIC:
@@ -242,15 +239,13 @@ class DeltaReader:
         if length > SMALL_FILE_BYTES:
             limit = SMALL_FILE_BYTES
             raise CorruptTableError(f"{self.path}: expected a header of at most {limit} bytes, found {length}")
-        header = os.pread(self._fd, length, 0)
+        header = os.pread(self._file.fd, length, 0)
         if len(header) != length:
             raise CorruptTableError(f"{self.path}: expected a header of {length} bytes, found {len(header)}")
         return header
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def __enter__(self) -> DeltaReader:
         return self
@@ -260,7 +255,7 @@ class DeltaReader:
 
     def check(self, progress: Progress | None = None) -> None:
         """Reads the whole file; `CorruptTableError` unless every byte is the one that was written."""
-        found = _hash_of(self._fd, self._begin, self._layout.index_bytes)
+        found = _hash_of(self._file.fd, self._begin, self._layout.index_bytes)
         if found != self.info.index_hash:
             raise CorruptTableError(f"{self.path}: index: expected SHA-256 {self.info.index_hash}, found {found}")
         done = 0
@@ -315,7 +310,7 @@ class DeltaReader:
         return np.frombuffer(data, np.uint8).reshape(count, size)
 
     def _read(self, at: int, size: int) -> bytearray:
-        return _blocks.read_at(self._fd, size, self._begin + at)
+        return _blocks.read_at(self._file.fd, size, self._begin + at)
 
 
 def _hash_of(fd: int, begin: int, size: int) -> str:
@@ -331,20 +326,16 @@ def _hash_of(fd: int, begin: int, size: int) -> str:
 def write_delta(filename: str, info: DeltaInfo, groups: Iterable[Group], progress: Progress | None = None) -> DeltaInfo:
     """Creates the file, synced; returns `info` with its hash. The groups hold `info.num_blocks` blocks together."""
     layout, begin, done = _Layout(info), len(info.encode()), 0
-    with space_errors(filename):
-        fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            os.ftruncate(fd, begin + layout.end)
-            for numbers, data in groups:
-                _write_group(fd, layout, begin, done, numbers, data)
-                done += numbers.size
-                if progress:
-                    progress(done, info.num_blocks)
-            info = DeltaInfo(**{**vars(info), "index_hash": _hash_of(fd, begin, layout.index_bytes)})
-            _blocks.write_at(fd, info.encode(), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with space_errors(filename), OpenFile(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+        os.ftruncate(file.fd, begin + layout.end)
+        for numbers, data in groups:
+            _write_group(file.fd, layout, begin, done, numbers, data)
+            done += numbers.size
+            if progress:
+                progress(done, info.num_blocks)
+        info = DeltaInfo(**{**vars(info), "index_hash": _hash_of(file.fd, begin, layout.index_bytes)})
+        _blocks.write_at(file.fd, info.encode(), 0)
+        os.fsync(file.fd)
     return info
 
 

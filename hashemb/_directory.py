@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from hashemb._core import OpenFile
 from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, SMALL_FILE_BYTES, TableMeta, check_control, decode_meta
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
 from hashemb.lineage import History, SnapshotInfo
 
 HISTORY_FILE = "history.json"
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_AT_ONCE = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO would wait for somebody at its other end
+_AT_ONCE = os.O_NONBLOCK | os.O_NOCTTY  # a FIFO would wait for somebody at its other end
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -57,16 +57,16 @@ def space_errors(filename: str) -> Iterator[None]:
 # ---- opening ----
 
 
-def open_regular(path: str, flags: int = os.O_RDONLY, *, directory: Directory | None = None) -> int:
+def open_regular(path: str, flags: int = os.O_RDONLY, *, directory: Directory | None = None) -> OpenFile:
     """Opens a file, below `directory` if there is one, and never waits: every file that is not new is opened by this.
 
     What is no regular file is a `CorruptTableError` that says what it is. A symbolic link is followed by readers, as
     caches of models are made of links; for writing it is a `ReadOnlyTableError`, as others may rely on its target.
     """
-    filename, dir_fd = (os.path.join(directory.path, path), directory.fd) if directory else (path, None)
+    filename, place = (os.path.join(directory.path, path), directory.file) if directory else (path, None)
     writes = flags & os.O_ACCMODE != os.O_RDONLY
     try:
-        fd = os.open(path, flags | _AT_ONCE | (os.O_NOFOLLOW if writes else 0), 0o666, dir_fd=dir_fd)
+        file = OpenFile(path, flags | _AT_ONCE | (os.O_NOFOLLOW if writes else 0), directory=place)
     except OSError as error:
         if writes and error.errno == errno.ELOOP:
             raise ReadOnlyTableError(
@@ -74,15 +74,15 @@ def open_regular(path: str, flags: int = os.O_RDONLY, *, directory: Directory | 
                 'open the table with mode="r", or copy it with its files in the place of the links'
             ) from None
         if error.errno in (errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ELOOP):
+            dir_fd = place.fd if place else None
             found = os.stat(path, dir_fd=dir_fd, follow_symlinks=error.errno != errno.ELOOP)
             raise _not_regular(filename, found) from None
         error.filename = filename
         raise
-    found = os.fstat(fd)
+    found = os.fstat(file.fd)
     if not stat.S_ISREG(found.st_mode):
-        os.close(fd)
         raise _not_regular(filename, found)
-    return fd
+    return file
 
 
 def _not_regular(filename: str, found: os.stat_result) -> CorruptTableError:
@@ -96,21 +96,19 @@ class Directory:
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.fd = path, -1  # if there is nothing to open
-        self.fd = os.open(path, _DIRECTORY)
+        self.path, self.file = path, OpenFile(path, os.O_DIRECTORY)
+
+    @property
+    def fd(self) -> int:
+        return self.file.fd
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self.file.close()
 
     def __enter__(self) -> Directory:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     def filename(self, name: str) -> str:
@@ -124,16 +122,13 @@ class Directory:
 
     # -- its files --
 
-    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+    def open(self, name: str, flags: int = os.O_RDONLY) -> OpenFile:
         """See `open_regular`."""
         return open_regular(name, flags, directory=self)
 
     def read(self, name: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
-        fd = self.open(name)
-        try:
-            return os.pread(fd, limit_bytes, 0)
-        finally:
-            os.close(fd)
+        with self.open(name) as file:
+            return os.pread(file.fd, limit_bytes, 0)
 
     def exists(self, name: str) -> bool:
         try:
@@ -144,25 +139,18 @@ class Directory:
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """Opened once more for it: threads and forked children share the place in the list where `fd` is."""
-        fd = os.open(".", _DIRECTORY, dir_fd=self.fd)
-        try:
-            yield from os.scandir(fd)
-        finally:
-            os.close(fd)
+        with OpenFile(".", os.O_DIRECTORY, directory=self.file) as file, os.scandir(file.fd) as found:
+            yield from found
 
     def create(self, name: str, data: bytes, size_bytes: int | None = None, *, sync: bool = True) -> None:
         """Creates a file of `size_bytes` (default: of the data) that begins with `data` and is otherwise a hole."""
-        with space_errors(self.filename(name)):
-            fd = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                _resize(fd, self.filename(name), len(data) if size_bytes is None else size_bytes)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-                if sync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
+        with space_errors(self.filename(name)), self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            _resize(file.fd, self.filename(name), len(data) if size_bytes is None else size_bytes)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(file.fd, view) :]
+            if sync:
+                os.fsync(file.fd)
 
     def replace(self, name: str, data: bytes) -> None:
         """Puts a small file in the place of another in one step, durably."""
@@ -187,11 +175,8 @@ class Directory:
             if name is None:
                 os.fsync(self.fd)
                 return
-            fd = self.open(name)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with self.open(name) as file:
+                os.fsync(file.fd)
 
 
 def _resize(fd: int, path: str, size_bytes: int) -> None:
@@ -246,11 +231,8 @@ def opened(place: str | Directory) -> Iterator[Directory]:
 
 
 def read_file(path: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
-    fd = open_regular(path)
-    try:
-        return os.pread(fd, limit_bytes, 0)
-    finally:
-        os.close(fd)
+    with open_regular(path) as file:
+        return os.pread(file.fd, limit_bytes, 0)
 
 
 def read_meta(place: str | Directory) -> TableMeta:

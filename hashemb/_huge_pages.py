@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb._core import OpenFile
 from hashemb._format import DATA_OFFSET_BYTES
 from hashemb._mapping import HUGE_PAGE_BYTES
 
@@ -188,18 +189,18 @@ def huge_page_bytes(begin: int, end: int) -> int | None:
     regions = (ctypes.c_uint64 * (3 * 256))()  # struct page_region: start, end, categories
     total = 0
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        pagemap = OpenFile("/proc/self/pagemap")
     except OSError:
         return None
     try:
         while begin < end:
             scan = (ctypes.c_uint64 * 12)(96, 0, begin, end, 0, ctypes.addressof(regions), 256, 0, 0, _PAGE_IS_HUGE)
             scan[11] = _PAGE_IS_HUGE  # struct pm_scan_arg: category_anyof_mask is 0, return_mask
-            found = fcntl.ioctl(fd, _PAGEMAP_SCAN, scan)
+            found = fcntl.ioctl(pagemap.fd, _PAGEMAP_SCAN, scan)
             total += sum(regions[3 * i + 1] - regions[3 * i] for i in range(found))
             begin = scan[4]  # walk_end
     except OSError:
         return None
     finally:
-        os.close(fd)
+        pagemap.close()
     return total

@@ -11,6 +11,7 @@ import weakref
 from contextlib import suppress
 from typing import Protocol
 
+from hashemb._core import OpenFile
 from hashemb._directory import Directory
 from hashemb.errors import HashembError
 
@@ -32,37 +33,33 @@ def after_fork_in_child(item: _Forkable) -> None:
 class Lock:
     """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none.
 
-    Takes over the descriptor.
+    Attributes
+    ----------
+    fd : int
+        Its descriptor, as long as it is open.
     """
 
-    fd = -1  # until there is one: an exception may come from a signal's handler before
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self.fd = file, file.fd
         after_fork_in_child(self)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def after_fork(self) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
 
-
-def open_again(directory: Directory, known: os.stat_result) -> int:
+def open_again(directory: Directory, known: os.stat_result) -> OpenFile:
     """Opens the lock file of an open table, known by its `os.fstat`, for locks of its own.
 
     `HashembError` where the directory has another by now, which excludes nobody, or none.
     """
     with suppress(FileNotFoundError):
-        fd = directory.open("lock", os.O_RDWR)
-        if os.path.samestat(os.fstat(fd), known):
-            return fd
-        os.close(fd)
+        file = directory.open("lock", os.O_RDWR)
+        if os.path.samestat(os.fstat(file.fd), known):
+            return file
+        file.close()
     raise HashembError(
         f"{directory.path}: the table was removed, or its lock file was replaced, while it was open: snapshots, deltas "
         "and writing from a forked process need it; open the table again where it is now"

@@ -45,23 +45,18 @@ class SaveTarget:
         owner: bool,
     ) -> None:
         self.until, self._directory = until, directory
-        opened: list[int] = []
-        try:
-            files = [(arrays[name], self._open(opened, f"{name}.npy") if owner else -1) for name in names]
-            blocks_fd, bits_fd = self._open(opened, "blocks.npy"), self._open(opened, BITS_FILE)
-            self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
-            fds = (blocks_fd, bits_fd, self._open(opened, self._log, os.O_CREAT | os.O_EXCL | os.O_APPEND))
-            bits = np.frombuffer(mmap.mmap(bits_fd, bits_bytes(meta)), np.uint64)
-            shift, blocks, control = meta.block_rows.bit_length() - 1, arrays["blocks"], arrays["control"]
-            self.saving = _core.Saving(
-                files, blocks, control, bits, fds, lock, since, until, DATA_OFFSET_BYTES, shift, opened
-            )
-        finally:
-            list(map(os.close, opened))  # those that have found no owner
+        self._log = f"{LOG_PREFIX}{os.getpid()}.{os.urandom(8).hex()}"
+        files = [(arrays[name], self._open(f"{name}.npy") if owner else None) for name in names]
+        log_flags = os.O_CREAT | os.O_EXCL | os.O_APPEND
+        others = self._open("blocks.npy"), self._open(BITS_FILE), self._open(self._log, log_flags)
+        bits = np.frombuffer(mmap.mmap(others[1].fd, bits_bytes(meta)), np.uint64)
+        shift, blocks, control = meta.block_rows.bit_length() - 1, arrays["blocks"], arrays["control"]
+        self.saving = _core.Saving(
+            files, blocks, control, bits, others, lock, since, until, DATA_OFFSET_BYTES, shift
+        )
 
-    def _open(self, opened: list[int], filename: str, flags: int = 0) -> int:
-        opened.append(self._directory.open(filename, flags | os.O_RDWR))
-        return opened[-1]
+    def _open(self, filename: str, flags: int = 0) -> _core.OpenFile:
+        return self._directory.open(filename, flags | os.O_RDWR)
 
     def discard(self) -> None:
         """For one that came too late: all is saved, and nobody will look for the log."""

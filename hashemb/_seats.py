@@ -35,10 +35,11 @@ def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
     It is this writer's while it has `lock_fd` open. Seats with notes of the dead are taken last.
     """
     try:
-        fd = directory.open(SEATS_FILE, os.O_RDWR | os.O_CREAT)
+        file = directory.open(SEATS_FILE, os.O_RDWR | os.O_CREAT)
     except (OSError, HashembError):
         return None
     try:
+        fd = file.fd
         if os.fstat(fd).st_size != _NUM_SEATS * _SEAT_BYTES:
             os.ftruncate(fd, _NUM_SEATS * _SEAT_BYTES)
         seat = _free_seat(fd, lock_fd)
@@ -50,7 +51,7 @@ def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
     except OSError:
         return None
     finally:
-        os.close(fd)
+        file.close()
 
 
 def _free_seat(fd: int, lock_fd: int) -> int | None:
@@ -73,17 +74,11 @@ def _free_seat(fd: int, lock_fd: int) -> int | None:
 def abandoned_rows(directory: Directory, num_embeddings: int) -> npt.NDArray[np.int64]:
     """The rows that killed processes were writing, ascending int64; those of the living are left out."""
     try:
-        fd = directory.open(SEATS_FILE)
+        file = directory.open(SEATS_FILE)
     except FileNotFoundError:
         return np.empty(0, np.int64)
-    try:
-        lock_fd = directory.open("lock")
-        try:
-            pages = [_notes(fd, lock_fd, seat) for seat in range(os.fstat(fd).st_size // _SEAT_BYTES)]
-        finally:
-            os.close(lock_fd)
-    finally:
-        os.close(fd)
+    with file, directory.open("lock") as lock:
+        pages = [_notes(file.fd, lock.fd, seat) for seat in range(os.fstat(file.fd).st_size // _SEAT_BYTES)]
     rows = np.unique(np.concatenate([np.empty(0, np.uint64), *pages]))
     return (rows[(rows > 0) & (rows <= num_embeddings)] - np.uint64(1)).astype(np.int64)
 

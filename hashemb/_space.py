@@ -43,12 +43,12 @@ class Space:
     meta : TableMeta
     arrays : dict of ndarray
         The arrays, mapped, by name without `.npy`.
-    fds : dict of int
+    files : dict of OpenFile
         Their files.
     """
 
-    def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], fds: dict[str, int]) -> None:
-        self._path, self._meta, self._arrays, self._fds = path, meta, arrays, fds
+    def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], files: dict[str, _core.OpenFile]) -> None:
+        self._path, self._meta, self._arrays, self._files = path, meta, arrays, files
 
     def reserve(self, blocks: Array) -> None:
         """Makes room for `blocks` (ascending) in every file.
@@ -85,7 +85,7 @@ class Space:
         self._allocate_bytes(name, first, min(end, self._meta.files[name].file_bytes) - first)
 
     def _allocate_bytes(self, name: str, begin: int, num_bytes: int) -> None:
-        while _libc.fallocate(self._fds[name], _FALLOC_KEEP_SIZE, begin, num_bytes):
+        while _libc.fallocate(self._files[name].fd, _FALLOC_KEEP_SIZE, begin, num_bytes):
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue

@@ -87,11 +87,11 @@ class TableFiles:
         read_control(self.directory, self.meta)
         self.recovered: str | None = None
         self.suspects = np.empty(0, np.int64)
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, _core.OpenFile] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
-        self.space = Space(path, self.meta, self.arrays, self._fds)
+        self.space = Space(path, self.meta, self.arrays, self._files)
         self._joined = self.asks_for_huge_pages = False
         self.target: SaveTarget | None = None
         after_fork_in_child(self)
@@ -113,10 +113,10 @@ class TableFiles:
         buffer, _ = self._map("control", "control", CONTROL_BYTES)
         self.arrays["control"] = np.frombuffer(buffer, np.uint8)
         self.control = np.frombuffer(buffer, CONTROL_DTYPE)
-        status = os.fstat(self._fds["control"])
+        status = os.fstat(self.fd("control"))
         self.calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
 
-    def _open(self, filename: str) -> int:
+    def _open(self, filename: str) -> _core.OpenFile:
         try:
             return self.directory.open(filename, os.O_RDWR if self.writable else os.O_RDONLY)
         except FileNotFoundError:
@@ -129,14 +129,14 @@ class TableFiles:
             raise
 
     def _map(self, name: str, filename: str, expected_bytes: int) -> tuple[mmap.mmap, int]:
-        fd = self._fds[name] = self._open(filename)
-        size = os.fstat(fd).st_size
+        file = self._files[name] = self._open(filename)
+        size = os.fstat(file.fd).st_size
         if size != expected_bytes:
             raise CorruptTableError(
                 f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
             )
         try:
-            self._maps[name], offset = map_file(fd, size, self.writable)
+            self._maps[name], offset = map_file(file.fd, size, self.writable)
         except OSError as error:
             message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
             raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
@@ -145,7 +145,7 @@ class TableFiles:
     def _map_array(self, name: str, spec: FileSpec) -> Array:
         filename = f"{name}.npy"
         mapped, offset = self._map(name, filename, spec.file_bytes)
-        header = os.pread(self._fds[name], DATA_OFFSET_BYTES, 0)
+        header = os.pread(self.fd(name), DATA_OFFSET_BYTES, 0)
         check_npy_header(header, spec, os.path.join(self.path, filename))
         mapped.madvise(mmap.MADV_RANDOM)
         flat = np.frombuffer(mapped, spec.dtype, math.prod(spec.shape), offset + DATA_OFFSET_BYTES)
@@ -156,7 +156,7 @@ class TableFiles:
     def _ask_for_huge_pages(self, *, always: bool) -> None:
         """Before the first access, which is when a table on disk gets them. One on tmpfs is collapsed as it fills."""
         specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
-        on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self._fds["weight"])
+        on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self.fd("weight"))
         if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
             self.asks_for_huge_pages = bool(specs)
             for name, spec in specs.items():
@@ -165,15 +165,15 @@ class TableFiles:
             self._extents = {name: self._make_extents(name, spec, always) for name, spec in specs.items()}
         if on_tmpfs and always:
             for name, extents in self._extents.items():
-                extents.collapse_present(self._fds[name])
+                extents.collapse_present(self.fd(name))
 
     def _may_lose_its_holes(self) -> bool:
         """Whether the kernel lets the whole table be dirty without writing it, and the disk has room for it."""
-        room_bytes = disk_bytes(self.directory) + _huge_pages.free_bytes(self._fds["weight"])
+        room_bytes = disk_bytes(self.directory) + _huge_pages.free_bytes(self.fd("weight"))
         return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
 
     def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
-        size, blocks_fd = block_bytes(self.meta, name), self._fds["blocks"]
+        size, blocks_fd = block_bytes(self.meta, name), self.fd("blocks")
         return _huge_pages.Extents(self._address(name), spec.file_bytes, size, blocks_fd, always=always)
 
     def _address(self, name: str) -> int:
@@ -194,13 +194,12 @@ class TableFiles:
     # -- the writers' lock, shared by all writers while they have the table open --
 
     def _join_writers(self) -> None:
-        fd = self._open("lock")
-        self._lock_stat = os.fstat(fd)
-        self._fds["lock"] = fd
+        lock = self._files["lock"] = self._open("lock")
+        self._lock_stat = os.fstat(lock.fd)
         place = _core.LOCK_WRITERS
-        with _core.Hold(fd, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
+        with _core.Hold(lock, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
             if not is_alone:
-                _core.wait_for_lock(fd, fcntl.F_RDLCK, place, self.calls, "open")
+                _core.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self.calls, "open")
             self._check_in_place()
             if is_alone:
                 self._take_over()
@@ -223,8 +222,9 @@ class TableFiles:
         if self.recovered == "rebooted":
             marks = self.arrays["blocks"]
             filename = self.directory.filename("blocks.npy")
-            _recovery.mark_what_is_there(control, marks, self._fds, self.meta, filename)
-            _recovery.reserve_what_is_marked(self._fds["blocks"], self.meta, self.space.allocate)
+            fds = {name: self.fd(name) for name in self.meta.files}
+            _recovery.mark_what_is_there(control, marks, fds, self.meta, filename)
+            _recovery.reserve_what_is_marked(fds["blocks"], self.meta, self.space.allocate)
             if not self._is_being_applied():
                 # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
                 # delta only that delta's blocks can be, and it will be applied again.
@@ -245,7 +245,7 @@ class TableFiles:
 
     def _leave_writers(self) -> None:
         """The last writer to close syncs everything and then, only then, says that the table is clean."""
-        with _core.Hold(self._fds["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
+        with _core.Hold(self._files["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
             if is_last:
                 if self.calls.dirty:
                     self._sync()
@@ -254,17 +254,18 @@ class TableFiles:
 
     def fd(self, name: str) -> int:
         """The open file of an array, by name without `.npy`."""
-        return self._fds[name]
+        return self._files[name].fd
 
     def tmpfs_fd(self) -> int:
         """The weights' open file on tmpfs, where also reads take space; -1 elsewhere."""
-        fd = self._fds["weight"]
+        fd = self.fd("weight")
         return fd if _huge_pages.is_tmpfs(fd) else -1
 
     def join(self, core: _core.Core) -> None:
         """Gives the core the table's lock, of this process alone, and a seat; a forked child joins the writers then."""
-        fd = self._fds["lock"] if "lock" in self._fds else open_again(self.directory, self._lock_stat)
-        self._fds["lock"] = fd
+        if "lock" not in self._files:
+            self._files["lock"] = open_again(self.directory, self._lock_stat)
+        fd = self.fd("lock")
         if not self._joined:
             _core.wait_for_lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, self.calls, "update")
             self._unseal()
@@ -283,10 +284,10 @@ class TableFiles:
         """In the child."""
         self.calls.after_fork()
         self._joined, self.target = False, None
-        if "lock" in self._fds:
-            os.close(self._fds.pop("lock"))
+        if "lock" in self._files:
+            self._files.pop("lock").close()
             with suppress(OSError, HashembError):  # raised when it is asked for
-                self._fds["lock"] = open_again(self.directory, self._lock_stat)
+                self._files["lock"] = open_again(self.directory, self._lock_stat)
 
     # -- writing --
 
@@ -380,9 +381,9 @@ class TableFiles:
     def resident_bytes(self) -> int | None:
         """Bytes of the table's files in the page cache; None where the kernel cannot tell (Linux < 6.5)."""
         pages = 0
-        for fd in self._fds.values():
+        for file in self._files.values():
             span, counts = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-            if _libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0):
+            if _libc.syscall(_SYS_CACHESTAT, file.fd, ctypes.byref(span), ctypes.byref(counts), 0):
                 return None
             pages += counts[0]
         return pages * mmap.PAGESIZE
@@ -402,7 +403,6 @@ class TableFiles:
                 self._leave_writers()
         finally:
             self.target = None
-            fds = list(self._fds.values())
-            self._fds.clear()
-            list(map(os.close, fds))  # with no bytecode in between, at which a signal's handler might raise
+            while self._files:
+                self._files.popitem()[1].close()
             self.directory.close()

@@ -72,12 +72,9 @@ def interrupted_delta(files: TableFiles) -> str | None:
     """Id of a delta that was applied to the table in part, and that nobody is applying now."""
     if not read_history(files.directory, files.meta.id).applying:
         return None
-    fd = files.directory.open("lock")
-    try:
-        alone = _core.lock(fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
+    with files.directory.open("lock") as lock:
+        alone = _core.lock(lock.fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
         return read_history(files.directory).applying if alone else None
-    finally:
-        os.close(fd)
 
 
 def take_snapshot(
@@ -187,17 +184,15 @@ def _put_back_rows(directory: Directory, meta: TableMeta, names: list[str]) -> N
     with _blocks.OpenArrays(directory, ["blocks"]) as fds:
         for log in _logs(directory):
             try:
-                fd = directory.open(log, os.O_RDWR)
+                file = directory.open(log, os.O_RDWR)
             except FileNotFoundError:  # empty, of a writer who came when all was saved, and went
                 continue
-            try:
-                for saved in _blocks.read_records(fd, entry):
+            with file:
+                for saved in _blocks.read_records(file.fd, entry):
                     epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
                     _write_rows(directory, meta, names, saved[epochs != 0])
-                os.truncate(fd, 0)  # or its space would be freed by the writer, amid a batch
+                os.truncate(file.fd, 0)  # or its space would be freed by the writer, amid a batch
                 directory.remove(log)
-            finally:
-                os.close(fd)
 
 
 def _logs(directory: Directory) -> list[str]:
@@ -226,19 +221,16 @@ def _check_writers(files: TableFiles, epoch: int, path: str) -> None:
 def write_checksums(directory: Directory, meta: TableMeta) -> tuple[int, str]:
     """Fills in checksums.npy of a table at rest; returns how many blocks it has, and their content hash."""
     filename, count, digest = directory.filename("checksums.npy"), 0, hashlib.sha256()
-    with _blocks.OpenArrays(directory, [*meta.row_files, "blocks"]) as fds:
-        out = directory.open("checksums.npy", os.O_RDWR)
-        try:
-            for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
-                written = np.flatnonzero(epochs)
-                sums = np.zeros((epochs.size, len(meta.row_files)), np.uint64)
-                for part in _blocks.groups(meta, written):
-                    for column, (name, spec) in enumerate(meta.row_files.items()):
-                        data = _blocks.read_blocks(fds[name], meta, spec, part + first)
-                        sums[part, column] = _blocks.checksums(data)
-                _blocks.write_rows(out, first, sums, filename)
-                _blocks.update_content_hash(digest, first, epochs, sums)
-                count += written.size
-        finally:
-            os.close(out)
+    arrays = _blocks.OpenArrays(directory, [*meta.row_files, "blocks"])
+    with arrays as fds, directory.open("checksums.npy", os.O_RDWR) as out:
+        for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
+            written = np.flatnonzero(epochs)
+            sums = np.zeros((epochs.size, len(meta.row_files)), np.uint64)
+            for part in _blocks.groups(meta, written):
+                for column, (name, spec) in enumerate(meta.row_files.items()):
+                    data = _blocks.read_blocks(fds[name], meta, spec, part + first)
+                    sums[part, column] = _blocks.checksums(data)
+            _blocks.write_rows(out.fd, first, sums, filename)
+            _blocks.update_content_hash(digest, first, epochs, sums)
+            count += written.size
     return count, digest.hexdigest()

@@ -11,6 +11,7 @@ raise only while the loop is armed for it, once.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import json
 import math
@@ -367,6 +368,12 @@ def descriptors() -> Counter[str]:
     return names
 
 
+def left_open(opened: Counter[str]) -> list[str]:
+    """What is open beside what was; what an exception's cycle of references holds is let go of first."""
+    gc.collect()
+    return sorted((descriptors() - opened).elements())
+
+
 def work(root: Path, number: int, seed: int, num_workers: int, handlers: list[str]) -> None:
     """The process: works until it is told to stand idle, then finishes; its results lie in `root`."""
     warnings.simplefilter("ignore", RuntimeWarning)  # of a replica that an interrupted delta was applied to
@@ -407,7 +414,7 @@ def write_results(worker: Worker, opened: Counter[str]) -> None:
     results = {
         "counts": [[*key, count] for key, count in sorted(worker.counts.items())],
         "signals": next(worker.signals) - 1,
-        "left_open": sorted((descriptors() - opened).elements()),
+        "left_open": left_open(opened),
         "failures": list(worker.failures),
     }
     (worker.root / f"results-{worker.number}.json").write_text(json.dumps(results), encoding="utf-8")

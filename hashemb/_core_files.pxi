@@ -1,0 +1,62 @@
+# Open files that own their descriptors.
+
+cdef class OpenFile:
+    """A file or directory, open. It is closed by `close`, by ``with``, or when nothing refers to it any more.
+
+    A signal's handler may raise between any two steps of Python code, so also between `os.open` and the assignment of
+    what it returns, which would lose the descriptor. Here one call opens the file and owns it.
+
+    Parameters
+    ----------
+    path : str or PathLike
+    flags, mode : int
+        As in `os.open`; the file is always closed on exec.
+    directory : OpenFile, optional
+        An open directory that a relative `path` begins at; default: the current one.
+
+    Attributes
+    ----------
+    fd : int
+        The descriptor; -1 once it is closed.
+    """
+
+    cdef int one_more  # than fd: 0, as it is made, where arguments of the wrong type end it before a line of __cinit__ runs
+
+    def __cinit__(self, path, int flags=0, int mode=0o666, OpenFile directory=None):
+        cdef bytes encoded = os.fsencode(path)
+        cdef const char *name = encoded
+        cdef int at = AT_FDCWD if directory is None else directory.one_more - 1
+        cdef int error = EINTR
+        if b"\0" in encoded:
+            raise ValueError(f"{path!r}: a path cannot hold a null byte")
+        if at == -1:
+            raise OSError(EBADF, os.strerror(EBADF), path)
+        while error == EINTR:
+            with nogil:
+                self.one_more = openat(at, name, flags | O_CLOEXEC, mode) + 1
+                error = 0 if self.one_more else errno
+            if error == EINTR:
+                PyErr_CheckSignals()
+        if error:
+            raise OSError(error, os.strerror(error), path)
+
+    def __dealloc__(self):
+        if self.one_more:
+            close(self.one_more - 1)
+
+    @property
+    def fd(self):
+        return self.one_more - 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
+        """Idempotent. The descriptor is given back even where the file system reports an error, an `OSError`."""
+        cdef int fd = self.one_more - 1
+        self.one_more = 0
+        if fd >= 0 and close(fd) and errno != EINTR:
+            raise OSError(errno, os.strerror(errno))

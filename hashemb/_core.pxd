@@ -115,7 +115,7 @@ cdef extern from "table.h" nogil:
     enum: HE_ROWS_REFUSED
 
     ctypedef struct he_batches:
-        int32_t closed, dirty
+        int32_t closed
 
     ctypedef struct he_commit_options:
         int32_t lock_fd, exact, waited, has_room, asks_for_room
@@ -125,4 +125,6 @@ cdef extern from "table.h" nogil:
     void he_batches_after_fork(he_batches *b) noexcept
     int he_batches_enter(he_batches *b) noexcept
     void he_batches_leave(he_batches *b) noexcept
+    int he_batches_dirty(const he_batches *b) noexcept
+    void he_batches_set_dirty(he_batches *b, int value) noexcept
     int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) noexcept

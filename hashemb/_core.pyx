@@ -12,6 +12,7 @@ import numpy as np
 
 from hashemb.errors import ClosedTableError, NoSpaceError, TableBusyError
 
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EFAULT, EINTR, ERANGE, errno
@@ -65,6 +66,7 @@ cdef int raise_offsets(const int64_t *offsets, int64_t bad, int64_t num_bags, in
         f"offsets must not fall: offsets[{bad - 1}] is {offsets[bad - 1]}, offsets[{bad}] is {offsets[bad]}")
 
 
+@cython.no_gc_clear  # its core gets the memory back, also of one that was part of a cycle
 cdef class Plan:
     """A batch that has been checked and ordered: `Core.plan` makes it, `Core.apply` applies it, once.
 

@@ -148,11 +148,11 @@ cdef class Calls:
     @property
     def dirty(self):
         """Whether a batch has been applied since it was last made False."""
-        return self.batches.dirty != 0
+        return he_batches_dirty(&self.batches) != 0
 
     @dirty.setter
     def dirty(self, bint value):
-        self.batches.dirty = value
+        he_batches_set_dirty(&self.batches, value)
 
 
 def wait_for_lock(int fd, int kind, int64_t place, Calls calls not None, str call):

@@ -194,11 +194,11 @@ class _Directory:
         self.skipped: dict[str, str] = {}
         for name in sorted(os.listdir(directory)):
             file = os.path.join(directory, name)
-            if not name.endswith(".delta") or name.startswith(".") or not os.path.isfile(file):
+            if not name.endswith(".delta") or name.startswith(".") or os.path.isdir(file):
                 continue
             try:
                 self.deltas[file] = delta_info(file)
-            except FormatError as error:
+            except FormatError as error:  # also of what is no regular file
                 self.skipped[name] = str(error)
             except FileNotFoundError:  # removed since it was listed
                 continue

@@ -40,6 +40,11 @@ int he_batches_enter(he_batches *b) {
 
 void he_batches_leave(he_batches *b) { pthread_mutex_unlock(&b->mutex); }
 
+/* Without the mutex: who syncs a table looks and clears it while others write. */
+int he_batches_dirty(const he_batches *b) { return __atomic_load_n(&b->dirty, __ATOMIC_ACQUIRE); }
+
+void he_batches_set_dirty(he_batches *b, int value) { __atomic_store_n(&b->dirty, value, __ATOMIC_RELEASE); }
+
 /* ---- the blocks of a batch that are older than the epoch ---- */
 
 /* Sorts n numbers below 2^bits, by digits; returns the one of the two arrays that holds them then. */
@@ -139,7 +144,7 @@ static int in_gate(const he_table *t, he_control *c, he_batches *b, he_plan *p, 
     if ((error = prepare(t, c, p, o, saving))) return error;
     if (saving) save_rows(saving, p);
     if (o->exact && (error = he_update_lock_rows(p, o->lock_fd))) return error == EINTR ? HE_AGAIN : error;
-    __atomic_store_n(&b->dirty, 1, __ATOMIC_RELEASE);
+    he_batches_set_dirty(b, 1);
     he_step_begin(c, t->weight_decay, &step);
     p->step = step.step;
     return o->exact ? he_update_apply_exact(t, c, p, &step, o->lock_fd) : he_update_apply(t, c, p, &step);

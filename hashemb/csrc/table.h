@@ -251,6 +251,8 @@ void he_batches_init(he_batches *b);
 void he_batches_after_fork(he_batches *b);
 int he_batches_enter(he_batches *b); /* 0 or HE_AGAIN */
 void he_batches_leave(he_batches *b);
+int he_batches_dirty(const he_batches *b);
+void he_batches_set_dirty(he_batches *b, int value);
 int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o);
 
 /* control.c: atomic access to the shared page. */

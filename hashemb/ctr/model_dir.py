@@ -214,7 +214,8 @@ def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
     card.hashemb_version = hashemb.__version__
     text = json.dumps(card_values(card), indent=1)
     temporary = Path(directory, MODEL_FILE + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a writer that was killed; or a link, which is not to be followed
+    with open(temporary, "x", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -6,7 +6,6 @@ none: from the number of rows touched.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._json_values import as_object, as_whole, parse_file
 from hashemb.ctr._power_law import splitmix
 
 if TYPE_CHECKING:
@@ -154,8 +154,7 @@ def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int
     Both are evenly spaced. Reads the marks of written blocks and those blocks, by default at most 64 MiB of rows;
     blocks never written, holes in the files, are left alone.
     """
-    with open(Path(table.path, "meta.json"), encoding="utf-8") as file:
-        block_rows = int(json.load(file)["block_rows"])
+    block_rows = parse_file(Path(table.path, "meta.json"), "a table's metadata", _block_rows)
     written = _written_blocks(table.path)
     blocks = _evenly(written, max_blocks)
     rows = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
@@ -170,6 +169,10 @@ def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int
         vectors = _as_float32(stored[chosen])
     as_stored = table.num_hashes > 1 and table.optimizer.weight_decay > 0.0
     return RowNorms(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), sampled, as_stored)
+
+
+def _block_rows(values: object) -> int:
+    return as_whole(as_object(values, "meta.json").get("block_rows"), "block_rows", 1, 4096)
 
 
 def _evenly(numbers: I64, most: int) -> I64:

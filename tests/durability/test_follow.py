@@ -125,6 +125,14 @@ def test_half_copied_files_wait(tmp_path: Path, source: hashemb.EmbeddingTable) 
     assert (numbers(status), status.skipped) == ([1], {})
 
 
+def test_what_is_no_regular_file_is_told(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
+    send(tmp_path, 0)
+    os.mkfifo(tmp_path / "inbox" / "pipe.delta")
+    status = follow(tmp_path)
+    assert (numbers(status), list(status.skipped)) == ([0], ["pipe.delta"])
+    assert "expected a regular file, found a FIFO" in status.skipped["pipe.delta"]
+
+
 def test_lag_is_the_age_of_the_oldest_delta_that_waits(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
     send(tmp_path, 0, 3, 5)
     status = follow(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import hashemb
-from hashemb.ctr.model_dir import load_model, read_card
+from hashemb.ctr.model_dir import ModelCard, load_model, read_card, write_card
 from hashemb.errors import FormatError
 
 
@@ -72,6 +72,18 @@ def test_a_card_that_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.json")
     with pytest.raises(FormatError, match=r"model\.json: not a model card: no regular file"):
         read_card(tmp_path)
+
+
+def test_a_card_is_written_to_no_other_file(tmp_path: Path) -> None:
+    """Whatever stands where it is made first: a link to another's file, or what a killed writer left."""
+    (tmp_path / "other").write_text("kept")
+    new = tmp_path / "model.json.new"
+    for prepare in (lambda: new.symlink_to(tmp_path / "other"), lambda: new.write_text("half")):
+        prepare()
+        write_card(tmp_path, ModelCard(rank=4))
+        assert read_card(tmp_path).rank == 4
+        assert (tmp_path / "other").read_text() == "kept"
+        assert not os.path.lexists(new)
 
 
 def test_a_card_of_another_table(tmp_path: Path) -> None:

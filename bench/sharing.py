@@ -26,7 +26,7 @@ from bench.harness import Clock, Mismatch, Result, Settings, Skip, measure, requ
 from bench.workload import Case
 from bench.writers import LOG_FIELDS, Times, Writer, timed, writers
 from hashemb import _core
-from hashemb import snapshot as snapshot_module
+from hashemb._points import snapshot as snapshot_module
 
 DISTRIBUTIONS = ("uniform", "zipf1.2")
 BATCHES_PER_RUN = 20

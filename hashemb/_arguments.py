@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numpy.ma import MaskedArray
 from scipy import sparse
 
-from hashemb import _format
+from hashemb._files import format as _format
 from hashemb._rules import Whole, shown
 from hashemb._version import __version__
 from hashemb.init import Normal, Uniform, Zeros

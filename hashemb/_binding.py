@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from hashemb import _core, _format
-from hashemb._locks import after_fork_in_child
-from hashemb._storage import TableFiles
+from hashemb import _core
+from hashemb._files import TableFiles, after_fork_in_child
+from hashemb._files import format as _format
 
 __all__ = ["bind_core"]
 

@@ -7,11 +7,13 @@ import warnings
 from dataclasses import dataclass
 
 from hashemb import _arguments as arguments
-from hashemb import _building, _directory, _format
+from hashemb._files import SnapshotInfo
+from hashemb._files import building as _building
+from hashemb._files import directory as _directory
+from hashemb._files import format as _format
+from hashemb._points import interrupted_delta
 from hashemb.init import Initializer
-from hashemb.lineage import SnapshotInfo
 from hashemb.optim import Optimizer
-from hashemb.snapshot import interrupted_delta
 from hashemb.table import EmbeddingTable, Isolation, Mode
 
 __all__ = ["TableInfo", "create", "info", "open"]

@@ -1,6 +1,6 @@
 """Optimisers: frozen dataclasses that hold and check hyper-parameters. The arithmetic is in the kernels.
 
-Every class has the same small protocol, which `table.py` and `_format.py` rely on: `kind` (the name in
+Every class has the same small protocol, which `table.py` and `_files/format.py` rely on: `kind` (the name in
 `meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps beside
 the weights, and whether an array holds one value a row or one an element).
 

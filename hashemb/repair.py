@@ -18,15 +18,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _blocks, _building, _core, _directory
+from hashemb import _core
 from hashemb._arguments import path_string
-from hashemb._blocks import Bytes, Numbers
-from hashemb._directory import HISTORY_FILE, Directory
-from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, TableMeta, id_bytes, seal_control
-from hashemb._locks import Lock
-from hashemb._saving import SAVING_FILE
-from hashemb._scan import Progress
-from hashemb._seats import SEATS_FILE
+from hashemb._files import (
+    CONTROL_BYTES,
+    CONTROL_DTYPE,
+    HISTORY_FILE,
+    SAVING_FILE,
+    SEATS_FILE,
+    Bytes,
+    Directory,
+    Lock,
+    Numbers,
+    TableMeta,
+    id_bytes,
+    seal_control,
+)
+from hashemb._files import blocks as _blocks
+from hashemb._files import building as _building
+from hashemb._files import directory as _directory
+from hashemb._points import Progress
 from hashemb.errors import CorruptTableError, FormatError, HashembError
 from hashemb.verify import Check
 

@@ -15,13 +15,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hashemb import _arguments as arguments
-from hashemb._building import create_table
-from hashemb._delta_file import DeltaInfo, DeltaReader
-from hashemb._directory import read_history, read_meta, table_directory
-from hashemb._format import STORAGE_DTYPES, TableMeta, rows_per_block
-from hashemb.delta import delta_info
+from hashemb._files import (
+    STORAGE_DTYPES,
+    History,
+    TableMeta,
+    create_table,
+    read_history,
+    read_meta,
+    rows_per_block,
+    table_directory,
+)
+from hashemb._points import DeltaInfo, DeltaReader, delta_info
 from hashemb.errors import CorruptTableError, DeltaError, FormatError
-from hashemb.lineage import History
 from hashemb.optim import SGD
 from hashemb.table import EmbeddingTable
 

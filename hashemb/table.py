@@ -1,4 +1,4 @@
-"""EmbeddingTable: checks arguments, calls the core. No arithmetic here, and no files: see csrc/ and _storage.py."""
+"""EmbeddingTable: checks arguments, calls the core. No arithmetic here, and no files: see csrc/ and _files/."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _arguments as arguments
-from hashemb import _blocks, _core, _directory, _storage
+from hashemb import _core
 from hashemb._binding import bind_core
-from hashemb._delta_file import DeltaInfo, DeltaReader
-from hashemb.delta import Since, apply_to, export_to
+from hashemb._files import SnapshotInfo, TableFiles
+from hashemb._files import blocks as _blocks
+from hashemb._files import directory as _directory
+from hashemb._points import DeltaInfo, DeltaReader, Since, apply_to, export_to, take_snapshot
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
-from hashemb.lineage import SnapshotInfo
-from hashemb.snapshot import take_snapshot
 from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
 
 __all__ = ["EmbeddingTable"]
@@ -55,7 +55,7 @@ class EmbeddingTable:
     def __init__(
         self, path: str, mode: Mode, *, isolation: Isolation = "hogwild", huge_pages: bool | None = None
     ) -> None:
-        files = _storage.TableFiles(path, writable=mode == "r+", huge_pages=huge_pages)
+        files = TableFiles(path, writable=mode == "r+", huge_pages=huge_pages)
         meta = files.meta
         self.path, self.mode, self.isolation = path, mode, isolation
         self.recovered, self.suspects = files.recovered, files.suspects
@@ -63,7 +63,7 @@ class EmbeddingTable:
         self.num_hashes, self.seed, self.dtype = meta.num_hashes, meta.seed, meta.dtype
         self.optimizer, self.init = meta.optimizer, meta.init
         self._meta = meta
-        self._files: _storage.TableFiles | None = files
+        self._files: TableFiles | None = files
         self._core: _core.Core | None = bind_core(files)
         self._finalizer = weakref.finalize(self, files.close)
         if files.recovered == "rebooted":
@@ -274,7 +274,7 @@ class EmbeddingTable:
             huge_page_bytes=huge_page_bytes,
         )
 
-    def _count_rows(self, files: _storage.TableFiles) -> int:
+    def _count_rows(self, files: TableFiles) -> int:
         rows, count = self._meta.block_rows, 0
         weight = files.arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
         for first, epochs in _blocks.epoch_chunks(files.fd("blocks"), self._meta.num_blocks):
@@ -429,12 +429,12 @@ class EmbeddingTable:
             raise ClosedTableError(f"{self.path} has been closed")
         return self._core
 
-    def _open_files(self) -> _storage.TableFiles:
+    def _open_files(self) -> TableFiles:
         if self._files is None:
             raise ClosedTableError(f"{self.path} has been closed")
         return self._files
 
-    def _writable(self) -> tuple[_core.Core, _storage.TableFiles]:
+    def _writable(self) -> tuple[_core.Core, TableFiles]:
         core, files = self._core, self._files
         if core is None or files is None:
             raise ClosedTableError(f"{self.path} has been closed")

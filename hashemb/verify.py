@@ -17,23 +17,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hashemb import _blocks, _directory
 from hashemb._arguments import path_string
-from hashemb._format import (
+from hashemb._files import (
     CONTROL_BYTES,
     CONTROL_DTYPE,
     DATA_OFFSET_BYTES,
+    MAX_POINTS,
+    SEATS_FILE,
     FileSpec,
+    History,
+    SnapshotInfo,
     TableMeta,
+    abandoned_rows,
     check_npy_header,
     page_id,
 )
-from hashemb._report import Problem, Report
-from hashemb._scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
-from hashemb._seats import SEATS_FILE, abandoned_rows
-from hashemb.delta import check_delta
+from hashemb._files import blocks as _blocks
+from hashemb._files import directory as _directory
+from hashemb._points import Limits, Problem, Progress, Report, Scan, Sink, UnreadableError, Vouchers, check_delta
 from hashemb.errors import CorruptTableError, HashembError
-from hashemb.lineage import MAX_POINTS, History, SnapshotInfo
 
 __all__ = ["Check", "verify"]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import hashemb
 from hashemb import _core
-from hashemb._directory import read_history
+from hashemb._files.directory import read_history
 from hashemb.errors import DeltaError, HashembError
 
 OPTIONS: dict[str, Any] = {

@@ -33,7 +33,7 @@ import numpy as np
 from damage import Damage
 
 import hashemb
-from hashemb._format import CONTROL_DTYPE
+from hashemb._files.format import CONTROL_DTYPE
 from hashemb.errors import HashembError
 
 #: "": check sums stay as they were. "sum": the file's is made right. "all": and what follows from the value in other

@@ -5,6 +5,7 @@ Each check of tidy.py has two tests: the repository passes it, and a canary, a s
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def test_imports_run_one_way() -> None:
         ("reference", "from hashemb import _core"),
         ("reference", "def f():\n    from . import hashing"),
         ("errors", "import hashemb.optim"),
-        ("_format", "from hashemb._storage import Storage"),
+        ("_format", "from hashemb._files.table_files import Storage"),
         ("_storage", "from hashemb.hashing import hash_keys"),
         ("table", "from hashemb.cli import main"),
         ("_core", "from hashemb.table cimport Table"),
@@ -159,6 +160,8 @@ def test_canary_wrong_import(module: str, text: str) -> None:
     ("module", "text"),
     [
         ("table", "import os\nfrom hashemb import errors\nfrom hashemb._core import gather"),
+        ("_files.recovery", "from hashemb._files import blocks\nfrom hashemb._files.format import TableMeta"),
+        ("_points.delta", "from hashemb._files import blocks\nfrom hashemb._points.half import convert_rows"),
         ("ctr.metrics", "import hashemb\nfrom hashemb import Adagrad, reference\nfrom .readers import read"),
         ("cli", "from hashemb.ctr.metrics import auc\nfrom hashemb.errors import HashembError"),
         ("_core", "cimport numpy as cnp\nfrom libc.stdint cimport uint64_t"),
@@ -166,6 +169,18 @@ def test_canary_wrong_import(module: str, text: str) -> None:
 )
 def test_right_imports_pass(module: str, text: str) -> None:
     assert tidy.wrong_imports(module, text) == []
+
+
+@needs_source
+@pytest.mark.parametrize("room", tidy.ROOMS)
+def test_a_door_offers_what_others_use(room: str) -> None:
+    """`__all__` of a room is what modules outside it import, no more."""
+    offered = importlib.import_module(f"hashemb.{room}").__all__
+    used: set[str] = set()
+    for name, text in python_modules():
+        if name.split(".")[0] != room:
+            used |= {what for source, what in tidy.python_imports(text, name) if source == f"hashemb.{room}"}
+    assert sorted(offered) == sorted(used)
 
 
 @needs_source

@@ -14,124 +14,60 @@ MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 450
 MAX_TRACKED_BYTES = 300_000
 
-#: Which modules of the package a module may import; imports run one way. A module not listed is an error.
+#: Folders with a door: other modules import from the folder itself, whose `__init__` has all that they may use.
+ROOMS = ("_files", "_points")
+#: Which modules of the package a module may import; imports run one way. A module not listed is an error. A room stands
+#: for what its door offers, "_files.format" for one of its modules, which only the room's own modules import.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "stats": set(),
     "_reference_numerics": set(),
     "_rules": {"errors"},
-    "_sealed": {"errors", "_rules"},
     "optim": {"errors", "_rules"},
     "init": {"errors", "_rules"},
     "_core": {"errors"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
     "_versions": {"_version", "_core"},
     "hashing": {"errors", "_core"},
-    "_format": {"errors", "optim", "init", "_rules", "_sealed"},
-    "_arguments": {"errors", "optim", "init", "_rules", "_format", "_version"},
-    "_mapping": set(),
-    "_huge_pages": {"_format", "_mapping", "_core"},
-    "lineage": {"errors", "_rules", "_sealed", "_format"},
-    "_directory": {"errors", "_format", "lineage", "_core"},
-    "_blocks": {"errors", "_format", "_directory", "_core"},
-    "_locks": {"errors", "_directory", "_core"},
-    "_building": {"errors", "_format", "_directory", "_locks", "_core"},
-    "_saving": {"_format", "_directory", "_locks", "_core"},
-    "_recovery": {"_format", "_directory", "_blocks"},
-    "_seats": {"errors", "_directory", "_core"},
-    "_space": {"_format", "_directory", "_mapping", "_blocks", "_core"},
-    "_storage": {
-        "errors",
-        "_format",
-        "_directory",
-        "_locks",
-        "_recovery",
-        "_mapping",
-        "_huge_pages",
-        "_saving",
-        "_seats",
-        "_space",
-        "_core",
-    },
-    "snapshot": {"errors", "lineage", "_format", "_directory", "_blocks", "_locks", "_building", "_saving"}
-    | {"_storage", "_core"},
-    "_binding": {"_format", "_locks", "_storage", "_core"},
-    "_half": {"_format"},
-    "_delta_file": {"errors", "lineage", "_rules", "_sealed", "_format", "_directory", "_blocks", "_core"},
-    "delta": {
-        "errors",
-        "optim",
-        "lineage",
-        "_rules",
-        "_format",
-        "_half",
-        "_directory",
-        "_building",
-        "_blocks",
-        "_storage",
-        "_delta_file",
-        "snapshot",
-        "_core",
-    },
-    "table": {
-        "errors",
-        "optim",
-        "init",
-        "stats",
-        "lineage",
-        "_arguments",
-        "_format",
-        "_directory",
-        "_blocks",
-        "_storage",
-        "_core",
-        "hashing",
-        "snapshot",
-        "_binding",
-        "_delta_file",
-        "delta",
-    },
-    "replica": {"errors", "lineage", "optim", "_arguments", "_format", "_directory", "_building", "_delta_file"}
-    | {"delta", "table"},
-    "entry": {"errors", "optim", "init", "lineage", "_arguments", "_format", "_directory", "_building", "snapshot"}
-    | {"table"},
-    "_report": set(),
-    "_scan": {"errors", "_format", "_directory", "_blocks", "_report"},
-    "verify": {"errors", "lineage", "_arguments", "_format", "_directory", "_blocks", "_report", "_scan", "_seats"}
-    | {"delta"},
-    "repair": {"errors", "_arguments", "_format", "_directory", "_building", "_blocks", "_locks", "_saving", "_core"}
-    | {"_scan", "_seats", "verify"},
-    "__init__": {
-        "errors",
-        "optim",
-        "init",
-        "stats",
-        "lineage",
-        "_version",
-        "_versions",
-        "_core",
-        "hashing",
-        "snapshot",
-        "delta",
-        "table",
-        "entry",
-        "replica",
-        "reference",
-        "_report",
-        "verify",
-        "repair",
-    },
+    "_files.sealed": {"errors", "_rules"},
+    "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
+    "_files.mapping": set(),
+    "_files.huge_pages": {"_core", "_files.format", "_files.mapping"},
+    "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
+    "_files.directory": {"errors", "_core", "_files.format", "_files.lineage"},
+    "_files.blocks": {"errors", "_core", "_files.format", "_files.directory"},
+    "_files.locks": {"errors", "_core", "_files.directory"},
+    "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
+    "_files.saving": {"_core", "_files.format", "_files.directory", "_files.locks"},
+    "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
+    "_files.seats": {"errors", "_core", "_files.directory"},
+    "_files.space": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
+    "_files.table_files": {"errors", "_core"}
+    | {f"_files.{name}" for name in ("format", "directory", "locks", "recovery", "mapping", "huge_pages", "saving")}
+    | {"_files.seats", "_files.space"},
+    "_points.problems": set(),
+    "_points.half": {"_files"},
+    "_points.snapshot": {"errors", "_core", "_files"},
+    "_points.delta_file": {"errors", "_rules", "_core", "_files"},
+    "_points.delta": {"errors", "optim", "_rules", "_core", "_files"}
+    | {"_points.half", "_points.delta_file", "_points.snapshot"},
+    "_points.scan": {"errors", "_files", "_points.problems"},
+    "_arguments": {"errors", "optim", "init", "_rules", "_version", "_files"},
+    "_binding": {"_core", "_files"},
+    "table": {"errors", "optim", "init", "stats", "hashing", "_arguments", "_binding", "_core", "_files", "_points"},
+    "replica": {"errors", "optim", "table", "_arguments", "_files", "_points"},
+    "entry": {"errors", "optim", "init", "table", "_arguments", "_files", "_points"},
+    "verify": {"errors", "_arguments", "_files", "_points"},
+    "repair": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
+    "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "entry", "replica", "verify"}
+    | {"repair", "_version", "_versions", "_core", "_files", "_points"},
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {
-    "_directory", "_building", "_blocks", "_locks", "_recovery", "_saving", "_seats", "_space", "_storage", "_mapping",
-    "_huge_pages",
-    "snapshot", "_delta_file", "delta", "replica", "_scan", "verify", "repair",
-}  # fmt: skip
+STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
 #: These use what every program may use: the public names, and the modules that hold nothing but values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
-PUBLIC_MODULES = {"errors", "init", "optim", "reference", "lineage"}
+PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
 #: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
     "cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics", "torch"},
@@ -266,8 +202,10 @@ def wrong_imports(module: str, text: str) -> list[str]:
     top = module.split(".")[0]
     if top in OUTER_MODULES:
         allowed = {top} | PUBLIC_MODULES | MAY_ALSO_IMPORT.get(top, set())
-    elif top in ALLOWED_IMPORTS:
-        allowed = ALLOWED_IMPORTS[top]
+    elif top in ROOMS and module == f"{top}.__init__":
+        allowed = {name for name in ALLOWED_IMPORTS if name.startswith(f"{top}.")}
+    elif module in ALLOWED_IMPORTS:
+        allowed = ALLOWED_IMPORTS[module]
     else:
         return [f"hashemb.{module}: not in ALLOWED_IMPORTS; give it a place in the order of the imports"]
     return [
@@ -279,18 +217,22 @@ def wrong_imports(module: str, text: str) -> list[str]:
 
 def _package_imports(module: str, text: str) -> Iterator[str]:
     """The package's modules that `text` imports; `from hashemb import Adagrad` names none, being public."""
-    statements = _cython_imports(text) if module in CYTHON_MODULES else _python_imports(text, module)
+    statements = _cython_imports(text) if module in CYTHON_MODULES else python_imports(text, module)
     for source, name in statements:
         parts = source.split(".")
         if parts[0] != "hashemb":
             continue
-        if len(parts) > 1:
+        if len(parts) > 1 and parts[1] in ROOMS:
+            inside = [*parts[2:3], name][0]  # of "from hashemb._files import blocks" too, in that room
+            is_own = module.split(".")[0] == parts[1] and f"{parts[1]}.{inside}" in ALLOWED_IMPORTS
+            yield f"{parts[1]}.{inside}" if len(parts) > 2 or is_own else parts[1]
+        elif len(parts) > 1:
             yield parts[1]
         elif name in ALLOWED_IMPORTS or name in OUTER_MODULES:
             yield name
 
 
-def _python_imports(text: str, module: str) -> Iterator[tuple[str, str]]:
+def python_imports(text: str, module: str) -> Iterator[tuple[str, str]]:
     package = ["hashemb", *module.split(".")[:-1]]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -334,10 +276,10 @@ def _loaded_statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.Import
 
 
 def touches_files(module: str, text: str) -> list[str]:
-    """Complaints about what reaches files, mappings or locks, which is for `_storage` and its helpers alone."""
+    """Complaints about what reaches files, mappings or locks, which is for the rooms of STORAGE_MODULES alone."""
     tree = ast.parse(text)
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    return [f"hashemb.{module}: {what}; only _storage does" for what in _file_uses(tree, own)]
+    return [f"hashemb.{module}: {what}; only _files and _points do" for what in _file_uses(tree, own)]
 
 
 def _file_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:

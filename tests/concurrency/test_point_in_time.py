@@ -193,7 +193,7 @@ def test_a_file_that_goes_while_the_table_is_measured_is_no_error(
         (path / "saving.json").write_bytes(b"{}")
         seen = list(os.scandir(path))
         (path / "saving.json").unlink()
-        monkeypatch.setattr("hashemb._directory.os.scandir", lambda _: nullcontext(seen))
+        monkeypatch.setattr("hashemb._files.directory.os.scandir", lambda _: nullcontext(seen))
         assert table.stats().disk_bytes == hashemb.info(path).disk_bytes == size
 
 

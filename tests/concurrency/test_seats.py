@@ -1,4 +1,4 @@
-"""Rows that killed writers were writing are named: see _seats.py."""
+"""Rows that killed writers were writing are named: see _files/seats.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _seats
-from hashemb._directory import Directory
+from hashemb._files import seats as _seats
+from hashemb._files.directory import Directory
 
 DIM, ROWS = 64, 3000
 SPAWN = multiprocessing.get_context("spawn")

@@ -14,8 +14,11 @@ import shim
 from crash import ALL, GRADS, NEW, OLD, OPTIONS
 
 import hashemb
-from hashemb import _building, _directory, _recovery, _storage
-from hashemb._directory import read_history
+from hashemb._files import building as _building
+from hashemb._files import directory as _directory
+from hashemb._files import recovery as _recovery
+from hashemb._files import table_files as _storage
+from hashemb._files.directory import read_history
 from hashemb.errors import DeltaError
 
 SOME, MANY = (range(7), 2), (range(60), 1)  # seeds, and of how many calls one is looked at

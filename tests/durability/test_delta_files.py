@@ -15,7 +15,7 @@ from delta_chains import OPTIONS, chain, files_of, snapshot_files, train
 from disks import fill, mounted
 
 import hashemb
-from hashemb._sealed import checksum_of
+from hashemb._files.sealed import checksum_of
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError
 
 DECAY = hashemb.Adagrad(lr=0.1, weight_decay=0.5)

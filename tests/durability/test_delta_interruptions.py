@@ -19,32 +19,33 @@ import pytest
 from delta_chains import OPTIONS, assert_same, chain, contents, files_of, train
 
 import hashemb
-from hashemb import _directory, _storage
+from hashemb._files import directory as _directory
+from hashemb._files import table_files as _storage
 from hashemb.errors import DeltaError
 
 #: Where a child kills itself: (module or class, function, the call of it that is the last).
 APPLYING = [
-    ("hashemb._storage.TableFiles", "claim", 1),
-    ("hashemb.delta", "write_history", 1),
+    ("hashemb._files.table_files.TableFiles", "claim", 1),
+    ("hashemb._points.delta", "write_history", 1),
     ("hashemb._core", "ClosedGate", 1),
-    ("hashemb.delta", "_write_runs", 1),
-    ("hashemb.delta", "_write_runs", 5),
-    ("hashemb.delta", "_take_counters", 1),
-    ("hashemb._storage.TableFiles", "flush", 1),
-    ("hashemb.delta", "write_history", 2),
+    ("hashemb._points.delta", "_write_runs", 1),
+    ("hashemb._points.delta", "_write_runs", 5),
+    ("hashemb._points.delta", "_take_counters", 1),
+    ("hashemb._files.table_files.TableFiles", "flush", 1),
+    ("hashemb._points.delta", "write_history", 2),
 ]
 EXPORTING = [
-    ("hashemb.delta", "save_point", 1),
-    ("hashemb.delta", "_count", 1),
-    ("hashemb._delta_file", "_write_group", 2),
-    ("hashemb.delta", "write_history", 1),
+    ("hashemb._points.delta", "save_point", 1),
+    ("hashemb._points.delta", "_count", 1),
+    ("hashemb._points.delta_file", "_write_group", 2),
+    ("hashemb._points.delta", "write_history", 1),
     ("os", "rename", 1),
     ("os", "rename", 2),
 ]
 KILL = """
     import os, pydoc, signal, sys
     import hashemb
-    from hashemb import _blocks
+    from hashemb._files import blocks as _blocks
 
     _blocks.GROUP_BYTES = 1 << 14  # several groups
     owner, name, calls = pydoc.locate(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -136,7 +137,7 @@ def test_what_a_killed_export_left_behind_is_removed_by_the_next(tmp_path: Path)
         train(source, 1)
     script = 'hashemb.open(sys.argv[4], "r+").export_delta(sys.argv[5], sys.argv[6])'
     target = tmp_path / "1.delta"
-    killed(script, ("hashemb._delta_file", "_write_group", 1), tmp_path / "s", tmp_path / "0.delta", target)
+    killed(script, ("hashemb._points.delta_file", "_write_group", 1), tmp_path / "s", tmp_path / "0.delta", target)
     (left,) = tmp_path.glob(".1.delta.*.tmp")
     os.utime(left, (time.time() - 60,) * 2)
     with hashemb.open(tmp_path / "s", "r+") as source:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import OPTIMIZERS
 
 import hashemb
-from hashemb._half import convert_rows
+from hashemb._points.half import convert_rows
 from hashemb.errors import DeltaError, ReadOnlyTableError
 
 DTYPES = ["float32", "float16", "bfloat16"]

@@ -223,13 +223,13 @@ def test_killed_and_started_again(tmp_path: Path, source: hashemb.EmbeddingTable
     """In the middle of the second delta; also where meanwhile another delta has come."""
     send(tmp_path, 0, 1)
     code = f"""
-import os, signal, sys, hashemb, hashemb.delta
-calls, real = [], hashemb.delta.{point}
+import os, signal, sys, hashemb, hashemb._points.delta
+calls, real = [], hashemb._points.delta.{point}
 def killing(*args):
     calls.append(1)
     if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-hashemb.delta.{point} = killing
+hashemb._points.delta.{point} = killing
 hashemb.follow(sys.argv[1], sys.argv[2])
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "r", tmp_path / "inbox"], timeout=60)

@@ -10,7 +10,8 @@ import pytest
 from disks import fill, mounted
 
 import hashemb
-from hashemb import _core, _space
+from hashemb import _core
+from hashemb._files import space as _space
 from hashemb.errors import NoSpaceError
 
 OPTIONS = {"num_embeddings": 2**22, "embedding_dim": 16, "optimizer": hashemb.Adagrad(lr=0.1)}

@@ -13,8 +13,8 @@ import pytest
 
 import hashemb
 from hashemb import errors
-from hashemb._directory import Directory
-from hashemb._saving import open_announced
+from hashemb._files.directory import Directory
+from hashemb._files.saving import open_announced
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 10_000, "embedding_dim": 4, "seed": 3}
 ONES = np.ones((100, 4), np.float32)

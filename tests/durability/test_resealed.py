@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from resealed import DOCUMENTED, TEXTS, Mutation, content_of, every_field, mutations, outcomes, places
 
 import hashemb
-from hashemb import _format, _sealed, _storage
+from hashemb._files import format as _format
+from hashemb._files import sealed as _sealed
+from hashemb._files import table_files as _storage
 from hashemb.errors import CorruptTableError, DeltaError, FormatError
 
 KINDS = ["table", "snapshot", "deltas"]

@@ -20,7 +20,9 @@ import pytest
 from test_full_disk import fill, mounted
 
 import hashemb
-from hashemb import _building, _directory, errors, restore, verify
+from hashemb import errors, restore, verify
+from hashemb._files import building as _building
+from hashemb._files import directory as _directory
 
 KEYS = np.arange(300)
 OPTIONS: dict[str, Any] = {
@@ -181,7 +183,7 @@ def test_refused_while_a_writer_is_at_work(made: Path) -> None:
 
 
 def test_refused_from_a_snapshot_that_changes_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hashemb import _blocks
+    from hashemb._files import blocks as _blocks
 
     real, opened = _blocks.checksums, []
 
@@ -231,7 +233,7 @@ def test_a_writer_that_comes_while_it_is_replaced(made: Path, monkeypatch: pytes
 CHILD = """
 import os, signal, sys
 import hashemb
-from hashemb import _building
+from hashemb._files import building as _building
 call, left, source, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 owner, name = (_building, "exchange") if call == "exchange" else (os, call)
 real = getattr(owner, name)
@@ -376,7 +378,7 @@ def test_files_that_share_their_space(sharing_disk: Path, monkeypatch: pytest.Mo
     with hashemb.create(sharing_disk / "t", **OPTIONS) as table:
         train(table, 0)
         table.snapshot(sharing_disk / "s")
-    monkeypatch.setattr("hashemb._blocks.write_blocks", None)
+    monkeypatch.setattr("hashemb._files.blocks.write_blocks", None)
     before = content(sharing_disk / "s")
     restore(sharing_disk / "s", sharing_disk / "new")
     assert content(sharing_disk / "new") == before

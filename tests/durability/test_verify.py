@@ -15,8 +15,11 @@ from strategies import OPTIMIZERS
 from worker import Worker
 
 import hashemb
-from hashemb import _core, _directory, _format, lineage, verify
-from hashemb._format import CONTROL_DTYPE
+from hashemb import _core, verify
+from hashemb._files import directory as _directory
+from hashemb._files import format as _format
+from hashemb._files import lineage
+from hashemb._files.format import CONTROL_DTYPE
 
 KEYS = np.arange(300)
 
@@ -186,7 +189,7 @@ def test_a_writer_opens_a_snapshot_while_it_is_checked(tmp_path: Path, monkeypat
             opened.append(hashemb.open(tmp_path / "s", "r+"))
             train(opened[0], 1)
 
-    from hashemb import _blocks
+    from hashemb._files import blocks as _blocks
 
     real = _blocks.read_units
 

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _format, _sealed, errors
-from hashemb._building import new_directory
+from hashemb import errors
+from hashemb._files import format as _format
+from hashemb._files import sealed as _sealed
+from hashemb._files.building import new_directory
 
 GOOD: dict[str, Any] = {"num_embeddings": 64, "embedding_dim": 3}
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _storage, entry, errors
+from hashemb import entry, errors
+from hashemb._files import table_files as _storage
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 3000, "embedding_dim": 4}
 ONES = np.ones((100, 4), np.float32)

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _core
-from hashemb._directory import Directory, data_extents, opened, space_errors
-from hashemb._format import DATA_OFFSET_BYTES, FileSpec, TableMeta
+from hashemb._files.directory import Directory, data_extents, opened, space_errors
+from hashemb._files.format import DATA_OFFSET_BYTES, FileSpec, TableMeta
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]

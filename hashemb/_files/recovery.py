@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _blocks
-from hashemb._directory import boot_id
-from hashemb._format import TableMeta, seal_control
+from hashemb._files import blocks as _blocks
+from hashemb._files.directory import boot_id
+from hashemb._files.format import TableMeta, seal_control
 
 __all__ = ["how_left", "mark_what_is_there", "reserve_what_is_marked", "seal", "unseal"]
 

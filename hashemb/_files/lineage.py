@@ -14,7 +14,8 @@ import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from hashemb._format import SMALL_FILE_BYTES
+from hashemb._files.format import SMALL_FILE_BYTES
+from hashemb._files.sealed import dump_checked, load_checked
 from hashemb._rules import (
     COUNTER,
     DECAY_TOTAL,
@@ -34,7 +35,6 @@ from hashemb._rules import (
     optional,
     shown,
 )
-from hashemb._sealed import dump_checked, load_checked
 from hashemb.errors import CorruptTableError
 
 __all__ = ["History", "Point", "SnapshotInfo"]

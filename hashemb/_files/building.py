@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from hashemb import _core
-from hashemb._directory import Directory, boot_id, read_control, read_meta, space_errors, table_directory
-from hashemb._format import FileSpec, TableMeta, encode_control, encode_meta, encode_npy_header
-from hashemb._locks import Lock
+from hashemb._files.directory import Directory, boot_id, read_control, read_meta, space_errors, table_directory
+from hashemb._files.format import FileSpec, TableMeta, encode_control, encode_meta, encode_npy_header
+from hashemb._files.locks import Lock
 from hashemb.errors import HashembError
 
 ABANDONED_S = 10.0  # older than any directory that its maker has not locked yet

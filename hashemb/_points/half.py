@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._format import STORAGE_DTYPES
+from hashemb._files import STORAGE_DTYPES
 
 Array = npt.NDArray[Any]
 

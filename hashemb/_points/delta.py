@@ -16,18 +16,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _blocks, _core
-from hashemb._building import building_directory, check_free, create_arrays, sync_directory
-from hashemb._delta_file import DeltaInfo, DeltaReader, Group, Progress, arrays_to_export, write_delta
-from hashemb._directory import read_history, read_snapshot_info, write_history
-from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta
-from hashemb._half import convert_rows
+from hashemb import _core
+from hashemb._files import (
+    STORAGE_DTYPES,
+    FileSpec,
+    History,
+    Point,
+    SnapshotInfo,
+    TableFiles,
+    TableMeta,
+    building_directory,
+    check_free,
+    create_arrays,
+    new_id,
+    read_history,
+    read_snapshot_info,
+    sync_directory,
+    write_history,
+)
+from hashemb._files import blocks as _blocks
+from hashemb._points.delta_file import DeltaInfo, DeltaReader, Group, Progress, arrays_to_export, write_delta
+from hashemb._points.half import convert_rows
+from hashemb._points.snapshot import SavedPoint, save_point, whole_history
 from hashemb._rules import MAX_EPOCH
-from hashemb._storage import TableFiles
 from hashemb.errors import DeltaError, FormatError
-from hashemb.lineage import History, Point, SnapshotInfo, new_id
 from hashemb.optim import Optimizer, with_rate
-from hashemb.snapshot import SavedPoint, save_point, whole_history
 
 __all__ = ["DeltaInfo", "Since", "apply_to", "check_delta", "delta_info", "export_to"]
 

@@ -20,14 +20,33 @@ from typing import Any
 
 import numpy as np
 
-from hashemb import _blocks, _core
-from hashemb._building import create_arrays, finish_table, new_directory
-from hashemb._directory import HISTORY_FILE, Directory, boot_id, read_history, space_errors, write_history
-from hashemb._format import CONTROL_DTYPE, TableMeta, id_bytes, seal_control
-from hashemb._saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
-from hashemb._storage import TableFiles
+from hashemb import _core
+from hashemb._files import (
+    BITS_FILE,
+    CONTROL_DTYPE,
+    HISTORY_FILE,
+    LOG_PREFIX,
+    SAVING_FILE,
+    Directory,
+    History,
+    SnapshotInfo,
+    TableFiles,
+    TableMeta,
+    bits_bytes,
+    boot_id,
+    check_extra,
+    create_arrays,
+    finish_table,
+    id_bytes,
+    new_directory,
+    new_id,
+    read_history,
+    seal_control,
+    space_errors,
+    write_history,
+)
+from hashemb._files import blocks as _blocks
 from hashemb.errors import DeltaError
-from hashemb.lineage import History, SnapshotInfo, check_extra, new_id
 
 __all__ = [
     "Progress",

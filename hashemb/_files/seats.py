@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb import _core
-from hashemb._directory import Directory
+from hashemb._files.directory import Directory
 from hashemb.errors import HashembError
 
 __all__ = ["SEATS_FILE", "abandoned_rows", "take_seat"]

@@ -15,18 +15,23 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from hashemb import _blocks
 from hashemb._core import OpenFile
-from hashemb._directory import open_regular, space_errors
-from hashemb._format import (
+from hashemb._files import (
+    MOMENT_RULES,
     SMALL_FILE_BYTES,
     STORAGE_DTYPES,
     FileSpec,
+    Point,
     TableMeta,
+    dump_line,
     expect_rate,
+    load_checked,
     meta_content,
     meta_of_content,
+    open_regular,
+    space_errors,
 )
+from hashemb._files import blocks as _blocks
 from hashemb._rules import (
     BOOL,
     COUNTER,
@@ -43,9 +48,7 @@ from hashemb._rules import (
     one_of,
     optional,
 )
-from hashemb._sealed import dump_line, load_checked
 from hashemb.errors import CorruptTableError, FormatError
-from hashemb.lineage import MOMENT_RULES, Point
 
 __all__ = ["DeltaInfo", "DeltaReader", "Group", "Progress", "write_delta"]
 

@@ -15,11 +15,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _blocks
-from hashemb._blocks import Bytes, Numbers
-from hashemb._directory import data_extents
-from hashemb._format import DATA_OFFSET_BYTES, TableMeta
-from hashemb._report import Report
+from hashemb._files import DATA_OFFSET_BYTES, Bytes, Numbers, TableMeta, data_extents
+from hashemb._files import blocks as _blocks
+from hashemb._points.problems import Report
 
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hashemb import _core
-from hashemb._directory import Directory
-from hashemb._format import DATA_OFFSET_BYTES, TableMeta
-from hashemb._locks import Lock
+from hashemb._files.directory import Directory
+from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
+from hashemb._files.locks import Lock
 
 __all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "bits_bytes", "open_announced"]
 

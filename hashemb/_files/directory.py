@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from hashemb._core import OpenFile
-from hashemb._format import CONTROL_BYTES, CONTROL_DTYPE, SMALL_FILE_BYTES, TableMeta, check_control, decode_meta
+from hashemb._files.format import CONTROL_BYTES, CONTROL_DTYPE, SMALL_FILE_BYTES, TableMeta, check_control, decode_meta
+from hashemb._files.lineage import History, SnapshotInfo
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
-from hashemb.lineage import History, SnapshotInfo
 
 HISTORY_FILE = "history.json"
 

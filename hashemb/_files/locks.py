@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from hashemb._core import OpenFile
-from hashemb._directory import Directory
+from hashemb._files.directory import Directory
 from hashemb.errors import HashembError
 
 __all__ = ["Lock", "after_fork_in_child", "open_again"]

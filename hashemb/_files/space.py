@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from hashemb import _blocks, _core
-from hashemb._directory import space_errors
-from hashemb._format import DATA_OFFSET_BYTES, TableMeta
-from hashemb._mapping import HUGE_PAGE_BYTES
+from hashemb import _core
+from hashemb._files import blocks as _blocks
+from hashemb._files.directory import space_errors
+from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
+from hashemb._files.mapping import HUGE_PAGE_BYTES
 
 __all__ = ["Space", "block_bytes"]
 

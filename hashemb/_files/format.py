@@ -1,4 +1,4 @@
-"""Format 1: bytes <-> metadata. Pure functions and values, no I/O; `_storage.py` reads and writes.
+"""Format 1: bytes <-> metadata. Pure functions and values, no I/O; `directory.py` reads and writes.
 
 A table is a directory of plain `.npy` files, a `meta.json` that never changes and a `control` page that does.
 See docs/format.md. Invariants: array data starts at byte 4096; everything is little-endian; a file's size follows
@@ -19,6 +19,7 @@ import numpy as np
 
 from hashemb import init as initializers
 from hashemb import optim
+from hashemb._files.sealed import dump_checked, load_checked, load_json
 from hashemb._rules import (
     COUNTER,
     DECAY_TOTAL,
@@ -38,7 +39,6 @@ from hashemb._rules import (
     one_of,
     shown,
 )
-from hashemb._sealed import dump_checked, load_checked, load_json
 from hashemb.errors import CorruptTableError, FormatError
 
 FORMAT = 1

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core, _huge_pages, _recovery
-from hashemb._directory import (
+from hashemb import _core
+from hashemb._files import huge_pages as _huge_pages
+from hashemb._files import recovery as _recovery
+from hashemb._files.directory import (
     HISTORY_FILE,
     Directory,
     boot_id,
@@ -33,18 +35,18 @@ from hashemb._directory import (
     remove_leftovers,
     table_directory,
 )
-from hashemb._format import (
+from hashemb._files.format import (
     CONTROL_BYTES,
     CONTROL_DTYPE,
     DATA_OFFSET_BYTES,
     FileSpec,
     check_npy_header,
 )
-from hashemb._locks import Lock, after_fork_in_child, open_again
-from hashemb._mapping import HUGE_PAGE_BYTES, map_file
-from hashemb._saving import SAVING_FILE, SaveTarget, open_announced
-from hashemb._seats import SEATS_FILE, abandoned_rows, take_seat
-from hashemb._space import Space, block_bytes
+from hashemb._files.locks import Lock, after_fork_in_child, open_again
+from hashemb._files.mapping import HUGE_PAGE_BYTES, map_file
+from hashemb._files.saving import SAVING_FILE, SaveTarget, open_announced
+from hashemb._files.seats import SEATS_FILE, abandoned_rows, take_seat
+from hashemb._files.space import Space, block_bytes
 from hashemb.errors import ClosedTableError, CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
@@ -77,7 +79,7 @@ class TableFiles:
         Where the table was not closed cleanly by its last writer: "killed" (the process ended, its pages are
         all there) or "rebooted" (the machine did, and what was not flushed may be lost).
     suspects : ndarray of int64
-        Rows that killed processes were writing, see _seats.py.
+        Rows that killed processes were writing, see seats.py.
     """
 
     def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:

@@ -1,0 +1,27 @@
+"""Points in time of a table: snapshots, deltas, and the scans that check them."""
+
+from hashemb._points.delta import DeltaInfo, Since, apply_to, check_delta, delta_info, export_to
+from hashemb._points.delta_file import DeltaReader
+from hashemb._points.problems import Problem, Report
+from hashemb._points.scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
+from hashemb._points.snapshot import interrupted_delta, take_snapshot
+
+__all__ = [
+    "DeltaInfo",
+    "DeltaReader",
+    "Limits",
+    "Problem",
+    "Progress",
+    "Report",
+    "Scan",
+    "Since",
+    "Sink",
+    "UnreadableError",
+    "Vouchers",
+    "apply_to",
+    "check_delta",
+    "delta_info",
+    "export_to",
+    "interrupted_delta",
+    "take_snapshot",
+]

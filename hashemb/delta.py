@@ -24,7 +24,7 @@ from hashemb._format import STORAGE_DTYPES, FileSpec, TableMeta
 from hashemb._half import convert_rows
 from hashemb._rules import MAX_EPOCH
 from hashemb._storage import TableFiles
-from hashemb.errors import DeltaError, FormatError
+from hashemb.errors import DeltaError, FormatError, HashembError
 from hashemb.lineage import History, Point, SnapshotInfo, new_id
 from hashemb.optim import Optimizer, with_rate
 from hashemb.snapshot import SavedPoint, save_point, whole_history
@@ -183,7 +183,7 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
         _check_position(history, info, files)
         epoch = int(files.control["epoch"][0])
         if epoch >= MAX_EPOCH:
-            raise OverflowError(f"{files.path}: epochs are 32 bits, and {epoch} points in time were taken of the table")
+            raise HashembError(f"{files.path}: all {epoch} epochs of the table are used up: it can take no more deltas")
         _reserve(files, delta)
         source = None if info.table.id == files.meta.id else info.table.id
         history = replace(history, applying=info.id, source=source)

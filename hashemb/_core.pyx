@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from hashemb.errors import ClosedTableError, NoSpaceError, TableBusyError
+from hashemb.errors import ClosedTableError, HashembError, NoSpaceError, TableBusyError
 
 cimport cython
 cimport numpy as cnp

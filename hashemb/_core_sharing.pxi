@@ -250,7 +250,7 @@ cdef class ClosedGate:
 def begin_point(cnp.ndarray control not None, int lock_fd):
     """The moment that a snapshot holds, between batches: returns the control page, whose epoch's rows writers save from now on.
 
-    `OverflowError` where all epochs have been used.
+    `HashembError` where all epochs have been used.
     """
     cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
     cdef cnp.npy_intp size = cnp.PyArray_SIZE(control)
@@ -263,7 +263,9 @@ def begin_point(cnp.ndarray control not None, int lock_fd):
         if error == EINTR:
             PyErr_CheckSignals()
     if error == ERANGE:
-        raise OverflowError(f"epochs are 32 bits, and {he_epoch(page)} points in time were taken of the table")
+        raise HashembError(
+            f"all {he_epoch(page)} epochs of the table are used up: no snapshot or delta of it can be taken any more; look-ups "
+            "and updates still work")
     raise_errno(error)
     return copy.tobytes()
 

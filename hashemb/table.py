@@ -313,7 +313,7 @@ class EmbeddingTable:
             There is something at `dst`, or its parent does not exist.
         NoSpaceError, OSError
             It could not be written, by this process or by a writer that had to save a block; nothing is left at `dst`.
-        ReadOnlyTableError, ClosedTableError
+        ReadOnlyTableError, ClosedTableError; HashembError where all 2**32 - 1 epochs are used up
 
         Notes
         -----
@@ -363,7 +363,7 @@ class EmbeddingTable:
             It could not be written; nothing is left at `path`.
         DeltaError
             The table itself has a delta applied in part.
-        ReadOnlyTableError, ClosedTableError
+        ReadOnlyTableError, ClosedTableError; HashembError as for `snapshot`
 
         Notes
         -----

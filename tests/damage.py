@@ -113,7 +113,7 @@ def outcome(directory: Path, mode: str) -> str:
                     table.update(keys, grads)
                     table.flush()
         return "opened"
-    except (HashembError, FileNotFoundError, OverflowError) as error:
+    except (HashembError, FileNotFoundError) as error:
         return type(error).__name__
 
 

@@ -39,7 +39,7 @@ from hashemb._points.delta_file import DeltaInfo, DeltaReader, Group, Progress, 
 from hashemb._points.half import convert_rows
 from hashemb._points.snapshot import SavedPoint, save_point, whole_history
 from hashemb._rules import MAX_EPOCH
-from hashemb.errors import DeltaError, FormatError
+from hashemb.errors import DeltaError, FormatError, HashembError
 from hashemb.optim import Optimizer, with_rate
 
 __all__ = ["DeltaInfo", "Since", "apply_to", "check_delta", "delta_info", "export_to"]
@@ -196,7 +196,7 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
         _check_position(history, info, files)
         epoch = int(files.control["epoch"][0])
         if epoch >= MAX_EPOCH:
-            raise OverflowError(f"{files.path}: epochs are 32 bits, and {epoch} points in time were taken of the table")
+            raise HashembError(f"{files.path}: all {epoch} epochs of the table are used up: it can take no more deltas")
         _reserve(files, delta)
         source = None if info.table.id == files.meta.id else info.table.id
         history = replace(history, applying=info.id, source=source)

@@ -21,7 +21,7 @@ import hashemb
 from hashemb._files import format as _format
 from hashemb._files import sealed as _sealed
 from hashemb._files import table_files as _storage
-from hashemb.errors import CorruptTableError, DeltaError, FormatError
+from hashemb.errors import CorruptTableError, DeltaError, FormatError, HashembError
 
 KINDS = ["table", "snapshot", "deltas"]
 ERRORS = DOCUMENTED - {"ok", "problems"}
@@ -318,3 +318,24 @@ def test_what_is_written_is_what_is_read(made: Path) -> None:
             if not file.endswith(".delta"):
                 assert _sealed.dump_checked(_sealed.load_checked(data, file, 1)) == data
     assert hashemb.verify(made / "table") == hashemb.verify(made / "snapshot") == []
+
+
+@pytest.mark.parametrize("call", ["snapshot", "export_delta", "apply_delta"])
+def test_a_table_whose_epochs_are_used_up(tmp_path: Path, call: str) -> None:
+    """It says so, still looks up and updates, and nothing is left where the snapshot or delta would have been."""
+    with hashemb.create(tmp_path / "s", num_embeddings=1000, embedding_dim=4) as source:
+        source.export_delta(None, tmp_path / "x.delta")
+    with hashemb.create(tmp_path / "t", num_embeddings=1000, embedding_dim=4) as table:
+        control = table._files.control  # type: ignore[union-attr]
+        control["epoch"] = 2**32 - 1
+        before = {path.name for path in tmp_path.iterdir()}
+        calls: dict[str, Callable[[], Any]] = {
+            "snapshot": lambda: table.snapshot(tmp_path / "new"),
+            "export_delta": lambda: table.export_delta(None, tmp_path / "new"),
+            "apply_delta": lambda: hashemb.apply_delta(table, tmp_path / "x.delta"),
+        }
+        with pytest.raises(HashembError, match="all 4294967295 epochs of the table are used up"):
+            calls[call]()
+        assert {path.name for path in tmp_path.iterdir()} == before
+        table.update([1], np.ones((1, 4), np.float32))
+        assert table.step == 1

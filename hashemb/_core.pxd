@@ -101,7 +101,7 @@ cdef extern from "table.h" nogil:
     uint64_t he_epoch(const he_control *c) noexcept
     int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
-    int he_gate_wait(int fd) noexcept
+    int he_gate_look(int fd) noexcept
     int he_gate_close(he_control *c, int fd) noexcept
     void he_gate_open(he_control *c, int fd) noexcept
     int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) noexcept

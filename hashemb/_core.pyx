@@ -347,13 +347,19 @@ cdef class Core:
                 raise_errno(status)
 
     cdef int wait_at_gate(self) except -1:
-        cdef int error, fd = self.lock_fd
-        self.calls.check_wait(LOCK_GATE, "update")
-        with nogil:
-            error = he_gate_wait(fd)
-        if error == EINTR:
-            PyErr_CheckSignals()
-            return 0
+        """As a call in progress: `close` in another thread waits until the lock file is no longer used here."""
+        cdef int fd, error = 0
+        with self.calls:
+            self.calls.check_wait(LOCK_GATE, "update")
+            fd = self.lock_fd
+            with nogil:
+                error = he_gate_look(fd)
+            while error == EAGAIN or error == EINTR:
+                with nogil:
+                    usleep(WAIT_US)
+                PyErr_CheckSignals()
+                self.calls.check()
+                error = he_gate_look(fd)
         return raise_errno(error)
 
     cdef int raise_refused(self, const he_plan *p) except -1:

@@ -39,16 +39,20 @@ void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
 /* A batch holds the gate shared from its first mark to its last row. Whoever wants it exclusively says so in the control
  * page and holds the turnstile meanwhile: without it, batches that overlap would keep the gate shared for ever.
  *
- * Never waits: HE_GATE_CLOSED, and he_gate_wait then, with nothing held; `waited` says that this has been done. */
+ * Never waits: HE_GATE_CLOSED, and he_gate_look then, with nothing held; `waited` says that this has been done. */
 int he_gate_enter(const he_control *c, int fd, int waited) {
     if (!waited && __atomic_load_n(&c->gate_closing, __ATOMIC_ACQUIRE)) return HE_GATE_CLOSED;
     const int error = he_lock(fd, F_RDLCK, HE_LOCK_GATE, 1, 0);
     return error == EAGAIN ? HE_GATE_CLOSED : error;
 }
 
-/* Until whoever closed the gate has opened it, or is dead. 0 or an errno; EINTR where a signal came first. */
-int he_gate_wait(int fd) {
-    const int error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 1);
+/* Looks for a tenth of a millisecond whether the gate has been opened: most are closed for less. 0, EAGAIN or an errno. */
+int he_gate_look(int fd) {
+    int error = EAGAIN;
+    for (int i = 0; i < 64 && error == EAGAIN; i++) {
+        error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 0);
+        for (int j = 0; j < 32 && error == EAGAIN; j++) he_pause();
+    }
     if (!error) he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
     return error;
 }

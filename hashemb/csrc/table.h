@@ -147,7 +147,7 @@ void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
 enum {
     HE_AGAIN = -1,        /* a signal came, or may have come: look at it, and commit again */
     HE_CLOSED = -2,       /* the table has been closed */
-    HE_GATE_CLOSED = -3,  /* he_gate_wait, and commit again */
+    HE_GATE_CLOSED = -3,  /* he_gate_look, and commit again */
     HE_NEEDS_JOIN = -4,   /* the process has not joined the writers since it was forked */
     HE_NEEDS_ROOM = -5,   /* p->fresh needs space, which faults cannot give: allocate it, or raise */
     HE_NEEDS_SAVING = -6, /* a snapshot in progress wants rows saved: say where */
@@ -231,7 +231,7 @@ int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
 int he_lock_soon(int fd, int kind, int64_t begin, int64_t length);
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
 int he_gate_enter(const he_control *c, int fd, int waited);
-int he_gate_wait(int fd);
+int he_gate_look(int fd);
 void he_gate_leave(int fd);
 int he_gate_close(he_control *c, int fd);
 void he_gate_open(he_control *c, int fd);

@@ -240,6 +240,33 @@ def test_closing_under_a_call_of_another_thread_is_a_closed_table(tmp_path: Path
         assert hashemb.info(tmp_path / f"t{attempt}").clean
 
 
+def test_closing_under_an_update_that_waits_at_the_gate(tmp_path: Path) -> None:
+    """Its lock file may not be closed meanwhile: the update went on with whatever file had the number by then."""
+    path, raised = tmp_path / "t", []
+    with hashemb.create(path, **OPTIONS) as other:
+        table = hashemb.open(path, "r+")
+        table.update(KEYS, GRADS)  # has joined the writers
+
+        def update() -> None:
+            with pytest.raises(BaseException) as caught:  # noqa: PT011
+                table.update(KEYS, GRADS)
+            raised.append(caught.value)
+
+        files = other._open_files()
+        with files.turn("apply_delta") as _, _core.ClosedGate(files.fd("lock"), files.calls, files.arrays["control"]):
+            thread = threading.Thread(target=update)
+            thread.start()
+            time.sleep(0.2)
+            assert thread.is_alive()
+            table.close()
+            thread.join(30)
+            assert not thread.is_alive()
+        assert [type(error) for error in raised] == [ClosedTableError]
+        other.update(KEYS, GRADS)
+        assert other.step == 2
+    assert hashemb.info(path).clean
+
+
 # ---- arrays that change during a call ----
 
 

@@ -32,7 +32,7 @@ class EmbeddingTable:
     """A table of vectors in memory-mapped files, returned by `hashemb.create` and `hashemb.open`.
 
     Any number of processes may have the same table open, and any number of threads may use one object: look-ups
-    run in parallel, and updates through one object are applied one after another. It closes itself as a context manager.
+    run in parallel, and updates through one object are applied in turn. A context manager, which closes it at the end.
 
     Attributes
     ----------

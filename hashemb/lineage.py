@@ -117,7 +117,7 @@ def new_id() -> str:
 class History:
     """The points in a table's past, oldest first.
 
-    `applying` is the id of a delta that is being applied to the table. `table` is the table's id, or "" in files written
+    `applying` is the id of a delta that is being applied to the table. `table` is the table's id, or "" in files from
     before ids were recorded. `source` is the id of the table that the points belong to, if it is another one (as in a
     replica made by hand).
     """

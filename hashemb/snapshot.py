@@ -138,8 +138,8 @@ def save_point(
 ) -> SavedPoint:
     """Save the blocks written after epoch `since`, for the arrays `names`, to the array files in `directory`.
 
-    The caller has its turn (`TableFiles.turn`), with `turn_fd` as the lock file. blocks.npy in `directory` records which
-    blocks were saved, and their epochs. The files are not synced.
+    The caller has its turn (`TableFiles.turn`), with `turn_fd` as the lock file. blocks.npy in `directory` records the
+    blocks that were saved, and their epochs. The files are not synced.
     """
     control, path = files.control, os.path.abspath(directory.path)
     control["saving"] = 0  # clear the request of a snapshot whose owner was killed

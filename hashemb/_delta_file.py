@@ -150,7 +150,7 @@ class DeltaInfo:
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> DeltaInfo:
-        """Decode the result of `encode`; raise `CorruptTableError` for other bytes, `FormatError` for a newer format."""
+        """Invert `encode`; raise `CorruptTableError` for any other bytes, and `FormatError` for a newer format."""
         text = data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]]
         content = load_checked(text, filename, DELTA_FORMAT, dump_line)
         check_fields(content, DELTA_RULES, filename)

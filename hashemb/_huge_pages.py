@@ -158,7 +158,7 @@ class Extents:
         return extents[first[untried]], ends[untried]
 
     def _due(self, extents: npt.NDArray[Any], ends: npt.NDArray[Any], at_most: int) -> npt.NDArray[Any]:
-        """Return at most `at_most` extents that have grown enough since they were last counted, largest growth first."""
+        """Return the extents that have grown enough since they were last counted: the `at_most` with most growth."""
         self._ends[extents] += ends
         due = self._ends[extents] >= self._worth_a_look
         extents, ends = extents[due], ends[due]

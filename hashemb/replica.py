@@ -109,8 +109,8 @@ class FollowStatus:
         Position of the replica: the number of its last delta or snapshot, and the source's step at that time. None
         for a replica that has neither.
     pending : int
-        Number of deltas in the directory that are newer than that. Full deltas, which start a new replica, are not
-        counted.
+        Number of deltas in the directory that are newer than that. Full deltas, which start a new replica, count only
+        if this one has no position yet.
     lag_s : float
         Seconds since the oldest pending delta was taken, or 0 if none is pending: how long the replica has been
         behind, by the clocks of both machines.

@@ -99,7 +99,7 @@ OBJECT = Rule("an object", lambda value: type(value) is dict)
 
 
 def check_fields(content: Mapping[str, Any], rules: Mapping[str, Rule | Whole], filename: str, where: str = "") -> None:
-    """Raise `FormatError` unless the fields are exactly these, and `CorruptTableError` unless each satisfies its rule."""
+    """Raise `FormatError` unless the fields are exactly these, `CorruptTableError` unless each satisfies its rule."""
     for name, rule in rules.items():
         if name not in content:
             raise FormatError(f"{filename}: this version cannot read it: expected a field {where}{name}, found none")

@@ -1,4 +1,4 @@
-"""The file `inflight`: the row that each thread of each writer is writing, so that a killed process leaves a note of it.
+"""The file `inflight`: the row that each thread of each writer is writing, so that a killed process leaves a note.
 
 A writer has one page of the file to itself, its seat, for as long as it holds the lock on that page's number. Each of
 its threads notes the row that it writes, plus 1, in a cache line of its own, and 0 when it is done. A note whose seat's

@@ -390,12 +390,12 @@ cdef class Core:
 # ---- threads and instruction sets ----
 
 def get_num_threads():
-    """Return the number of threads per call: HASHEMB_NUM_THREADS, else the CPUs of this process; 1 after a fork."""
+    """Return how many threads a call may use: HASHEMB_NUM_THREADS, else the CPUs of this process; 1 after a fork."""
     return he_threads_get()
 
 
 def set_num_threads(n):
-    """Set the number of threads per call, 1 to 64. Results are bit-identical for any number."""
+    """Set how many threads a call may use, 1 to 64. Results are bit-identical for any number."""
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"the number of threads must be an integer, got {type(n).__name__} {n!r}")
     n = n.__index__()

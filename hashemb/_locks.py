@@ -53,7 +53,7 @@ class Lock:
 def open_again(directory: Directory, known: os.stat_result) -> OpenFile:
     """Open the lock file of an open table, identified by its `os.fstat`, for separate locks.
 
-    Raise `HashembError` if the directory has no lock file any more, or another one, whose locks would exclude no one.
+    Raise `HashembError` if the directory no longer has this lock file: locks on another would not exclude anything.
     """
     with suppress(FileNotFoundError):
         file = directory.open("lock", os.O_RDWR)

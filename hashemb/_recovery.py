@@ -71,7 +71,7 @@ def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: 
 
 
 def reserve_what_is_marked(blocks_fd: int, meta: TableMeta, allocate: Callable[[str, int, int], None]) -> None:
-    """Reserve space for all marked blocks, which may lack it after a power failure; raise `NoSpaceError` if it is full.
+    """Reserve space for marked blocks, which may lack it after a power failure; raise `NoSpaceError` on a full disk.
 
     `allocate(name, begin, num_bytes)` reserves space for bytes of an array.
     """

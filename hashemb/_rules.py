@@ -2,7 +2,7 @@
 
 A check sum does not make content trustworthy, as an edited file can get a matching one. Every decoder therefore has a
 table, field -> rule, and checks everything that it has read before using any of it. Rules accept any value whatsoever
-and never raise. True is not an integer here, and values that are not finite floats are not numbers.
+and never raise. True is not an integer here; NaN, infinities and integers beyond the range of floats are not numbers.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def expect(is_so: bool, filename: str, expected: str, found: Any) -> None:
 
 
 def hyper_parameter(owner: str, name: str, value: Any, low: float, *, zero: bool = True) -> float:
-    """Return `value` as a Python number from `low` to `LARGEST`, or 0 if `zero`; else raise an error that names it."""
+    """Return a number from `low` to `LARGEST`, or 0 if `zero`, as a Python number; else raise a type or value error."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{owner}: {name} must be a float, got {type(value).__name__} {shown(value)}")
     number = value if type(value) is int or type(value) is float else float(value)

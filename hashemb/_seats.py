@@ -45,7 +45,7 @@ def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
         seat = _free_seat(fd, lock_fd)
         if seat is None:
             return None
-        os.pwrite(fd, bytes(_SEAT_BYTES), seat * _SEAT_BYTES)  # allocates space: without it a store would raise a signal
+        os.pwrite(fd, bytes(_SEAT_BYTES), seat * _SEAT_BYTES)  # allocates space: without it a store is a SIGBUS
         mapped = mmap.mmap(fd, _SEAT_BYTES, offset=seat * _SEAT_BYTES)
         return np.frombuffer(mapped, np.uint64).reshape(-1, _LINE_WORDS)
     except OSError:

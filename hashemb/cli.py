@@ -44,7 +44,7 @@ def _run(arguments: list[str] | None) -> int:
     from hashemb.ctr import report_commands  # noqa: F401 - registers its command
     from hashemb.ctr.commands import app, typer
 
-    usage_error: Any = typer.BadParameter.__bases__[0]  # from click, or from typer's own copy of it, depending on the version
+    usage_error: Any = typer.BadParameter.__bases__[0]  # from click or typer's copy of it, by version
     command = typer.main.get_command(app)
     try:
         arguments = sys.argv[1:] if arguments is None else arguments

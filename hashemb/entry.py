@@ -164,8 +164,8 @@ def open(
         The table is damaged: the message names the file, what was expected and what was found.
     ReadOnlyTableError
         `mode` is "r+" and the files cannot be written.
-    TypeError
-        `huge_pages` is not True, False or None.
+    TypeError, ValueError
+        `huge_pages` is not True, False or None; `mode` or `isolation` is not one of the values above.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')

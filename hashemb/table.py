@@ -32,7 +32,7 @@ class EmbeddingTable:
     """A table of vectors in memory-mapped files, returned by `hashemb.create` and `hashemb.open`.
 
     Any number of processes may have the same table open, and any number of threads may use one object: look-ups
-    run in parallel, and updates through one object are applied in turn. A context manager, which closes it at the end.
+    run in parallel, and updates through one object are applied in turn. As a context manager, it closes at the end.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class EmbeddingTable:
         The argument of `open`.
     recovered : {None, "killed", "rebooted"}
         Why the last writer did not close the table: it was killed (everything it wrote is present) or the machine
-        restarted (unflushed updates may be lost). Set only if no other process had the table open for writing.
+        restarted (unflushed updates may be lost). Set only with mode "r+", if no other process has it open for writing.
     suspects : ndarray of int64
         With `recovered`, the rows that killed processes were writing, at most one for each of their threads. These
         rows, and no others, may mix elements or optimiser state from before and after an update.
@@ -154,8 +154,8 @@ class EmbeddingTable:
         open for writing it also reads the optimiser's state. A thread of this process advises the kernel to read the
         pages (`MADV_WILLNEED`), one page (4 KiB) per distinct row and file. The kernel may ignore the advice when
         memory is short; a call made while 64 earlier ones still wait for the disk is ignored too. Nothing is written.
-        Look-ups and updates have a read-ahead of their own (docs/performance.md). Pages read here are never huge
-        pages.
+        Look-ups and updates have a read-ahead of their own (docs/performance.md). The pages read are small ones, even
+        in a table with huge pages.
 
         Examples
         --------
@@ -299,7 +299,7 @@ class EmbeddingTable:
         dst : str or path-like
             Directory to create: a complete table with check sums (see `hashemb.verify`).
         extra : dict, optional
-            JSON data to keep with it, such as the position in the training data; see `SnapshotInfo.extra`.
+            JSON data to keep with it, e.g. the position in the training data: `hashemb.info(dst).snapshot.extra`.
         progress : callable, optional
             Called with the number of blocks saved so far and the total.
 
@@ -343,7 +343,7 @@ class EmbeddingTable:
         path : str or path-like
             File to create. Name it ``*.delta`` for `hashemb.follow` to find it.
         state : bool
-            Whether to include the optimiser's state, to continue training. By default only what look-ups need is.
+            Whether to include the optimiser's state, for further training. By default, only what look-ups need.
         dtype : {"float32", "float16", "bfloat16"}, optional
             Dtype of the weights in the file, rounded to nearest even. Default: the table's dtype.
         progress : callable, optional

@@ -223,11 +223,11 @@ class Check:
         page = self._raw_page() if self.page is not None else None
         if page is None or (not self.was_taken and not self._is_up_to_date(page)):
             return Limits(all_marked=self.was_taken)
-        half_applied = self.history is not None and self.history.applying  # a delta: its rows come before its page
+        half_applied = self.history is not None and self.history.applying  # a delta's rows are written before the page
         return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]), all_marked=True)
 
     def _check_page(self, page: Any) -> None:
-        """What `read_control` has left to be checked: of use where no check sum covers the page."""
+        """Check what `read_control` does not; this is useful where no check sum covers the page."""
         between = bytearray(_directory.read_file(os.path.join(self.path, "control"), CONTROL_BYTES))
         for name in CONTROL_DTYPE.names or ():
             offset = CONTROL_DTYPE.fields[name][1]  # type: ignore[index]

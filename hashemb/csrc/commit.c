@@ -114,7 +114,8 @@ static uint64_t saving_epoch(const he_control *c, int lock_fd) {
     return owner_lives(lock_fd) ? until : 0;
 }
 
-/* Saves the batch's rows, in the memory of the stale blocks, which are found again if the batch is not applied. */
+/* Saves the batch's rows, with the memory of the stale blocks as scratch; these are found again if the batch is not
+ * applied. */
 static void save_rows(const he_saving *s, he_plan *p) {
     int error = 0;
     p->epoch = 0;

@@ -143,7 +143,8 @@ static void give_up(const he_saving *s, int error) {
     __atomic_store_n(&s->control->save_failed, s->until, __ATOMIC_RELEASE);
 }
 
-/* Saves the epochs of wanted blocks in one stripe, before a writer marks them; for other blocks it sets all bits. */
+/* Saves the epochs of wanted blocks in one stripe, before a writer marks them; blocks that the snapshot does not need
+ * get all their bits set instead. */
 static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
     uint32_t epochs[HE_STRIPE_BLOCKS];
     const int64_t begin = (int64_t)blocks[0], end = (int64_t)blocks[n - 1] + 1;

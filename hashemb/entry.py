@@ -148,7 +148,7 @@ def open(
         the same moment, elements of one update may be lost. "exact" loses no updates among writers that all use it:
         the result is that of their batches applied one after the other, in the order of their steps.
     huge_pages : bool, optional
-        Whether this process asks for pages of 2 MiB, with which reading a random row takes about three fifths of the
+        Whether this process asks for pages of 2 MiB, with which a random row takes about three fifths of the
         time. A huge page holds, and `flush` writes, the neighbours of a touched row too. True asks for them always,
         which makes a sparse table dense; False never does. By default they are used on disk if the whole table fits
         both the free space and the amount the kernel allows to be dirty before it writes, and on tmpfs for the parts

@@ -1,4 +1,4 @@
-"""The C API of the core: csrc/table.h, as Cython sees it. Everything here is `noexcept nogil`."""
+"""Declarations of the core's C API, csrc/table.h. All functions are `noexcept nogil`."""
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 

@@ -160,7 +160,8 @@ class ProgressiveValidator:
     delay : float
         Time between an impression and its label, at least 0: in examples, or in the unit of the times that are passed
         to `learn`. A batch is learned, in one update, when a later batch begins and the label of its last example is
-        known by then. With delay 0 each batch is learned at once.
+        known by then. With delay 0 each batch is learned at once; any delay that ends before the next batch has the
+        same effect.
     negatives : NegativeSampling, optional
         Learn and score only the examples that it keeps. Metrics are estimates for all examples: probabilities are
         corrected, and a kept negative weighs 1 / rate.

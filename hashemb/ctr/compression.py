@@ -179,7 +179,7 @@ class FrequentRows:
                 f"{self._own.size} keys with rows of their own (the bias is one) leave no row for the others in a "
                 f"table of {table.num_embeddings}"
             )
-        keys_for_rows(table, [])  # says what is wrong with the table
+        keys_for_rows(table, [])  # raises if the table is unsuitable
 
     @property
     def num_own_rows(self) -> int:
@@ -269,7 +269,7 @@ class QuotientRemainder:
                 f"got {self.num_remainders}"
             )
         self.num_quotients = table.num_embeddings - self.num_remainders
-        keys_for_rows(table, [])  # says what is wrong with the table
+        keys_for_rows(table, [])  # raises if the table is unsuitable
 
     def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Return the two rows of each key, int64, shape ``(2,) + keys.shape``: remainder, quotient."""

@@ -124,8 +124,8 @@ class FrequentRows:
     table : EmbeddingTable
         Table with one hash and more rows than there are frequent keys.
     frequent : integer array, shape (m,)
-        Distinct keys that get rows of their own; `most_frequent_keys` finds them. A model's bias gets a row as well. The
-        same keys must be passed whenever the table is opened again: keep them with the model.
+        Distinct keys that get rows of their own; `most_frequent_keys` finds them. A model's bias gets a row as well.
+        The same keys must be passed whenever the table is opened again: keep them with the model.
 
     Attributes
     ----------

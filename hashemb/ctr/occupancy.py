@@ -104,7 +104,7 @@ class KeyCensus:
         self._num_pending = 0
 
     def collisions(self, table: EmbeddingTable) -> list[FieldCollisions]:
-        """Count the keys that share their rows in `table`, field by field; O(n log n) in the number of distinct keys."""
+        """Count the keys that collide in `table`, field by field; O(n log n) in the number of distinct keys."""
         columns = self.distinct()
         keys, codes = np.unique(np.concatenate([*columns, np.empty(0, np.uint64)]), return_inverse=True)
         sharing = _sharing(table.rows(keys).reshape(len(keys), table.num_hashes))[codes.reshape(-1)]

@@ -1,7 +1,8 @@
 """The compiled maths of the shallow models: five-step wrappers (buffers, checks, one nogil call, exception, result).
 
-The module works on arrays of numbers and knows no tables or keys; the kernels are in csrc/. `hashed_model.py` has converted
-every argument to the dtype, shape and order given here; only what could read or write outside an array is checked again.
+The module works on arrays of numbers and knows no tables or keys; the kernels are in csrc/. `hashed_model.py` has
+converted every argument to the dtype, shape and order given here; the wrappers check again only what could cause a
+read or write outside an array.
 """
 
 import os
@@ -279,8 +280,8 @@ def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, 
     Returns
     -------
     (float, float) or None
-        None if a label is not 0 or 1, a probability is not in [0, 1], or a weight is negative or not finite; in that case
-        nothing has been added.
+        None if a label is not 0 or 1, a probability is not in [0, 1], or a weight is negative or not finite; in that
+        case nothing has been added.
     """
     cdef int64_t n = cnp.PyArray_SIZE(labels), size = cnp.PyArray_SIZE(histogram), bad
     cdef hm_scores s

@@ -243,7 +243,8 @@ def tokenize_examples(bytes text, str format, FieldTable fields, object labels, 
     Returns
     -------
     arrays : tuple of ndarray
-        Labels (None if `labels` is None), offsets, keys, values, fields (None for libsvm), weights (None except for vw).
+        Labels (None if `labels` is None), offsets, keys, values, fields (None for libsvm) and weights (None unless the
+        format is vw).
     faults : ndarray of int64, shape (m, 4)
         Line, code, and the beginning and length of the offending text.
     names : list of (int, bytes)

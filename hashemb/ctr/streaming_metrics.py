@@ -19,7 +19,7 @@ __all__ = ["StreamingMetrics"]
 
 _EPS = float(np.finfo(np.float64).eps)
 
-# Scores are counted in bins of equal width on the logit scale; beyond ±16 (1e-7) everything shares the end bins.
+# Scores are counted in bins of equal width on the logit scale; all scores beyond ±16 (1e-7) share the outermost bins.
 _LOGIT_LIMIT = 16.0
 _NUM_BINS = 1 << 14
 _MAX_SUM = 1e100  # limit for sums of weights, which are float32, and of their squares

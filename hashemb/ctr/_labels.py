@@ -1,8 +1,8 @@
 """Labels: find their column, choose the values that mean 0 and 1, and convert columns of values to float32 labels.
 
 By default, 0 and 1 (as numbers, booleans or text) mean themselves, and of any other two values the one that sorts
-second means 1, as in scikit-learn: numbers are sorted by size, text by its characters. Thus 1 is 1 among -1 and 1, 2
-among 1 and 2, "yes" among "no" and "yes", and ">50K" among "<=50K" and ">50K".
+second means 1, as in scikit-learn: numbers are sorted by size, text by its characters. The value that means 1 is, for
+example, 1 for -1 and 1, 2 for 1 and 2, "yes" for "no" and "yes", and ">50K" for "<=50K" and ">50K".
 """
 
 from __future__ import annotations

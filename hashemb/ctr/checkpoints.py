@@ -78,7 +78,7 @@ class Checkpoints:
         return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
 
     def resume(self, model: str | os.PathLike[str]) -> int | None:
-        """Restore the model to its last checkpoint if its table has been updated since its card was written.
+        """Restore the model to its last checkpoint if its table differs from its card, as after a kill.
 
         No process may have the table open for writing.
 
@@ -119,6 +119,6 @@ class Checkpoints:
 
 
 def _is_whole(model: str | os.PathLike[str]) -> bool:
-    """Return whether the table is at the step that its card records."""
+    """Return whether the table is clean and at the step that its card records."""
     info = hashemb.info(model)
     return info.clean and info.step == read_card(model).table_step

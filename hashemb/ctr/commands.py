@@ -186,7 +186,7 @@ def predict(
         bool, typer.Option("--skip-bad-lines", help="Leave bad lines out of the output instead of stopping at one.")
     ] = False,
 ) -> None:
-    """Print the probability of each example, one per line. The table is only read, also during training."""
+    """Print the probability of each example, one per line. The table is only read, so training may continue."""
     try:
         bad = _predict(files, table, output, data_format=data_format, label=label, strict=not skip_bad_lines)
     except BrokenPipeError:  # the reader of our output has closed it: `hashemb predict … | head`

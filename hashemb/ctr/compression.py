@@ -116,8 +116,9 @@ def most_frequent_keys(keys: npt.NDArray[Any], count: int) -> KeyArray:
 class FrequentRows:
     """A small table in which frequent keys have rows of their own and all other keys share the remaining rows.
 
-    When D keys are hashed to n < D rows, most keys collide, and frequent keys are as likely to collide as rare ones.
-    Here the first rows belong to the keys in `frequent`, one each; all other keys are hashed to the rows after them.
+    When many keys are hashed to few rows, most of them collide, and frequent keys are as likely to collide as rare
+    ones. Here the first rows belong to the keys in `frequent`, one each; all other keys are hashed to the rows after
+    them.
 
     Parameters
     ----------
@@ -241,9 +242,9 @@ class QuotientRemainder:
     Notes
     -----
     Shi et al. multiply r and q, both initialised uniformly at random in ±1/sqrt(rows). If rows are initialised near
-    zero, as in a factorisation machine, the products and their gradients would be too small by an order; a row q
-    therefore holds the difference of its factor from one. A look-up takes twice the table's look-ups, and an update
-    needs an extra look-up.
+    zero, as in a factorisation machine, the products would be small to second order, and so would be their gradients;
+    a row q therefore holds the difference between its factor and one. The look-ups are twice those of the table, and an
+    update takes an extra look-up.
 
     References
     ----------

@@ -65,8 +65,8 @@ int64_t hm_num_pairs(const hm_batch *b);
 int64_t hm_memory_bytes(const hm_batch *b, int num_threads);
 void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients);
 /* Number the distinct keys among n keys from 0 in order of appearance: key i has number index[i], and distinct[number]
- * is the key. Return their count. `slots` has room for hm_slots(n) numbers; *bits, kept between calls, is an estimate
- * of the slots needed. */
+ * is the key. Return their count. `slots` has room for hm_slots(n) numbers; *bits, kept between calls, is a guess: at
+ * first only 2^bits slots are used. */
 int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *bits);
 int64_t hm_slots(int64_t n);
 void hm_sigmoid(const float *logits, int64_t n, float *out);

@@ -1,4 +1,4 @@
-"""A table as a dict from row to vector, in plain Python and float64: the textbook version, and the state machine's model.
+"""A table as a dict from row to vector, in plain Python and float64: the textbook, and the model of the state machine.
 
 It has no batches, threads, files or lazy computation: weight decay multiplies every row at every step. Gradients are
 combined in float32 in batch order, as the format specifies, because Adagrad turns the difference between a sum of 0 and

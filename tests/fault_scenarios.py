@@ -261,7 +261,7 @@ class ExportDelta(Scenario):
 
 
 class ApplyDelta(ExportDelta):
-    """Apply a delta to a replica. After a fault it is unchanged, or reports a partly applied delta and takes it again."""
+    """Apply a delta to a replica. After a fault it is unchanged, or reports a partial delta and accepts it again."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -312,7 +312,7 @@ class Restore(Scenario):
 
 
 class SnapshotBesideWriter(Snapshot):
-    """A snapshot while a thread adds the same gradient to every row in a loop: at a point in time all rows are equal."""
+    """A snapshot while a thread adds the same gradient to every row in a loop: in a snapshot all rows are equal."""
 
     def prepare(self) -> None:
         options = {**OPTIONS, "optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros(), "num_embeddings": 30000}

@@ -32,7 +32,7 @@ def in_processes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_answer, args=(theirs, barrier, work, args), daemon=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # it warns of forks with threads, which are tested here
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads: tested here
                 process.start()
             theirs.close()
             started.append((process, ours))

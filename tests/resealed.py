@@ -37,8 +37,8 @@ import hashemb
 from hashemb._format import CONTROL_DTYPE
 from hashemb.errors import HashembError
 
-#: "": leave the checksums. "sum": correct the checksum of the file. "all": also correct everything that follows from the
-#: value elsewhere in the table: the list of files, their sizes and their headers.
+#: "": leave the checksums. "sum": correct the checksum of the file. "all": also correct everything that follows from
+#: the value elsewhere in the table: the list of files, their sizes and their headers.
 Seal = Literal["", "sum", "all"]
 Where = tuple[str | int, ...]
 
@@ -311,7 +311,7 @@ def _of_bytes(directory: Path, rng: random.Random) -> Mutation:
 
 
 def outcomes(directory: Path, *, write: bool = True) -> dict[str, str]:
-    """Read the directory in every way; return the outcome of each by name: "ok", "problems" (`verify`), or an error class.
+    """Read the directory in every way; return outcomes by name: "ok", "problems" (of `verify`), or an error class.
 
     With `write`, a table is also opened "r+" and updated, and a new replica next to the directory follows the deltas.
     """

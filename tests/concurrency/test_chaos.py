@@ -129,7 +129,7 @@ def verify(path: Path) -> None:
 
 
 def clean_up(root: Path) -> None:
-    """Check that leftovers of killed makers are unlocked and, if old enough, removed with the next table of that name."""
+    """Check that leftovers of killed makers are unlocked and, if old enough, removed by the next `create`."""
     for path in (*(p for kind in MADE for p in root.glob(f"{kind}-*")), root / "own-before"):
         shutil.rmtree(path)
     for name in what_is_left(root):

@@ -188,7 +188,7 @@ def test_export(disks, seeds):
 
 @many
 def test_apply(disks, seeds):
-    """The replica is at the beginning or end of the delta, or reports that it is between and accepts the delta again."""
+    """The replica is at the beginning or end of the delta, or reports a partial delta and accepts it again."""
     begin, end, found = twin(FIRST), twin(FIRST, SECOND), {"between": 0, "forgotten": 0, "taken": 0}
     for mark, disk in disks("apply", seeds):
         applying = read_history(disk / "base").applying

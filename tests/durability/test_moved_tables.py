@@ -134,7 +134,7 @@ def test_a_removed_table(tmp_path: Path, replaced: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_child_of_a_removed_table_is_refused(tmp_path: Path) -> None:
-    """A child cannot open its own lock file, and without it batches of parent and child would not exclude each other."""
+    """A child cannot open a lock file of its own, without which batches of parent and child would not be exclusive."""
 
     def child() -> None:
         with pytest.raises(errors.HashembError, match="the table was removed"):

@@ -106,7 +106,7 @@ def test_a_fifo_in_the_place_of_a_file(tmp_path: Path, made: Path, name: str) ->
         else:
             assert error in ("CorruptTableError", "FormatError"), (call, message)
             assert file.name in message, (call, message)
-            assert "found a FIFO" in message or call == "restore", (call, message)  # it reports problems as `verify` does
+            assert "found a FIFO" in message or call == "restore", (call, message)  # reports like `verify`
     assert file.is_fifo()
 
 

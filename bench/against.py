@@ -183,7 +183,7 @@ def open_table(served: dict[str, Any], path: str, case: dict[str, Any], calls: i
 
 def time_batches(served: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
     case, calls, side = served["case"], served["calls"], served["side"]
-    if calls > 1:  # together they are a batch, and the single call before them is the untimed one
+    if calls > 1:  # a batch is that many calls: one untimed batch, one timed
         batches = [[workload.keys_for(case, number * calls + i) for i in range(calls)] for number in numbers[:2]]
     else:
         batches = [workload.keys_for(case, number) for number in numbers]

@@ -128,8 +128,7 @@ class DictTable:
             self.vectors[row] = w - lr * g / (np.sqrt(state["a"]) + optimizer.eps)
 
     def _ftrl(self, state: dict[str, F64], w: F64, g: F64) -> F64:
-        """Take a step of McMahan et al. 2013, Algorithm 1; z starts at the value whose solution is the initial weight.
-        """
+        """Take a step of McMahan et al. 2013, Algorithm 1; z starts where the initial weight is the solution."""
         o, alpha = self.optimizer, self.lr
         n = state.get("n", np.zeros_like(w))
         z = state.get("z", -w * (o.beta / alpha + o.l2) - np.sign(w) * o.l1)

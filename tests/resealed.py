@@ -241,8 +241,7 @@ def every_field(directory: Path, texts: list[str] | None = None, *, seal: Seal =
 
 
 def mutations(directory: Path, rng: random.Random, count: int, *, seal: Seal = "sum") -> list[Mutation]:
-    """Draw `count` mutations of the directory as it is now; with `seal` "" every second one changes bytes, not values.
-    """
+    """Draw `count` mutations of the current directory; with `seal` "" every second one changes bytes, not values."""
     contents = {
         file: None if file == "control" else content_of((directory / file).read_bytes())
         for file in files_with_numbers(directory)

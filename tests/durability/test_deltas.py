@@ -135,7 +135,7 @@ def test_from_a_snapshot_and_on_its_copy(tmp_path: Path) -> None:
             for number in (1, 2):
                 hashemb.apply_delta(replica, tmp_path / f"{number}.delta")
             assert replica.step == 9
-        hashemb.apply_delta(tmp_path / "snapshot", tmp_path / "3.delta")  # a path, and the direct way
+        hashemb.apply_delta(tmp_path / "snapshot", tmp_path / "3.delta")  # by path, and directly from the snapshot
         with hashemb.open(tmp_path / "snapshot") as replica:
             assert_same(contents(replica), contents(source))
         assert last.num_blocks >= first.num_blocks

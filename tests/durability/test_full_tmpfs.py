@@ -97,7 +97,7 @@ def test_reading_holes(tmpfs, kind, what, mode):
 
 
 def look_around(disk):
-    """Read a table in other ways: count rows, and take a snapshot to another disk; neither needs a page."""
+    """On a full disk, counting rows and updating existing rows need no page; a snapshot to it raises NoSpaceError."""
     with hashemb.open(disk / "t", "r+") as table:
         fill(disk)
         assert table.stats(exact=True).rows_touched == 5

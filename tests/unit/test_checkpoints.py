@@ -89,7 +89,7 @@ def test_one_that_was_closed_is_left_alone(model: Model) -> None:
 def test_a_server_never_has_what_a_kill_takes_back(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed before, between or after the steps of a checkpoint and trained further, a replica follows to the end."""
+    """If training is killed between the steps of a checkpoint and then continues, the replica follows to the end."""
     replica = tmp_path / "replica"
 
     def killed(*_: Any, **__: Any) -> None:

@@ -119,7 +119,7 @@ MISSING = ["", "NA", "N/A", "nan", "NaN", "?", "null", "None", " "]
 
 @pytest.mark.parametrize("missing", MISSING)
 def test_numbers_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """Markers of missing values are missing numbers; in a text column only the empty string is missing."""
+    """Markers of missing values count as missing in numeric columns; in text only the empty string does."""
     rows = [("1", "3.5", "x"), (missing, missing, missing), (" 3", "1e3", "y"), ("4", "-2", missing)]
     text = "label,n,f,s\n" + "".join(f"{i % 2},{','.join(row)}\n" for i, row in enumerate(rows))
     for block_bytes in (20, 1 << 20):
@@ -193,7 +193,7 @@ def test_kinds_that_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 12])
 def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    """The inspected data is not passed on in small pieces: Arrow rejects a block without the end of a line."""
+    """The inspected data is not passed on in small pieces, as Arrow rejects a block without the end of a line."""
     monkeypatch.setattr("hashemb.ctr._csv._HEAD_BYTES", block_bytes)
     monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
     monkeypatch.setattr("hashemb.ctr._streams._READ_BYTES", block_bytes // 2)

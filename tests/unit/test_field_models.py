@@ -199,8 +199,7 @@ def test_an_example_is_scored_alike_in_any_batch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_goes_on_with_the_same_bits(make_model: MakeModel, kind: str) -> None:
-    """A model that is closed and reopened half way, by another object, equals one that isn't: its table has everything.
-    """
+    """Another object can continue after half of the batches: everything that a model has learned is in its table."""
     batches = [matrix(100, seed=seed) for seed in range(6)]
     through, stopped = (make_model(kind, optimizer=hashemb.Adagrad(lr=0.1)) for _ in range(2))
     path = stopped.table.path

@@ -76,7 +76,7 @@ def test_what_is_no_number(value: Any) -> None:
 
 
 def test_integers_stay_integers() -> None:
-    """Integers are kept as they are in files."""
+    """Integers are kept, as files may contain them."""
     assert type(Adagrad(lr=1).lr) is int
 
 

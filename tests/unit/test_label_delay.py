@@ -77,7 +77,7 @@ def test_what_is_known_when(size: int, delay: int) -> None:
 
 
 def test_a_delay_of_one_batch_is_none() -> None:
-    """The labels of a batch are known when the next one begins, so the order of events is that without a delay."""
+    """The labels of a batch are known when the next one begins: learning and scores are those without a delay."""
     diary, validator = run(stream(100, 20), delay=1)
     undelayed, expected = run(stream(100, 20))
     validator.finish()

@@ -355,7 +355,7 @@ def test_streamed_bins_are_close_to_exact_ones() -> None:
 
 
 def test_intervals_hold_what_they_promise() -> None:
-    """Calibrated predictions are within 95 % of the intervals, also with weights; predictions half as high are not."""
+    """95 % of the intervals contain calibrated predictions, also with weights; few contain predictions half as high."""
     inside, weighted, wrong = [], [], []
     for seed in range(40):
         y, p = predictions(2000, seed=seed)

@@ -1,4 +1,4 @@
-"""Which fields share rows, counted one by one, and norms of exactly the rows that were written."""
+"""Keys that share rows, counted one by one, and norms of exactly the rows that were written."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ NUMBERS = st.one_of(
 @settings(max_examples=600, deadline=None)
 @given(NUMBERS)
 def test_numbers_are_those_of_float(text: str) -> None:
-    """Numbers are correctly rounded, to double and then to float32; only non-finite numbers are refused."""
+    """Numbers are correctly rounded, to double and then to float32; anything but a finite number is refused."""
     compare_with_twin("libsvm", [b"1 1:" + text.encode()], True)
 
 

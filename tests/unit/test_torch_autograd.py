@@ -276,7 +276,7 @@ def test_a_table_that_is_only_read(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_dtypes(table: hashemb.EmbeddingTable) -> None:
-    """Vectors have the dtype of the module; the table's arithmetic stays float32. Autocast applies after the look-up."""
+    """Vectors have the dtype of the module; the table computes in float32. Autocast applies after the look-up."""
     embedding = Embedding(table)
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         embedding.to(dtype)

@@ -58,6 +58,7 @@ class DeepFM(torch.nn.Module):
     Examples
     --------
     >>> import tempfile, hashemb, torch
+    >>> _ = torch.manual_seed(0)
     >>> from hashemb.ctr.deep import DeepFM
     >>> table = hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=2**16, embedding_dim=1 + 8,
     ...                        optimizer=hashemb.Adagrad(lr=0.1))

@@ -1,11 +1,11 @@
-# Needs CPython >= 3.10, make and gcc; the first run also needs a package index. Each target sets up .venv from the
-# project's files and leaves a stamp there, so that a second run starts at once. `make PYTHON=python3.12 test` takes
-# another interpreter (after `make clean`).
+# This needs CPython >= 3.10, make and gcc; the first run also needs a package index. Each target sets up .venv from the
+# project's files and leaves a stamp there, so that a second run starts at once. `make PYTHON=python3.12 test` uses
+# another interpreter (run `make clean` first).
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-# The install is editable: a changed .py file needs no reinstall, a changed source of the extension does.
+# The install is editable: a changed .py file needs no reinstall, but a changed source of an extension does.
 SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxi hashemb/*.pxd hashemb/csrc/* hashemb/ctr/*.pyx hashemb/ctr/csrc/*)
 
 .PHONY: demo test lint clean

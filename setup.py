@@ -1,7 +1,7 @@
-"""Builds the extensions; everything else about the package is in pyproject.toml.
+"""Build the extensions; everything else about the package is in pyproject.toml.
 
 The kernels are plain C with run-time dispatch (csrc/), so the flags name no CPU. `-ffp-contract=off` keeps
-the compiler from fusing multiply and add, which would give other bits on CPUs that have FMA;
+the compiler from fusing multiply and add, which would change results on CPUs with FMA;
 `-fno-math-errno` and `-fno-trapping-math` change no value and let square roots be vectorised.
 """
 

@@ -1,1 +1,1 @@
-"""Speed questions, one file each, over one harness: ``python -m bench [name ...] [--smoke]``. See README.md."""
+"""Benchmarks, one file per question, on a common harness: ``python -m bench [name ...] [--smoke]``. See README.md."""

@@ -1,4 +1,4 @@
-"""``python -m bench [name ...] [--smoke | --full] [--json FILE] [--against DIR]``: runs the questions, prints costs."""
+"""``python -m bench [name ...] [--smoke | --full] [--json FILE] [--against DIR]``: run benchmarks and print timings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BENCHES = [
     "lookup", "update", "pooled", "roofline", "hash", "overhead", "scale", "kv", "out_of_core", "sharing", "ctr",
     "compression",
 ]  # fmt: skip
-#: Sparse tables, and stores that keep files: these ask the disk too. The others ask the kernels and the memory.
+#: Sparse tables and stores that keep files: these benchmarks also measure the disk, the others only kernels and memory.
 ON_DISK = {"scale", "kv", "out_of_core", "compression"}
 DIR_HELP = f"where tables are made; default /dev/shm if 8 GiB are free, for {sorted(ON_DISK)} {tempfile.gettempdir()}"
 MEMORY, MEMORY_BYTES = "/dev/shm", 8 << 30
@@ -52,18 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def in_memory() -> str | None:
-    """The directory of a tmpfs with room for the tables and a peer's copy, if there is one."""
+    """Return the directory of a tmpfs with room for the tables and a peer's copy, if there is one."""
     if file_system(MEMORY).split()[:1] != ["tmpfs"] or shutil.disk_usage(MEMORY).free < MEMORY_BYTES:
         return None
     return MEMORY
 
 
 def run_bench(name: str, settings: Settings, report: dict[str, Any], target: str | None, other: str | None) -> None:
-    """Runs one question, with `other` of another build too; prints and saves each result as it comes."""
+    """Run one benchmark, or compare it with the build in `other`; print and save each result as it arrives."""
     try:
         question = importlib.import_module(f"bench.{name}")
         for result in against.run(name, settings, other) if other else question.run(settings):
-            if name != "hash":  # which has no files
+            if name != "hash":  # it uses no files
                 result.case["on"] = file_system(settings.directory)
             report["results"].append(result.as_dict())
             show(result)
@@ -80,7 +80,7 @@ def save(report: dict[str, Any], target: str | None) -> None:
 
 
 def show(result: Result) -> None:
-    """One table per result: nanoseconds per unit, and each side's time over ours."""
+    """Print one table per result: nanoseconds per unit, and the ratio of each side's time to ours."""
     point = " ".join(f"{k}={v}" for k, v in result.case.items())
     print(f"\n{result.bench}: {point}\n  {result.checks}")
     print(f"  {'':30}{'ns per ' + result.unit:^26}{'time of the side / ours':^28}  median ns by phase")

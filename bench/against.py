@@ -1,9 +1,10 @@
-"""This build against another one, say the one before a change: the same questions, both builds in turn in one run.
+"""Compare this build with another one, such as the one before a change: the same benchmarks, interleaved in one run.
 
-Each build runs in a process of its own, started alike, and idle while the other is timed. Both have the same table
-open, the very same pages, so that neither has the luckier ones; they get the same batches of keys, in another order, so
-that neither finds in the caches what the other has just looked up. The order of the two alternates. Ratios are the
-other's time over ours, as for peers: above 1 this build is faster. Against itself a build comes within 1 or 2 % of 1.
+Each build runs in its own process; both are started the same way, and one is idle while the other is timed. Both open
+the same table, hence the same physical pages, so that neither gets a luckier placement. They get the same batches of
+keys in a different order, so that neither finds in the caches what the other has just looked up. The order of the two
+alternates. Ratios are the other build's time over ours, as for peers: above 1, this build is faster. When a build is
+compared with itself, the ratio is within 1 or 2 % of 1.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from bench.workload import Case
 OTHER = "the other build"
 NAMES = ("lookup", "update", "overhead")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-#: hashemb of the one directory, the benchmarks of this one.
+#: Import hashemb from the other directory and the benchmarks from this one.
 START = "import sys; sys.path[0] = sys.argv[1]; import hashemb; sys.path[0] = sys.argv[2]; import bench.against; "
 START += "bench.against.serve()"
 
 
-# ---- here ----
+# ---- parent process ----
 
 
 class Build:
-    """A process that has one build loaded, and a table open."""
+    """A child process with one build loaded and a table open."""
 
     def __init__(self, name: str, directory: pathlib.Path) -> None:
         self.name = self.group = name
@@ -61,7 +62,7 @@ class Build:
         return json.loads(line)
 
     def timed(self, numbers: list[int]) -> Clock:
-        """One untimed batch, then the others."""
+        """Run one untimed batch, then time the others."""
         found, clock = self.ask("run", numbers=numbers), Clock()
         clock.seconds, clock.cpu_seconds = found["seconds"], found["cpu_seconds"]
         return clock
@@ -73,7 +74,7 @@ class Build:
 
 
 def run(name: str, settings: Settings, other: str) -> Iterator[Result]:
-    """Measures each case of a question with both builds."""
+    """Measure each case of a benchmark with both builds."""
     if name not in NAMES:
         raise Skip(f"--against is for {', '.join(NAMES)}")
     for table, case, calls in cases(name, settings):
@@ -86,7 +87,7 @@ def run(name: str, settings: Settings, other: str) -> Iterator[Result]:
 
 
 def cases(name: str, settings: Settings) -> Iterator[tuple[hashemb.EmbeddingTable, Case, int]]:
-    """As the question has them: a warm table, the case, and for `overhead` how many calls are a batch."""
+    """Yield the cases of the benchmark: a warm table, the case, and the number of calls per batch for `overhead`."""
     if name != "overhead":
         optimizers = settings.optimizers or ["rowwise_adagrad", "adagrad"][: 1 if name == "lookup" else 2]
         grid = embedding.grid(settings, Case(rows=1 << 23, dim=16), optimizers)
@@ -120,7 +121,7 @@ def compare(
 
 
 def measure(builds: list[Build], settings: Settings, settle_s: float) -> dict[str, list[Clock]]:
-    """As harness.measure, but for the batches: a build gets those that the other had half of the repeats ago."""
+    """Like harness.measure, except that a build gets the batches that the other had half of the repeats earlier."""
     clocks: dict[str, list[Clock]] = {build.name: [] for build in builds}
     per_run = settings.inner + 1
     for repeat in range(settings.repeats + 1):
@@ -134,7 +135,7 @@ def measure(builds: list[Build], settings: Settings, settle_s: float) -> dict[st
 
 
 def phase_ratios(ours: list[Clock], theirs: list[Clock]) -> list[str]:
-    """Of each phase, the median of the ratios within each repeat."""
+    """Return, for each phase, the median of the ratios within each repeat."""
     ratios = {
         phase: np.median([b.seconds[phase] / a.seconds[phase] for a, b in zip(ours, theirs, strict=True)])
         for phase in ours[0].seconds
@@ -142,11 +143,11 @@ def phase_ratios(ours: list[Clock], theirs: list[Clock]) -> list[str]:
     return [f"{phase} {ratio:.3f}" for phase, ratio in ratios.items()]
 
 
-# ---- in the processes ----
+# ---- child processes ----
 
 
 def serve() -> None:
-    """Answers the requests of `Build`, a line of JSON each, until there are no more."""
+    """Answer the requests of `Build`, one line of JSON each, until there are no more."""
     served: dict[str, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -163,7 +164,7 @@ def serve() -> None:
 
 
 def open_table(served: dict[str, Any], path: str, case: dict[str, Any], calls: int, train: bool) -> dict[str, Any]:
-    """Opens the table, and touches all of it for writing: zero gradients change no value of a row."""
+    """Open the table and touch every page for writing: zero gradients change no value of a row."""
     served["case"], served["calls"] = Case(**case), calls
     hashemb.set_num_threads(served["case"].threads)
     served["table"] = table = hashemb.open(path, "r+")
@@ -182,7 +183,7 @@ def open_table(served: dict[str, Any], path: str, case: dict[str, Any], calls: i
 
 def time_batches(served: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
     case, calls, side = served["case"], served["calls"], served["side"]
-    if calls > 1:  # which are a batch, and so is one of them alone that comes before
+    if calls > 1:  # a batch is that many calls: one untimed batch, one timed
         batches = [[workload.keys_for(case, number * calls + i) for i in range(calls)] for number in numbers[:2]]
     else:
         batches = [workload.keys_for(case, number) for number in numbers]

@@ -1,15 +1,16 @@
-"""What does memory buy? A factorisation machine on 1x, 10x, 100x and 1000x less than one row per distinct value.
+"""What does memory buy? A factorisation machine with 1x, 10x, 100x and 1000x less memory than one row per value.
 
-The measure is bytes of weights, and of the index where there is one; equal bytes are compared with equal bytes,
-whatever they are spent on: rows of 4 or 2 bytes an element, more rows or longer ones, one row a value or several. The
-reference has one row of float32 for each distinct value, no two values share one, and its dictionary costs nothing.
+Memory is counted in bytes of weights, plus the index where there is one. Variants are compared at equal bytes,
+however they use them: rows with 4 or 2 bytes per element, more rows or longer ones, one row per value or several. The
+reference has one float32 row per distinct value, so that no two values share a row, and its dictionary is free.
 
-- Frappe (where $HASHEMB_DATA or ../shared/data has it): 5,382 values. Adagrad until the validation AUC stops rising;
-  test AUC, the median of three seeds. What a variant has of its own was chosen on the validation file.
-- The generated stream, whose popular values change: one pass over as many impressions as bring ten million distinct
-  values; loss and AUC on the last quarter, each impression scored before it is learned.
+- Frappe (if it is in $HASHEMB_DATA or ../shared/data): 5,382 values. Trained with Adagrad until the validation AUC
+  stops rising; the result is the test AUC, the median of three seeds. The hyper-parameters of each variant were chosen
+  on the validation file.
+- The generated stream, whose popular values change: one pass over enough impressions to contain ten million distinct
+  values; the result is the loss and AUC on the last quarter, with each impression scored before it is learned.
 
-``--sides "generated: one hash"`` runs some of it: variants whose data and name it finds, and the reference.
+``--sides "generated: one hash"`` runs a part of it: the variants whose data and name match, and the reference.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32]
 
 SCALES = (1, 10, 100, 1000)
-INDEX_BYTES = 4  # of `FrequentRows`, a key
+INDEX_BYTES = 4  # of `FrequentRows`, per key
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 REFERENCE = "a row for each value"
 SEEDS = 3
@@ -48,9 +49,9 @@ MAX_EPOCHS, PATIENCE = 40, 3
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to spend bytes. `own` of them, as a share, go to values with rows of their own (0: plain hashing).
+    """A way to spend bytes. The share `own` of them goes to values with dedicated rows (0: plain hashing).
 
-    With `num_fields` the model is a field-weighted machine, whose weights of pairs are among the own rows.
+    With `num_fields` the model is a field-weighted factorisation machine, whose field-pair weights are dedicated rows.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Variant:
 
     @property
     def pair_keys(self) -> Keys:
-        """Of the rows that hold the weights of pairs of fields."""
+        """Return the keys of the rows that hold the field-pair weights."""
         pairs = self.num_fields * (self.num_fields + 1) // 2
         return hashemb.hash_keys(np.arange(-(-pairs // (1 + self.rank))), field=PAIR_FIELD)
 
@@ -78,7 +79,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sized:
-    """A variant in so many bytes: rows of the table, and how many of them belong to one value each."""
+    """A variant at a given size: the rows of the table, and how many of them are dedicated to one value each."""
 
     variant: Variant
     rows: int
@@ -91,13 +92,13 @@ class Sized:
 
     @property
     def state_bytes(self) -> int:
-        """Adagrad's accumulators, which training has in addition."""
+        """Return the size of Adagrad's accumulators, which training needs in addition."""
         return self.rows * (1 + self.variant.rank) * 4
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a trained model reached, nanoseconds per example that training took, and how it was chosen."""
+    """The quality of a trained model, its training time in nanoseconds per example, and how it was chosen."""
 
     auc: float
     logloss: float
@@ -107,9 +108,9 @@ class Score:
 
 
 def sized(variant: Variant, budget_bytes: int, num_values: int) -> Sized | None:
-    """The variant in the budget; None where it would have no rows to speak of. No more rows than there are values."""
+    """Fit the variant into the budget, with at most one row per value; None where too few rows would be left."""
     if variant.name == REFERENCE:
-        return Sized(variant, num_values + 2, num_values + 1)  # and the bias, and one that nobody uses
+        return Sized(variant, num_values + 2, num_values + 1)  # plus the bias and one unused row
     own = min(int(budget_bytes * variant.own / (variant.row_bytes + INDEX_BYTES)), num_values + 1)
     rows = own + (budget_bytes - own * (variant.row_bytes + INDEX_BYTES)) // variant.row_bytes
     least_own = len(variant.pair_keys) + 1 if variant.num_fields else 0
@@ -118,7 +119,7 @@ def sized(variant: Variant, budget_bytes: int, num_values: int) -> Sized | None:
 
 @contextmanager
 def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterator[HashedModel]:
-    """A model on a table of that size; `frequent` are all keys, the most frequent first."""
+    """Yield a model on a table of that size; `frequent` holds all keys, the most frequent first."""
     v = point.variant
     optimizer = hashemb.Adagrad(
         lr=v.lr, weight_decay=v.weight_decay, initial_accumulator_value=v.initial_accumulator
@@ -133,7 +134,7 @@ def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterato
         store: Any = table
         if point.own and len(frequent):
             reserved = v.pair_keys
-            values = frequent[: point.own - 1 - len(reserved)]  # the bias is one more
+            values = frequent[: point.own - 1 - len(reserved)]  # the bias has a dedicated row too
             store = FrequentRows(table, np.concatenate([reserved, values]))
         elif v.pairs:
             store = QuotientRemainder(table)
@@ -145,7 +146,7 @@ def model_of(point: Sized, frequent: Keys, seed: int, directory: str) -> Iterato
 
 @dataclass(frozen=True)
 class Frappe:
-    """Keys and labels of the three files, and all keys of the training file, the most frequent first."""
+    """Keys and labels from the three files, and all keys of the training file, the most frequent first."""
 
     train: tuple[Keys, Floats]
     valid: tuple[Keys, Floats]
@@ -155,7 +156,7 @@ class Frappe:
 
 
 def load_frappe(max_rows: int | None = None) -> Frappe | None:
-    """The data, if it is here."""
+    """Load the data, if it is available."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     directory = pathlib.Path(os.environ.get("HASHEMB_DATA", beside)) / "frappe"
     if not (directory / "train.csv.gz").exists():
@@ -171,7 +172,7 @@ def load_frappe(max_rows: int | None = None) -> Frappe | None:
 
 
 def fit(point: Sized, data: Frappe, seed: int, directory: str, max_epochs: int = MAX_EPOCHS) -> Score:
-    """Learn until the validation AUC has not risen for `PATIENCE` epochs; the best epoch's test figures."""
+    """Train until the validation AUC has not risen for `PATIENCE` epochs; return the test metrics of the best epoch."""
     keys, labels = data.train
     rng, best, best_epoch, seconds = np.random.default_rng(seed), (0.0, 0.0, 0.0), 0, 0.0
     with model_of(point, data.frequent, seed, directory) as model:
@@ -195,7 +196,7 @@ def fit(point: Sized, data: Frappe, seed: int, directory: str, max_epochs: int =
 
 @dataclass(frozen=True)
 class Stream:
-    """Hashed impressions, and the number of each value from 0 on, both (n, 39), in files for want of memory."""
+    """Hashed impressions and the index of each value, from 0, both (n, 39); in files, as they may exceed the memory."""
 
     keys: Keys
     numbers: npt.NDArray[np.int32]
@@ -206,7 +207,7 @@ class Stream:
 
 
 def load_stream(count: int, directory: str) -> Stream:
-    """`count` impressions of the generated stream; frequent are the keys of its first twentieth."""
+    """Load `count` impressions of the generated stream; the frequent keys are those of its first twentieth."""
     stream, step = ImpressionStream(seed=0), 1 << 17
     shape = (count, len(stream.generate(0, 1).columns))
     keys = np.lib.format.open_memmap(f"{directory}/keys.npy", "w+", np.uint64, shape)
@@ -225,7 +226,7 @@ def load_stream(count: int, directory: str) -> Stream:
 
 
 def pass_over(point: Sized, data: Stream, directory: str, batch: int = 1024) -> Score:
-    """One pass; metrics of the last quarter."""
+    """Train for one pass and return the metrics on the last quarter."""
     count, metrics, is_reference = len(data.labels), StreamingMetrics(), point.variant.name == REFERENCE
     began = time.perf_counter()
     with model_of(point, data.frequent[:0] if is_reference else data.frequent, 0, directory) as model:
@@ -240,7 +241,7 @@ def pass_over(point: Sized, data: Stream, directory: str, batch: int = 1024) -> 
 
 
 def oracle(data: Stream) -> Score:
-    """The true probabilities on the same quarter."""
+    """Score the true probabilities on the same quarter."""
     part = slice(len(data.labels) - len(data.labels) // 4, None)
     return Score(auc(data.labels[part], data.truth[part]), logloss(data.labels[part], data.truth[part]), 0.0)
 
@@ -249,7 +250,7 @@ def oracle(data: Stream) -> Score:
 
 
 def variants(data: str, wanted: str = "") -> list[Variant]:
-    """The reference first, as all the others are compared with it; then those whose data and name `wanted` finds."""
+    """Return the reference, to compare the others with, then the variants whose data and name match `wanted`."""
     plain = STREAM if data == "generated" else FRAPPE
     half = replace(plain, dtype="bfloat16")
     two = replace(plain, num_hashes=2, lr=STREAM_TWO_LR if data == "generated" else plain.lr)
@@ -273,14 +274,16 @@ def variants(data: str, wanted: str = "") -> list[Variant]:
     return [reference, *(v for v in others if re.search(wanted, f"{data}: {v.name}"))]
 
 
-#: With own rows in bfloat16, at 10x smaller on Frappe's validation file, rank 4 and .6 of the bytes in own rows were
-#: the best of rank 10, 6, 4, 3 with .9, .9, .6, .8: AUC .9436, .9531, .9567, .9561. Two hashes: rank 3 .9442, 6 .9447.
+#: With dedicated rows in bfloat16, at 10x smaller on Frappe's validation file, rank 4 with .6 of the bytes in dedicated
+#: rows was the best of rank 10, 6, 4, 3 with .9, .9, .6, .8: AUC .9436, .9531, .9567, .9561. With two hashes, rank 3
+#: reached .9442 and rank 6 .9447.
 SHORT = 4
 FRAPPE = Variant("", rank=10)
 STREAM = Variant("", rank=15, lr=0.04, weight_decay=0.0, initial_accumulator=5.0)
-#: Each of the two rows makes the step that one would, so their sum makes two. Of another stream (seed 1), 4.2 million
-#: impressions at 10x smaller: AUC .8070, .8119, .8179, .8193, .8158 at .04, .03, .02, .015, .01; with one hash .8161,
-#: .8176, .8079 at the first three. On Frappe, with its many epochs, halving the rate changes less than .002.
+#: Each of the two rows takes the step that a single row would, so their sum takes two steps. On another stream (seed
+#: 1), 4.2 million impressions at 10x smaller, the AUC was .8070, .8119, .8179, .8193, .8158 at .04, .03, .02, .015,
+#: .01; with one hash it was .8161, .8176, .8079 at the first three. On Frappe, with its many epochs, halving the
+#: learning rate changes the AUC by less than .002.
 STREAM_TWO_LR = STREAM.lr / 2
 
 
@@ -327,7 +330,7 @@ def results(
     checks: dict[str, Any],
     settings: Settings,
 ) -> Iterator[Result]:
-    """One result per scale: the reference, which is trained once, and every variant that fits."""
+    """Yield one result per scale: the reference, which is trained once, and every variant that fits."""
     reference, *others = variants(data, settings.sides)
     base = sized(reference, 0, num_values)
     assert base is not None
@@ -348,7 +351,7 @@ def results(
 
 
 def side_row(point: Sized, found: list[Score], base: list[Score]) -> dict[str, Any]:
-    """As the harness has a side; with the quality, the median of the seeds."""
+    """Return the row of a side as the harness does, plus the quality as the median over the seeds."""
     ns, other = (np.array([score.train_ns for score in scores]) for scores in (found, base))
     ratio = float(np.median(ns) / np.median(other))
     figures = {name: float(np.median([getattr(s, name) for s in found])) for name in ("auc", "logloss")}

@@ -1,6 +1,6 @@
-"""``python -m bench.compression_report results.json``: writes the tables and the picture of docs/compression.md.
+"""``python -m bench.compression_report results.json``: write the tables and the figure of docs/compression.md.
 
-As with `bench.report`, the tables stand between two marks and nothing else of the page is touched.
+Like `bench.report`, this replaces the text between two marks and leaves the rest of the page untouched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """A row per variant, a column per size: AUC, and in brackets the difference from the reference."""
+    """Format a row per variant and a column per size: the AUC, with its difference from the reference in brackets."""
     names = list(dict.fromkeys(side["name"] for result in results for side in result["sides"]))
     heads = [f"{r['case']['smaller']:,}x smaller, {kilobytes(r['case']['bytes'])}" for r in results]
     lines = [f"| AUC, logloss | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
@@ -75,7 +75,7 @@ def limits(result: dict[str, Any]) -> list[str]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-    """AUC against bytes, a curve per variant; the reference is a line across."""
+    """Plot AUC against bytes, one curve per variant; the reference is a horizontal line."""
     import matplotlib
 
     matplotlib.use("svg")

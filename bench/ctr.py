@@ -1,14 +1,14 @@
-"""From a log to a trained model: ours against Vowpal Wabbit, scikit-learn, river and torch, on the same rows.
+"""From a log to a trained model: hashemb against Vowpal Wabbit, scikit-learn, river and torch, on the same rows.
 
-Each side is a process of its own from start to end, on the same two CPUs; the sides run in turn. What a process takes
-before it learns is measured with the first 256 rows, also in turn, and the least subtracted. A tool that would take
-hours gets the first part of the rows, and its time is per example. Everybody but us reads Vowpal Wabbit's text, with
-counts in buckets and missing values left out, written beforehand; we read the log as it is.
+Each side runs in its own process from start to end, on the same two CPUs; the sides run in turn. The start-up time of a
+process is measured on the first 256 rows, also in turn, and its minimum is subtracted. A tool that would take hours
+gets only the first part of the rows; its time is per example. All other tools read Vowpal Wabbit's text, prepared
+beforehand with bucketed counts and without missing values; hashemb reads the log as it is.
 
-Then each side goes over the rows once more and says what it believed of each example before it learned it: the log loss
-and AUC of one pass, of the best of its settings. Ours has one setting, the defaults. The generated rows' true
-probabilities give the loss that nobody can beat; the first 10,000 rows of Criteo's file are taken too, where they are
-present.
+Each side then makes another pass over the rows and scores each example before learning it: progressive validation, with
+the log loss and AUC of one pass for the best of its settings. Ours has one setting, the defaults. The true
+probabilities of the generated rows give the lowest loss that can be expected. The first 10,000 rows of Criteo's file
+are used too, if they are available.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_REPEATS = 5
 CPUS = 2
 TIMEOUT_S = 4 * 3600.0
 
-Run = tuple[Usage, Usage]  # of all rows, and of the start-up
+Run = tuple[Usage, Usage]  # all rows, start-up
 NOTHING = Usage(0.0, 0.0, 0, "")
 
 
@@ -53,7 +53,7 @@ def run(settings: Settings) -> Iterator[Result]:
 
 
 def wanted(settings: Settings, skipped: dict[str, str]) -> list[Side]:
-    """Ours, and the peers that are here and asked for."""
+    """Return our side and the requested peers that are installed."""
     chosen = []
     for side in sides(settings.smoke):
         if side.group.startswith("hashemb") or re.search(settings.sides, f"{side.name} {side.model}"):
@@ -71,13 +71,13 @@ def rows_of(side: Side, rows: Rows) -> Rows:
 
 
 def time_sides(rows: Rows, chosen: Sequence[Side], settings: Settings) -> dict[Side, list[Run]]:
-    """Every side in turn, A B A B …, the order reversed each time; a start-up stands beside each run."""
+    """Run every side in turn, reversing the order each time; each run is paired with a run of the start-up."""
     runs: dict[Side, list[Run]] = {side: [] for side in chosen}
     few = rows.head(START_ROWS)
     for side in chosen:
         for part in (few, rows_of(side, rows)) if side.prepares else ():
             launch(side, part, rows)
-        if not settings.smoke:  # brings the program's own files into the page cache
+        if not settings.smoke:  # load the program's own files into the page cache
             launch(side, few, rows)
     for repeat in range(min(settings.repeats, MAX_REPEATS)):
         for side in chosen if repeat % 2 == 0 else reversed(chosen):
@@ -92,7 +92,7 @@ def time_sides(rows: Rows, chosen: Sequence[Side], settings: Settings) -> dict[S
 
 
 def launch(side: Side, part: Rows, rows: Rows, setting: Any = None, *, score: bool = False) -> Usage:
-    """One run, in an empty directory `out` beside the rows; with `score`, that directory stays for `quality`."""
+    """Run once in an empty directory `out` next to the rows; with `score`, that directory is kept for `quality`."""
     out = rows.directory / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -104,7 +104,7 @@ def launch(side: Side, part: Rows, rows: Rows, setting: Any = None, *, score: bo
 
 
 class Timed:
-    """A side as `summaries` knows it; `share` of the rows are left after the start-up's."""
+    """A side as `summaries` takes it; `share` excludes the rows of the start-up."""
 
     def __init__(self, side: Side, rows: Rows) -> None:
         self.name, self.group = side.name, side.group
@@ -112,7 +112,7 @@ class Timed:
 
 
 def clocks_of(runs: list[Run]) -> list[Clock]:
-    """Whole runs less the shortest start-up: one that others held up would be taken from what did not hold it up."""
+    """Subtract the shortest start-up from every run: a start-up slowed by other work would make a run look too fast."""
     wall, cpu = (min(getattr(start, kind) for _, start in runs) for kind in ("wall_s", "cpu_s"))
     clocks = []
     for whole, _ in runs:
@@ -126,10 +126,10 @@ def clocks_of(runs: list[Run]) -> list[Clock]:
 
 
 def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -> list[dict[str, Any]]:
-    """Each side's best setting on the rows that it is timed on, and ours on those of each of them."""
+    """Measure each side's best setting on the rows that it is timed on, and ours on the rows of each of them."""
     found = []
     judged = [side for side in chosen if side.has_quality and not side.prepares]
-    if settings.smoke:  # each of the others would cost another start
+    if settings.smoke:  # each further setting would cost another start
         judged = [side for side in judged if side.name in (OURS, "VW")]
     sizes = {rows_of(side, rows).count for side in judged}
     for side in judged:
@@ -145,8 +145,8 @@ def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -
 
 
 def check_formats(found: list[dict[str, Any]]) -> None:
-    """The same rows from Parquet have the same keys, so they make the same model, to the bit."""
-    text = {entry["model"]: entry["logloss"] for entry in found if entry["side"] == OURS}  # of all rows: the last
+    """Check that the same rows read from Parquet, which have the same keys, give the same model, bit for bit."""
+    text = {entry["model"]: entry["logloss"] for entry in found if entry["side"] == OURS}  # the last one is on all rows
     for entry in found:
         if entry["side"] == "hashemb, Parquet" and entry["logloss"] != (other := text[entry["model"]]):
             raise Mismatch(f"{entry['model']}: logloss {entry['logloss']} from Parquet, {other} from text")
@@ -164,7 +164,7 @@ def scored(side: Side, rows: Rows, count: int, setting: Any) -> dict[str, Any]:
 
 
 def criteo_quality(directory: str, chosen: Sequence[Side], settings: Settings) -> list[dict[str, Any]]:
-    """The same on real rows, if they are here."""
+    """Measure the same on real rows, if they are available."""
     if settings.smoke:
         return []
     rows = ctr_data.criteo_head(pathlib.Path(directory) / "criteo")
@@ -187,7 +187,7 @@ def result(
     checks: dict[str, Any],
     settings: Settings,
 ) -> Result:
-    """All sides of one model; those of factorisation machines have Vowpal Wabbit's logistic regression too."""
+    """Summarise the sides of one model; factorisation machines also get Vowpal Wabbit's logistic regression."""
     compared = [side for side in chosen if side.model == model]
     if model == FM:
         compared += [side for side in chosen if side.group == "VW LR"]
@@ -208,7 +208,7 @@ def result(
 
 
 def usage_of(runs: list[Run], count: int) -> dict[str, Any]:
-    """Medians over the runs, of whole processes."""
+    """Return medians over the runs, for whole processes."""
     whole, start = [run[0] for run in runs], [run[1] for run in runs]
     return {
         "rows": count,

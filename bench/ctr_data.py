@@ -1,7 +1,7 @@
-"""The same impressions as each tool likes them: Criteo's text, Parquet, and Vowpal Wabbit's text.
+"""The same impressions in the format of each tool: Criteo's text, Parquet, and Vowpal Wabbit's text.
 
-Vowpal Wabbit's text has one namespace per field, named by one letter, as its options for pairs of namespaces want it.
-Counts are in the buckets that our reader puts them into, and a missing value is left out, as is usual there.
+Vowpal Wabbit's text has one namespace per field, named by one letter, as its options for namespace pairs require.
+Counts are put into the same buckets as by our reader, and missing values are left out, as is usual in that format.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _BLOCK_ROWS = 1 << 17
 
 @dataclass(frozen=True)
 class Rows:
-    """The first `count` rows of a data set, in every format."""
+    """The first `count` rows of a dataset, in every format."""
 
     directory: pathlib.Path
     count: int
 
     @property
     def text(self) -> pathlib.Path:
-        """Criteo's format."""
+        """Path of the rows in Criteo's format."""
         return self.directory / f"{self.count}.tsv"
 
     @property
@@ -46,12 +46,12 @@ class Rows:
         return self.directory / f"{self.count}.vw"
 
     def labels(self) -> np.ndarray:
-        """float32 (count,)."""
+        """Return the labels, float32 of shape (count,)."""
         with self.text.open("rb") as file:
             return np.array([line[:1] == b"1" for line in file], np.float32)
 
     def head(self, count: int) -> Rows:
-        """The first `count` of these rows, written unless they are there."""
+        """Return the first `count` of these rows, writing them unless they exist."""
         part = Rows(self.directory, count)
         if not part.vw.exists():
             for source, target in ((self.text, part.text), (self.vw, part.vw)):
@@ -62,7 +62,7 @@ class Rows:
 
 
 def generate(directory: str | os.PathLike[str], count: int, seed: int = 0) -> Rows:
-    """`count` impressions of the generated stream."""
+    """Write `count` impressions of the generated stream."""
     rows = Rows(pathlib.Path(directory), count)
     ImpressionStream(seed=seed).write(rows.text, 0, count)
     write_parquet(rows)
@@ -71,13 +71,13 @@ def generate(directory: str | os.PathLike[str], count: int, seed: int = 0) -> Ro
 
 
 def best_logloss(rows: Rows) -> float:
-    """Log loss of the true probabilities on the rows' labels: nothing can be expected to have a lower one."""
+    """Return the log loss of the true probabilities on the rows' labels: the lowest loss that can be expected."""
     labels, truth = rows.labels(), np.load(truth_path(rows.text)).astype(np.float64)
     return float(-np.mean(np.where(labels == 1.0, np.log(truth), np.log1p(-truth))))
 
 
 def criteo_head(directory: str | os.PathLike[str]) -> Rows | None:
-    """The first 10,000 rows of Criteo's file, where `$HASHEMB_DATA` (or ../shared/data) has them."""
+    """Return the first 10,000 rows of Criteo's file, if they are in `$HASHEMB_DATA` (or ../shared/data)."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     source = pathlib.Path(os.environ.get("HASHEMB_DATA", beside)) / "criteo" / "head10000.tsv.gz"
     if not source.exists():
@@ -92,9 +92,10 @@ def criteo_head(directory: str | os.PathLike[str]) -> Rows | None:
 
 
 def write_parquet(rows: Rows) -> None:
-    """Columns label, I1 … I13 as int32, C1 … C26 as text, as programs write them that don't know Arrow; zstd.
+    """Write the columns label, I1 … I13 as int32 and C1 … C26 as text, as programs without Arrow do; zstd.
 
-    A row group has the dictionaries of its own rows: given Arrow's, the writer puts the whole file's into each.
+    Each row group has a dictionary of its own rows only: from Arrow dictionaries, the writer would store the dictionary
+    of the whole file in each row group.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -112,7 +113,7 @@ def write_parquet(rows: Rows) -> None:
 
 
 def tables(rows: Rows) -> Iterator[Any]:
-    """The text as Arrow tables of `_BLOCK_ROWS` rows."""
+    """Read the text as Arrow tables of `_BLOCK_ROWS` rows."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -132,7 +133,7 @@ def tables(rows: Rows) -> Iterator[Any]:
 
 
 def write_vw(rows: Rows) -> None:
-    """A line ``1 |a 4 |b 0 … |n 68fd1e64``, or ``-1 …``, for each row."""
+    """Write a line ``1 |a 4 |b 0 … |n 68fd1e64``, or ``-1 …``, for each row."""
     import pyarrow.compute as pc
 
     with rows.vw.open("wb") as out:
@@ -145,7 +146,7 @@ def write_vw(rows: Rows) -> None:
 
 
 def token_column(column: Any, name: str, letter: str) -> Any:
-    """``|a 4`` for each value; null where it is missing."""
+    """Format each value as ``|a 4``; null where it is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

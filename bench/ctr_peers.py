@@ -1,8 +1,8 @@
-"""What people write with scikit-learn, river and torch: one pass over Vowpal Wabbit's text, a process for each.
+"""Typical programs for scikit-learn, river and torch: one pass over Vowpal Wabbit's text, one process each.
 
-``python -m bench.ctr_peers '{"peer": …, "path": …, "settings": {…}, "predictions": …}'`` prints a line of JSON. Where
-`predictions` is a path, each example is scored before it is learned and the probabilities go there; the timed runs
-don't ask for that, because these libraries would score for it alone.
+``python -m bench.ctr_peers '{"peer": …, "path": …, "settings": {…}, "predictions": …}'`` prints a line of JSON. If
+`predictions` is a path, each example is scored before it is learned and the probabilities are written there. Timed runs
+leave it out, because these libraries would have to compute the scores for this purpose alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tokens = list[list[str]]
 
 
 def examples(path: str) -> Iterator[tuple[float, list[str]]]:
-    """(label, tokens such as "a 4") of each line."""
+    """Yield (label, tokens such as "a 4") for each line."""
     with open(path, encoding="ascii") as file:
         for line in file:
             label, *tokens = line.rstrip("\n").split(" |")
@@ -35,7 +35,7 @@ def examples(path: str) -> Iterator[tuple[float, list[str]]]:
 
 
 def chunks(path: str, size: int) -> Iterator[tuple[Floats, Tokens]]:
-    """The same in lists of `size`."""
+    """Yield the same in lists of `size`."""
     source = examples(path)
     while part := list(itertools.islice(source, size)):
         yield np.array([label for label, _ in part], np.float32), [tokens for _, tokens in part]
@@ -45,7 +45,7 @@ Learn = Callable[[bool], Iterator[tuple[Floats, Any]]]
 
 
 def sklearn_lr(path: str, score: bool, **settings: Any) -> Iterator[tuple[Floats, Any]]:
-    """FeatureHasher, then SGDClassifier, 1,000 rows at a time."""
+    """Train scikit-learn's FeatureHasher and SGDClassifier, 1,000 rows at a time."""
     from sklearn.feature_extraction import FeatureHasher
     from sklearn.linear_model import SGDClassifier
 
@@ -59,7 +59,7 @@ def sklearn_lr(path: str, score: bool, **settings: Any) -> Iterator[tuple[Floats
 
 
 def river_lr(path: str, score: bool, *, lr: float) -> Iterator[tuple[Floats, Any]]:
-    """FeatureHasher, then LogisticRegression, one row at a time."""
+    """Train river's FeatureHasher and LogisticRegression, one row at a time."""
     from river import linear_model, optim, preprocessing
 
     hasher = preprocessing.FeatureHasher(n_features=ROWS, seed=0)
@@ -71,7 +71,7 @@ def river_lr(path: str, score: bool, *, lr: float) -> Iterator[tuple[Floats, Any
 
 
 def ids(tokens: Tokens, rows: int) -> npt.NDArray[np.int64]:
-    """Ids from 1 on, a column per namespace; 0 where a value is missing."""
+    """Return ids from 1, one column per namespace; 0 where a value is missing."""
     found = np.zeros((len(tokens), len(NAMESPACES)), np.int64)
     column = {letter: j for j, letter in enumerate(NAMESPACES)}
     for row, line in zip(found, tokens, strict=True):
@@ -81,9 +81,9 @@ def ids(tokens: Tokens, rows: int) -> npt.NDArray[np.int64]:
 
 
 def torch_fm(path: str, score: bool, *, batch: int, lr: float, accumulator: float) -> Iterator[tuple[Floats, Any]]:
-    """A factorisation machine as one nn.Embedding with sparse gradients and torch's Adagrad.
+    """Train a factorisation machine as one nn.Embedding with sparse gradients and torch's Adagrad.
 
-    Column 0 is the linear weight. nn.EmbeddingBag has no sum of squares, so its vectors are needed one by one.
+    Column 0 is the linear weight. nn.EmbeddingBag cannot sum squares, so the individual vectors are needed.
     """
     import torch
     from torch.nn import functional
@@ -107,7 +107,7 @@ def torch_fm(path: str, score: bool, *, batch: int, lr: float, accumulator: floa
 
 
 def deepctr_fm(path: str, score: bool, *, batch: int) -> Iterator[tuple[Floats, Any]]:
-    """DeepCTR-Torch's DeepFM without a deep part, its Adagrad; it has no progressive validation."""
+    """Train DeepCTR-Torch's DeepFM without a deep part, with its Adagrad; it has no progressive validation."""
     from deepctr_torch.inputs import SparseFeat
     from deepctr_torch.models import DeepFM
 
@@ -133,7 +133,7 @@ PEERS: dict[str, Callable[..., Iterator[tuple[Floats, Any]]]] = {
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run the peer; how many examples and positives it has learned."""
+    """Run the peer and return how many examples and positives it has learned."""
     count, positives = 0, 0.0
     probabilities: list[Any] = []
     target = spec["predictions"]

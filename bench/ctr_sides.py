@@ -1,4 +1,4 @@
-"""Each tool as a command from text to a trained model, its settings to choose from, and how to read its losses."""
+"""Each tool as a command from text to a trained model, with its candidate settings and a parser for its losses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hashemb.ctr.metrics import StreamingMetrics, auc, logloss
 
 LR, FM = "logistic regression", "factorisation machine, rank 15"
 RANK = 15
-START_ROWS = 256  # of the run that stands for the start-up: no more than a batch of anybody
+START_ROWS = 256  # of the run that measures the start-up: at most one batch of any tool
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One pass: the mean loss, and AUC, of probabilities from before an example was learned."""
+    """Progressive validation of one pass: the mean loss and the AUC of examples scored before they are learned."""
 
     examples: int
     logloss: float
@@ -35,10 +35,10 @@ class Quality:
 
 @dataclass(frozen=True, eq=False)
 class Side(abc.ABC):
-    """A tool. `group` and `name` as in the harness; `rows` are those it is timed on, None: all; `once`: it is slow.
+    """A tool. `group` and `name` are as in the harness.
 
-    `settings` are tried in turn on the rows that it is timed on, and the one with the least loss counts; the first
-    is the one that is timed.
+    `rows` is the number of rows that it is timed on (None: all), and `once` marks a slow tool, which is timed once. All
+    `settings` are tried on the rows that it is timed on, and the one with the lowest loss counts; the first is timed.
     """
 
     name: str
@@ -51,29 +51,29 @@ class Side(abc.ABC):
     has_quality: bool = True
 
     def require(self) -> None:
-        """`Skip` where the package is missing."""
+        """Raise `Skip` if the package is missing."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             raise Skip(f"{self.package} is not installed")
 
     @property
     def prepares(self) -> bool:
-        """Whether a first run, not timed, leaves something beside the rows that the others use."""
+        """Whether a first, untimed run leaves something next to the rows that later runs use."""
         return False
 
     @abc.abstractmethod
     def command(self, rows: Rows, out: pathlib.Path, setting: Any, *, score: bool = False) -> list[str]:
-        """Arguments of the program; everything it writes goes under `out`."""
+        """Return the arguments of the program; everything it writes goes under `out`."""
 
     @abc.abstractmethod
     def counts(self, usage: Usage) -> tuple[int, int]:
-        """Examples and positives, as the program says them."""
+        """Return the numbers of examples and positives that the program reports."""
 
     @abc.abstractmethod
     def quality(self, rows: Rows, out: pathlib.Path) -> Quality:
-        """Of a run with `score`."""
+        """Return the quality of a run with `score`."""
 
     def check(self, rows: Rows, usage: Usage) -> None:
-        """Every row was learned, with its own label."""
+        """Check that every row was learned, with its own label."""
         labels = rows.labels()
         expected, found = (len(labels), round(float(labels.sum()))), self.counts(usage)
         if found != expected:
@@ -82,7 +82,7 @@ class Side(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Ours(Side):
-    """``hashemb train`` with no option but the rank (at smoke size, and fewer rows)."""
+    """``hashemb train`` with no option but the rank (and, at smoke size, fewer rows)."""
 
     source: str = "text"
 
@@ -103,7 +103,7 @@ class Ours(Side):
 
 @dataclass(frozen=True, eq=False)
 class VowpalWabbit(Side):
-    """``python -m vowpalwabbit``, which is the command-line program; `cached`: from its binary cache of the text."""
+    """``python -m vowpalwabbit``, the command-line program; `cached`: it reads its binary cache of the text."""
 
     cached: bool = False
 
@@ -116,7 +116,7 @@ class VowpalWabbit(Side):
         command += ["--loss_function", "logistic", "--link", "logistic", "-f", str(out / "vw.model"), *setting.split()]
         if self.model == FM:
             command += ["--lrqfa", f"{NAMESPACES}{RANK}"]
-        if self.cached:  # the first run writes it, the others read it
+        if self.cached:  # the first run writes the cache, later runs read it
             command += ["--cache_file", str(rows.vw.with_suffix(".cache"))]
         return command + (["-p", str(out / "vw.predictions")] if score else [])
 
@@ -149,7 +149,7 @@ class Peer(Side):
 
 
 def numbers(pattern: str, text: str) -> tuple[int, ...]:
-    """The groups of the pattern as integers."""
+    """Return the groups of the pattern as integers."""
     found = re.search(pattern, text)
     if found is None:
         raise Mismatch(f"no {pattern!r} in what was printed: {text[-500:]}")
@@ -162,7 +162,7 @@ def quality_of(rows: Rows, probabilities: np.ndarray) -> Quality:
 
 
 def sides(smoke: bool) -> Sequence[Side]:
-    """Everybody, ours first. Rows and grids are smaller at smoke size."""
+    """Return all sides, ours first. Rows and grids are smaller at smoke size."""
     fewer = {"VW FM": 50_000, "scikit-learn": 100_000, "river": 20_000, "torch": 100_000, "DeepCTR-Torch": 1024}
     rows = {name: 512 if smoke else count for name, count in fewer.items()}
     ours = ("--rows 2^14",) if smoke else ("",)
@@ -184,12 +184,12 @@ def sides(smoke: bool) -> Sequence[Side]:
         Peer("DeepCTR-Torch", FM, "torch", ({"batch": 256},), rows["DeepCTR-Torch"], once=True,
              package="deepctr_torch", has_quality=False, peer="deepctr"),
     )  # fmt: skip
-    slow = {"DeepCTR-Torch", "torch, batch 4096"} if smoke else set()  # ten seconds a batch; the same once more
+    slow = {"DeepCTR-Torch", "torch, batch 4096"} if smoke else set()  # ten seconds per batch; a repeated side
     return [side for side in everybody if side.name not in slow]
 
 
 VW_LR = ("-l 0.2", "-l 0.05", "-l 0.1", "-l 0.5")
-#: Its normalised default diverges with so many products; these are what learned anything.
+#: The normalised default diverges with so many products; only these settings learned anything.
 VW_FM = ("--coin", "-l 0.02 --adaptive --invariant", "--ftrl --ftrl_alpha 0.005")
 SKLEARN = (
     {"learning_rate": "constant", "eta0": 0.01, "alpha": 1e-6},

@@ -1,5 +1,5 @@
-"""Look-ups and updates of embeddings, ours and the peers', at the points of a grid: what lookup.py, update.py and
-pooled.py share."""
+"""Look-ups and updates of embeddings, ours and the peers', on a grid of cases: the common part of lookup.py, update.py
+and pooled.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKED_SAMPLES = 256
 
 
 def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case]:
-    """The acceptance point (dims 16 and 64, 1 and 2 threads), the full grid, or one tiny point."""
+    """Yield the acceptance cases (dims 16 and 64, 1 and 2 threads), the full grid, or one tiny case."""
     threads = settings.threads or [1, 2]
     if settings.smoke:
         dim, tiny = settings.dims[0] if settings.dims else 16, base.batch // 64
@@ -44,14 +44,14 @@ def grid(settings: Settings, base: Case, optimizers: list[str]) -> Iterator[Case
 
 
 def run(bench: str, settings: Settings, base: Case, *, train: bool) -> Iterator[Result]:
-    """Measures every case of the grid."""
+    """Measure every case of the grid."""
     optimizers = settings.optimizers or (["rowwise_adagrad", "adagrad"] if train else ["rowwise_adagrad"])
     for table, case in with_tables(settings, grid(settings, base, optimizers)):
         yield run_case(bench, settings, table, case, train=train)
 
 
 def with_tables(settings: Settings, cases: Iterable[Case]) -> Iterator[tuple[hashemb.EmbeddingTable, Case]]:
-    """Each case with a warm table; cases with the same table follow each other and share it."""
+    """Yield each case with a warm table; consecutive cases with the same kind of table share it."""
     for _, group in itertools.groupby(cases, key=lambda c: (c.rows, c.dim, c.dtype, c.optimizer)):
         same_table = list(group)
         with tempfile.TemporaryDirectory(prefix="hashemb-bench-", dir=settings.directory) as directory:
@@ -67,7 +67,7 @@ def with_tables(settings: Settings, cases: Iterable[Case]) -> Iterator[tuple[has
 
 
 def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> Result:
-    """Makes the sides, checks each, measures them in turn."""
+    """Make the sides, check each, and measure them in turn."""
     torch_sides.set_num_threads(case.threads)
     skipped: dict[str, str] = {}
     sides = make_sides(table, case, skipped, settings, train=train)
@@ -85,7 +85,7 @@ def run_case(bench: str, settings: Settings, table: hashemb.EmbeddingTable, case
 def make_sides(
     table: hashemb.EmbeddingTable, case: Case, skipped: dict[str, str], settings: Settings, *, train: bool
 ) -> list[EmbeddingSide]:
-    """Ours first, then every side that can run here and whose name `--sides` matches."""
+    """Return our side, then every side that can run on this machine and whose name `--sides` matches."""
     makers: list[tuple[str, Any]] = [
         ("hashemb new result", lambda: HashembSide(table, case, train=train, reuse=False)),
         ("roofline", lambda: RooflineSide(table, case, train=train)),
@@ -104,8 +104,11 @@ def make_sides(
 
 
 def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[str, Any]:
-    """Every look-up equals the rows; every update goes where Adagrad goes. Returns counts, and hashes of our results
-    while the table is as it was filled: later they depend on how many updates have been timed."""
+    """Check that every look-up returns the rows and that every update agrees with Adagrad.
+
+    Returns counts, and hashes of our results as long as nothing but the initial fill has updated the table: later they
+    depend on how many updates have been timed.
+    """
     keys = workload.keys_for(case, 1 << 20)
     fresh = workload.is_fresh(sides[0].table)
     checks: dict[str, Any] = {"keys": case.num_keys, "values": case.num_vectors * case.dim}
@@ -128,9 +131,10 @@ def check_sides(sides: list[EmbeddingSide], case: Case, *, train: bool) -> dict[
 
 
 def check_one_update(side: EmbeddingSide, case: Case, keys: Any) -> tuple[Any, tuple[Any, Any]]:
-    """One step of a side against the judge; of sides of another arithmetic, that the weights moved and are numbers.
+    """Check one step of a side against the judge.
 
-    Returns the distinct rows, and their weights and state afterwards.
+    For a side with different arithmetic, check only that the weights have changed and are finite. Returns the distinct
+    rows, and their weights and state after the step.
     """
     prepared = side.prepare(keys)
     rows, total = workload.summed_gradients(side.rows(keys), side.grads)

@@ -1,10 +1,10 @@
-"""The harness: sides that answer the same question are run in turn in one process, A B A B …, and compared.
+"""The harness: run sides that answer the same question in turn in one process, A B A B …, and compare their times.
 
 A side is prepared outside the clock and times its own phases with `Clock.lap`. Every run of a side starts with one
-untimed batch, because the side before it has used the caches and threads. Ratios are a peer's time over ours, so
-above 1 we are faster; "median ratio" is the median of the ratios within each repeat, which slow drifts of a noisy
-machine cancel out of. On a machine with other work the ratio of minima says what an undisturbed run takes, and for one
-thread so does the ratio of processor times (threads that wait by spinning use processor time too).
+untimed batch, because the previous side has used the caches and threads. Ratios are a peer's time over ours, so
+above 1 we are faster; "median ratio" is the median of the ratios within each repeat, in which slow drifts of a noisy
+machine cancel. On a machine with other work, the ratio of minima estimates undisturbed runs; so does, for one thread,
+the ratio of processor times (threads that wait by spinning use processor time too).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ PACKAGES = [
 
 
 class Skip(Exception):
-    """A side or a question that cannot run here; the message says why."""
+    """Raised by a side or a benchmark that cannot run on this machine; the message gives the reason."""
 
 
 class Mismatch(AssertionError):
-    """A side's result is not what it has to be. The bench fails."""
+    """Raised if the result of a side is wrong. The benchmark fails."""
 
 
 class Clock:
-    """Adds up seconds by phase, and the processor time that the whole process has used meanwhile."""
+    """A stopwatch: seconds per phase, and the processor time that the whole process used during the phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -52,7 +52,7 @@ class Clock:
         self._last, self._last_cpu = time.perf_counter(), time.process_time()
 
     def lap(self, phase: str) -> None:
-        """Books the time since the last lap (or start) under `phase`."""
+        """Add the time since the last lap (or start) to `phase`."""
         now, cpu = time.perf_counter(), time.process_time()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self.cpu_seconds += cpu - self._last_cpu
@@ -64,24 +64,24 @@ class Clock:
 
 
 class Side(Protocol):
-    """One way to do the work. `group` is what sides are compared by: the best of each group counts.
+    """One way to do the work. Sides are compared by `group`: the best side of each group counts.
 
-    A side that is too slow for a whole batch may do part of it and say which in an attribute `share`, at most 1.
+    A side that is too slow for a whole batch may process a part of it and set `share` to that fraction, at most 1.
     """
 
     name: str
     group: str
 
     def prepare(self, batch: Any) -> Any:
-        """A batch in the form that the side takes; not timed."""
+        """Convert a batch into the form that the side takes; not timed."""
 
     def run(self, prepared: Any, clock: Clock) -> None:
-        """Does the work of one batch, and books it."""
+        """Process one batch and record its time."""
 
 
 @dataclass
 class Settings:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     smoke: bool = False
     full: bool = False
@@ -96,7 +96,7 @@ class Settings:
 
 @dataclass
 class Result:
-    """One question at one point: what each side took, and what was checked."""
+    """The result of one benchmark for one case: the times of each side, and what was checked."""
 
     bench: str
     case: dict[str, Any]
@@ -113,20 +113,20 @@ class Result:
 def measure(
     sides: Sequence[Side], batch: Callable[[int], Any], *, units: int, repeats: int, inner: int, settle_s: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Runs the sides in turn and summarises their times.
+    """Run the sides in turn and summarise their times.
 
     Parameters
     ----------
     sides
-        The first one is ours.
+        The sides to compare; the first one is ours.
     batch
-        Batch number i; every run of a side gets other numbers.
+        A function that returns batch number i; every run of a side gets different numbers.
     units
-        Keys (or whatever is counted) in a batch.
+        Number of keys (or whatever is counted) in a batch.
     repeats, inner
-        Timed runs of each side, and batches in each. One more run, the first, is not counted.
+        Number of timed runs of each side, and of batches in each. One more run, the first, is not counted.
     settle_s
-        Pause before each run, in which idle threads of the side before stop spinning.
+        Pause before each run, in which idle threads of the previous side stop spinning.
     """
     clocks: dict[str, list[Clock]] = {side.name: [] for side in sides}
     number = 0
@@ -143,7 +143,7 @@ def measure(
 
 
 def timed_run(side: Side, prepared: list[Any]) -> Clock:
-    """One untimed batch, then the others timed."""
+    """Run one untimed batch, then time the others."""
     side.run(prepared[0], Clock())
     clock = Clock()
     for p in prepared[1:]:
@@ -163,7 +163,7 @@ def garbage_collector_off() -> Iterator[None]:
 
 
 def summaries(sides: Sequence[Side], clocks: dict[str, list[Clock]], units: int) -> list[dict[str, Any]]:
-    """Median, minimum, quartiles and ratios of each side, in nanoseconds per unit."""
+    """Return the median, minimum, quartiles and ratios of each side, in nanoseconds per unit."""
     ours = clocks[sides[0].name]
     our_total = np.array([clock.total for clock in ours]) * (1e9 / units)
     our_cpu = np.array([clock.cpu_seconds for clock in ours]) * (1e9 / units)
@@ -197,7 +197,7 @@ def summaries(sides: Sequence[Side], clocks: dict[str, list[Clock]], units: int)
 
 
 def best_by_group(sides: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The fastest side of each group, by its median ratio to ours."""
+    """Return the fastest side of each group, by its median ratio to ours."""
     best: dict[str, dict[str, Any]] = {}
     for side in sides:
         group = side["group"]
@@ -208,7 +208,7 @@ def best_by_group(sides: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def available(skipped: dict[str, str], name: str) -> Iterator[None]:
-    """Around the making of a side: a missing package or a `Skip` is noted under `name`, not raised."""
+    """Wrap the construction of a side: a missing package or a `Skip` is recorded under `name` instead of raised."""
     try:
         yield
     except (Skip, ImportError) as reason:
@@ -217,7 +217,7 @@ def available(skipped: dict[str, str], name: str) -> Iterator[None]:
 
 
 def digest(*arrays: Any) -> str:
-    """A hash of the bytes of arrays, to compare results between machines and versions."""
+    """Return a hash of the bytes of arrays, to compare results between machines and versions."""
     h = hashlib.sha256()
     for a in arrays:
         h.update(np.ascontiguousarray(a).tobytes())
@@ -225,7 +225,7 @@ def digest(*arrays: Any) -> str:
 
 
 def require_memory(needed_bytes: int, what: str) -> None:
-    """`Skip` unless that much memory is available, with a gigabyte to spare."""
+    """Raise `Skip` unless that much memory is available, with a gigabyte to spare."""
     with open("/proc/meminfo", encoding="ascii") as file:
         available_kb = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     if needed_bytes + (1 << 30) > available_kb * 1024:
@@ -233,7 +233,7 @@ def require_memory(needed_bytes: int, what: str) -> None:
 
 
 def machine(directory: str) -> dict[str, Any]:
-    """What the figures depend on: processor, kernel, pages, file system, versions."""
+    """Describe what the figures depend on: processor, kernel, pages, file system, versions."""
     return {
         "cpu": _first_field("/proc/cpuinfo", "model name") or platform.processor(),
         "family_model_stepping": "/".join(
@@ -278,8 +278,10 @@ def _first_field(path: str, key: str) -> str:
 
 
 def file_system(directory: str) -> str:
-    """Type of the file system that holds `directory`, and its option for huge pages if it has one. The longest mount
-    point that is a prefix wins."""
+    """Return the type of the file system that holds `directory`, and its huge-page option if it has one.
+
+    The longest mount point that is a prefix wins.
+    """
     best, kind = "", ""
     real = os.path.realpath(directory)
     for line in _read("/proc/self/mounts").splitlines():

@@ -1,7 +1,7 @@
-"""How fast are keys made from columns of values? `hash_keys` against what people call per value or per column.
+"""How fast are columns of values hashed to keys? `hash_keys` against functions commonly used per value or per column.
 
-Only mmh3 computes the same function, and is compared value by value; the others give 32 or 64 bits of another hash
-for the same purpose. One thread.
+Only mmh3 computes the same function, so its keys are compared value by value; the others compute 32 or 64 bits of
+another hash for the same purpose. All sides use one thread.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import hashemb
 from bench import torch_sides
 from bench.harness import OURS, Clock, Mismatch, Result, Settings, Skip, available, digest, measure
 
-PER_VALUE = 1 << 18  # sides that need a Python object for each value get this many
+PER_VALUE = 1 << 18  # values for sides that need a Python object per value
 WIDTH = 8  # bytes in a string
 
 
 class HashSide:
-    """Hashes a column in one call of `fn`; `column` is in the form that fn takes."""
+    """A side that hashes a column in one call of `fn`; `column` is in the form that `fn` takes."""
 
     def __init__(self, name: str, fn: Callable[[Any], Any], column: Any, *, share: float = 1.0) -> None:
         self.name, self.group, self.fn, self.column, self.share = name, name, fn, column, share
@@ -76,7 +76,7 @@ def string_sides(kind: str, letters: Any, skipped: dict[str, str]) -> tuple[list
 
 
 def column_peers(for_pandas: Any, for_polars: Callable[[], Any], skipped: dict[str, str]) -> list[HashSide]:
-    """The peers that take a whole column. pandas gets Python strings as objects, polars Arrow data."""
+    """Return the peers that take a whole column. pandas gets Python strings as objects, polars Arrow data."""
     sides = []
     n = for_pandas.size
     with available(skipped, "pandas"):
@@ -104,7 +104,7 @@ def mmh3_strings(values: list[str]) -> Any:
 
 
 def feature_hasher() -> Callable[[list[str]], Any]:
-    """Each value as a sample of its own; 2**20 columns, scikit-learn's default."""
+    """Return a function that hashes each value as a separate sample, into 2**20 columns, scikit-learn's default."""
     from sklearn.feature_extraction import FeatureHasher
 
     hasher = FeatureHasher(input_type="string")
@@ -112,7 +112,7 @@ def feature_hasher() -> Callable[[list[str]], Any]:
 
 
 def arrow_strings(letters: Any) -> Any:
-    """An Arrow string column over the same bytes, without copying; `Skip` without pyarrow."""
+    """Return an Arrow string column over the same bytes, without a copy; raise `Skip` without pyarrow."""
     try:
         import pyarrow
     except ImportError:
@@ -123,7 +123,7 @@ def arrow_strings(letters: Any) -> Any:
 
 
 def check(keys: Any, expected: list[int]) -> dict[str, Any]:
-    """Our keys are mmh3's, bit for bit."""
+    """Check that our keys equal mmh3's, bit for bit."""
     if not np.array_equal(keys[: len(expected)], np.array(expected, np.uint64)):
         raise Mismatch("hash_keys differs from mmh3")
     return {"values": keys.size, "keys_sha256": digest(keys)}

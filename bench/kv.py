@@ -1,8 +1,9 @@
-"""A table against key-value stores that people keep embeddings in: LMDB, RocksDB and Redis.
+"""A table against key-value stores in which embeddings are often kept: LMDB, RocksDB and Redis.
 
-A million vectors of 64 bytes. "get" fetches the vectors of 6656 random keys as one float32 array; "put" writes them:
-for the stores new values of the keys, for us an SGD step, which reads them too. The stores get encoded keys, no
-durability (no sync, no write-ahead log), and their batch calls; Redis runs here, on a Unix socket.
+The benchmark has a million vectors of 64 bytes. "get" fetches the vectors of 6656 random keys as one float32 array;
+"put" writes them: in the stores it replaces the values, in our table it is an SGD step, which reads them too. The
+stores get encoded keys, no durability (no sync, no write-ahead log) and their batch calls; Redis runs on the same
+machine, on a Unix socket.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DIM, BATCH = 16, 256 * 26
 
 
 class StoreSide:
-    """Keys and values as bytes. `get` gives the values in the order of the keys; `put` takes pairs."""
+    """A store of bytes. `get` returns the values in the order of the keys; `put` takes (key, value) pairs."""
 
     def __init__(self, name: str, get: Callable[[Any], Any], put: Callable[[Any], Any]) -> None:
         self.name = self.group = name
@@ -49,7 +50,7 @@ class StoreSide:
 
 
 class TableSide:
-    """Ours: look-up and an SGD step."""
+    """Our side: a look-up and an SGD step."""
 
     name = group = OURS
 
@@ -105,13 +106,13 @@ def run(settings: Settings) -> Iterator[Result]:
 
 
 def encode(array: Any) -> list[bytes]:
-    """Each row of the array as bytes."""
+    """Return each row of the array as bytes."""
     data, width = array.tobytes(), array[0].nbytes
     return [data[i : i + width] for i in range(0, len(data), width)]
 
 
 def fill_and_check(side: StoreSide, keys: Any, stored: Any) -> None:
-    """Every vector goes in, and comes out as it was."""
+    """Write every vector and check that it is read back unchanged."""
     names, values = encode(keys), encode(stored)
     for begin in range(0, len(names), BATCH):
         side.put(list(zip(names[begin : begin + BATCH], values[begin : begin + BATCH], strict=True)))
@@ -157,7 +158,7 @@ def rocksdb_side(path: str, closers: list[Callable[[], Any]]) -> StoreSide:
 
 
 def redis_side(path: str, closers: list[Callable[[], Any]]) -> StoreSide:
-    """Starts a server on a Unix socket; `closers` ends it by its process."""
+    """Start a server on a Unix socket; `closers` gets a function that ends its process."""
     import redis
 
     program = shutil.which("redis-server")
@@ -180,7 +181,7 @@ def redis_side(path: str, closers: list[Callable[[], Any]]) -> StoreSide:
 
 
 def wait_for(client: Any, server: subprocess.Popen[bytes]) -> None:
-    """Returns when the server answers; `Skip` if it doesn't within ten seconds."""
+    """Wait until the server answers; raise `Skip` if it doesn't within ten seconds."""
     import redis
 
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""How fast are look-ups, from raw keys to vectors that somebody reads?"""
+"""How fast are look-ups, from raw keys to vectors that a consumer reads?"""
 
 from collections.abc import Iterator
 

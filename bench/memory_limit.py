@@ -1,4 +1,4 @@
-"""A memory control group for a child process, version 1 or 2, and a cold page cache. Both want root; `Skip` says so."""
+"""A memory control group (v1 or v2) for a child process, and a cold page cache. Both need root, else raise `Skip`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = pathlib.Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def limited_group(limit_bytes: int) -> Iterator[pathlib.Path]:
-    """The file to which a child writes its process number: from then on its memory and page cache share the limit."""
+    """Yield the file to which a child writes its process id to put its memory and page cache under the limit."""
     version_1 = (ROOT / "memory").is_dir()
     group = (ROOT / "memory" if version_1 else ROOT) / f"hashemb-bench-{os.getpid()}"
     try:
@@ -42,7 +42,7 @@ def limit(group: pathlib.Path, limit_bytes: int, version_1: bool) -> None:
 
 
 def remove(group: pathlib.Path) -> None:
-    """A group can be removed a moment after its last process has ended."""
+    """Remove a group, which is possible only a moment after its last process has ended."""
     for _ in range(100):
         try:
             group.rmdir()

@@ -1,6 +1,6 @@
-/* The least work that the accesses of a look-up or an update can be done with: no hashing, no duplicates, no
- * optimiser, rows given. What these loops take is the machine's limit. Also the consumer that reads results.
- * Compiled at run time by native.py; loops divide over threads by position in the batch. */
+/* The minimum work for the memory accesses of a look-up or an update: no hashing, no duplicates, no optimiser, and the
+ * rows are given. The time of these loops is the limit of the machine. The consumer that reads results is here too.
+ * native.py compiles this file at run time; threads divide the loops by position in the batch. */
 #include <immintrin.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -56,7 +56,7 @@ static void sum_share(const work *w, int64_t begin, int64_t end, double *sum) {
     for (int l = 0; l < LANES; l++) *sum += lanes[l];
 }
 
-/* The consumer: reads every value once, as fast as memory gives them. */
+/* The consumer: reads every value once, at memory bandwidth. */
 double bench_sum(const float *values, int64_t n, int num_threads) {
     work w = {.grads = values};
     return run(sum_share, &w, n, num_threads);
@@ -113,7 +113,7 @@ static void gather_share(const work *w, int64_t begin, int64_t end, double *sum)
     if (w->nontemporal) _mm_sfence();
 }
 
-/* out[i] = weight[rows[i]]; `nontemporal` needs rows of a multiple of 32 bytes and `out` aligned to 32. */
+/* out[i] = weight[rows[i]]; `nontemporal` needs rows whose size is a multiple of 32 bytes and `out` aligned to 32. */
 void bench_gather(char *weight, int64_t dim, const int64_t *rows, int64_t n, char *out, int ahead, int nontemporal,
                   int far, int num_threads) {
     work w = {.weight = weight, .dim = dim, .rows = rows, .out = out, .ahead = ahead, .nontemporal = nontemporal,

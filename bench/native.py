@@ -1,6 +1,6 @@
-"""The C loops of native.c, compiled when first asked for. Without a compiler they are skipped.
+"""The C loops of native.c, compiled on first use. Without a compiler they are skipped.
 
-They are compiled for the instruction set whose kernels hashemb uses, so that the limit is that of the same machine.
+They are compiled for the instruction set whose kernels hashemb uses, so that both are limited by the same machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"
 
 @functools.cache
 def shared_object() -> ctypes.CDLL:
-    """The compiled loops; `Skip` without a compiler or where the loops are not written for the CPU."""
+    """Compile and load the loops; raise `Skip` without a compiler or if the loops don't support the CPU."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise Skip("no C compiler for the roofline loops")
@@ -54,7 +54,7 @@ def shared_object() -> ctypes.CDLL:
 
 
 def consume(values: Floats, num_threads: int) -> float:
-    """Reads every value once and returns the sum: what the next layer of a model would do at the least."""
+    """Read every value once and return the sum: the least that the next layer of a model would do."""
     try:
         native = shared_object()
     except Skip:
@@ -65,7 +65,7 @@ def consume(values: Floats, num_threads: int) -> float:
 def gather(
     weight: Array, rows: Rows, out: Floats, *, ahead: int, nontemporal: bool, far: bool, num_threads: int
 ) -> None:
-    """``out[i] = weight[rows[i]]`` with prefetching `ahead` rows; `far` to the second-level cache."""
+    """Compute ``out[i] = weight[rows[i]]``, prefetching `ahead` rows ahead; with `far`, into the second-level cache."""
     shared_object().bench_gather(
         weight.ctypes.data, weight.shape[1], rows.ctypes.data, rows.size, out.ctypes.data, ahead, nontemporal,
         far, num_threads,
@@ -83,7 +83,7 @@ def update(
     ahead: int,
     num_threads: int,
 ) -> None:
-    """Adds ``scale * grads[order[i]]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
+    """Add ``scale * grads[order[i]]`` to row ``rows[i]`` of weight and state. Rows must be distinct."""
     shared_object().bench_update(
         weight.ctypes.data, state.ctypes.data, weight.shape[1], 1 if state.ndim == 1 else state.shape[1],
         rows.ctypes.data, 0 if order is None else order.ctypes.data, rows.size, grads.ctypes.data, scale, ahead,

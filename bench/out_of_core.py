@@ -1,9 +1,9 @@
-"""A table four times as large as the memory, against plain mappings, LMDB and RocksDB under the same limit.
+"""A table four times as large as memory, against plain mappings, LMDB and RocksDB under the same limit.
 
-Each side runs in a process of its own, in a memory control group of its own, from a cold page cache: look-ups, or
-training (look-up and update), of uniform keys or of keys by Zipf's law with exponent 1.2. Rows have 16 float32. Ours
-and NumPy do row-wise Adagrad. The stores write vectors back by SGD, which spares them the state; they have batch calls,
-no sync, no write-ahead log, and have been filled in the order of their keys.
+Each side runs in its own process and its own memory control group, and starts with a cold page cache. It does look-ups
+or training steps (look-up and update), with uniform keys or with keys drawn by Zipf's law with exponent 1.2. A row has
+16 float32 values. hashemb and NumPy use row-wise Adagrad. The stores write vectors back by SGD, which needs no state;
+they use batch calls, no sync and no write-ahead log, and were filled in the order of their keys.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ LIMITS_MIB = {"smoke": 160, "usual": 512, "full": 1024}
 PLAIN = "hashemb, not asking ahead"
 SIDES = [OURS, PLAIN, "NumPy memmap", "LMDB", "RocksDB"]
 STORES = ("LMDB", "RocksDB")
-#: A mapping without advice reads ahead up to megabytes per fault (read_ahead_kb): part of a batch will do.
+#: A mapping without advice reads up to megabytes ahead per fault (read_ahead_kb): part of a batch is enough.
 SHARES = {"NumPy memmap": 1 / 64}
 CHECKED = 256  # vectors of the first batch
 
 
 class Named:
-    """A side as `summaries` knows it."""
+    """A side as `summaries` takes it."""
 
     def __init__(self, name: str) -> None:
         self.name = self.group = name
         self.share = SHARES.get(name, 1.0)
 
 
-# ---- in the parent ----
+# ---- parent process ----
 
 
 def run(settings: Settings) -> Iterator[Result]:
@@ -53,7 +53,7 @@ def run(settings: Settings) -> Iterator[Result]:
     if file_system(settings.directory).split()[:1] == ["tmpfs"]:
         raise Skip(f"{settings.directory} is memory (tmpfs)")
     bits = (4 * limit_bytes // (DIM * 4)).bit_length() - 1 if size != "smoke" else 16
-    with limited_group(limit_bytes):  # whether it can be done, before tables are filled
+    with limited_group(limit_bytes):  # raises `Skip`, if it has to, before tables are filled
         drop_page_cache()
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="hashemb-ooc-", dir=settings.directory) as directory:
@@ -91,7 +91,7 @@ def filled(name: str, directory: str, bits: int, skipped: dict[str, str]) -> boo
 
 
 def compare(spec: dict[str, Any], names: list[str], limit_bytes: int, skipped: dict[str, str]) -> Result:
-    """Every side in turn, each from a cold cache; look-ups must have found the same bits."""
+    """Run every side in turn, each from a cold cache; look-ups must return the same bits."""
     found = {name: in_child({**spec, "side": name}, limit_bytes) for name in names}
     clocks: dict[str, list[Clock]] = {}
     for name, child in found.items():
@@ -124,16 +124,16 @@ def in_child(spec: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
     return found
 
 
-# ---- in the child ----
+# ---- child process ----
 
 
 def keys_for(spec: dict[str, Any], number: int) -> Any:
-    """Keys of batch `number`, each of some row: popular ranks lie scattered over the table."""
+    """Return the keys of batch `number`, each of an existing row: popular ranks are scattered over the table."""
     rng, n = np.random.default_rng([14, number]), 1 << spec["bits"]
     if spec["distribution"] == "uniform":
         return workload.keys_of_rows(rng.integers(0, n, BATCH), n)
     ranks = workload.zipf_ranks(rng.random(BATCH), n, 1.2)
-    scattered = ranks * np.uint64(0x9E3779B97F4A7C15) % np.uint64(n)  # odd: one to one modulo 2**bits
+    scattered = ranks * np.uint64(0x9E3779B97F4A7C15) % np.uint64(n)  # an odd factor is one-to-one modulo 2**bits
     return workload.keys_of_rows(scattered.astype(np.int64), n)
 
 
@@ -148,7 +148,7 @@ def table_side(spec: dict[str, Any]) -> tuple[Lookup, Update]:
 
 
 def memmap_side(spec: dict[str, Any]) -> tuple[Lookup, Update]:
-    """The table's own files by `numpy.load`: the hashing is ours, on the clock as well."""
+    """Return functions on the table's own files, opened by `numpy.load`; they use our hashing, which is timed too."""
     path = os.path.join(spec["directory"], "t.emb")
     mode: Any = "r+" if spec["what"] == "train" else "r"
     weight, accumulator = (np.load(f"{path}/{name}.npy", mmap_mode=mode) for name in ("weight", "accumulator"))
@@ -175,7 +175,7 @@ def store_side(spec: dict[str, Any]) -> tuple[Lookup, Update]:
 
 
 def open_store(name: str, directory: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
-    """get(keys) and put(keys, values), of bytes."""
+    """Return get(keys) and put(keys, values), both on bytes."""
     return (open_lmdb if name == "LMDB" else open_rocksdb)(os.path.join(directory, name))
 
 
@@ -219,7 +219,7 @@ OPENERS = {OURS: table_side, PLAIN: table_side, "NumPy memmap": memmap_side, "LM
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """Warms up, for so many batches or so long; then times batches that no side has seen."""
+    """Warm up for a number of batches or a length of time, then time batches that no side has seen."""
     with open(spec["group"], "w", encoding="ascii") as group:
         group.write(str(os.getpid()))
     hashemb.set_num_threads(1)

@@ -1,5 +1,8 @@
-"""What does a call cost? Microseconds at 1, 26 and 256 x 26 keys, look-up and update each; and large batches, to see
-what part of their rate small ones reach. A million rows, which the caches hold: the call is the question here."""
+"""What does a call cost? Microseconds per look-up and per update of 1, 26 and 256 x 26 keys.
+
+Large batches show what fraction of their rate small ones reach. The table has a million rows, which fit in the caches,
+because the cost of the call itself is measured.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ KEYS_PER_RUN = 1 << 16
 
 
 class Calls:
-    """Many calls of a side, each on keys of its own; the clock is read twice for all of them."""
+    """Many calls of a side, each with its own keys; the clock is read only before the first and after the last."""
 
     def __init__(self, side: EmbeddingSide) -> None:
         self.side, self.name, self.group = side, side.name, side.group

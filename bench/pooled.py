@@ -1,4 +1,4 @@
-"""How fast is a training step on bags of 20 keys whose rows are summed? Four such features."""
+"""How fast is a training step on four features with bags of 20 keys, whose rows are summed?"""
 
 from collections.abc import Iterator
 

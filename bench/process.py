@@ -1,7 +1,7 @@
-"""A command in a process of its own: wall time, processor time and peak memory, of it and of what it starts.
+"""Run a command as a child process and measure its wall time, processor time and peak memory, including its children.
 
-Linux carries the peak of the memory before `exec` over to the program after it, so a large parent would be charged to
-every child. The command is therefore started by a small process that imports nothing but the standard library.
+Linux carries the peak memory of a process over `exec`, so a child would inherit the peak of a large parent. The command
+is therefore started by a small process that imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STDERR_SHOWN = 2000  # characters
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took, and what it printed."""
+    """The resources that a command used, and its output."""
 
     wall_s: float
     cpu_s: float
@@ -28,12 +28,12 @@ class Usage:
 
 
 def run_command(command: list[str], *, cpus: list[int], timeout_s: float) -> Usage:
-    """Run `command` on those CPUs alone; standard output and standard error come back together.
+    """Run `command` on those CPUs only; return its standard output and standard error together.
 
     Raises
     ------
     RuntimeError
-        It ended with another status than 0; its last output is in the message.
+        The command ended with a non-zero status; the message contains its last output.
     """
     starter = [sys.executable, "-S", "-m", "bench.process", json.dumps({"command": command, "cpus": cpus})]
     done = subprocess.run(starter, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=_root())
@@ -47,7 +47,7 @@ def run_command(command: list[str], *, cpus: list[int], timeout_s: float) -> Usa
 
 
 def usable_cpus(count: int) -> list[int]:
-    """The first `count` CPUs that this process may use, or as many as there are."""
+    """Return the first `count` CPUs that this process may use, or all of them if there are fewer."""
     return sorted(os.sched_getaffinity(0))[:count]
 
 

@@ -1,7 +1,7 @@
-"""``python -m bench.report results.json [...]``: writes the tables and pictures of bench/README.md from results.
+"""``python -m bench.report results.json [...]``: write the tables and figures of bench/README.md from results.
 
-The tables stand between two marks in README.md; nothing else in it is touched. Of several files with the same point the
-last one counts.
+The tables replace the text between two marks in README.md; the rest is left untouched. If several files contain the
+same case, the last one counts.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_place(result: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The result with the file system that its tables were on as part of its case; older files say it once for all."""
+    """Add the file system of the tables to the case of a result; older result files have it once for all results."""
     if result["bench"] in ("hash", "compression") or "on" in result["case"]:
         return result
     return {**result, "case": {**result["case"], "on": report["machine"]["file_system"]}}
 
 
 def latest(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One result per point, in order of first appearance."""
+    """Return one result per case, in order of first appearance."""
     return list({(r["bench"], json.dumps(r["case"], sort_keys=True)): r for r in results}.values())
 
 
@@ -69,7 +69,7 @@ def replace_between_marks(path: pathlib.Path, text: str) -> None:
 
 
 def machine_lines(reports: list[dict[str, Any]]) -> list[str]:
-    """What the figures were measured on; one line per distinct machine."""
+    """Describe the machines of the measurements, one line per distinct machine."""
     lines: dict[str, None] = {}
     for report in reports:
         m = report["machine"]
@@ -93,7 +93,7 @@ def tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def point(case: dict[str, Any]) -> str:
-    """The parameters of a case that are not the usual ones."""
+    """Format the parameters of a case that differ from the usual ones."""
     shown = {k: v for k, v in case.items() if DEFAULTS.get(k) != v}
     return ", ".join(f"{k.replace('_', ' ')} {power_of_two(v)}" for k, v in shown.items())
 
@@ -105,12 +105,12 @@ def power_of_two(value: Any) -> str:
 
 
 def folded_tables(results: list[dict[str, Any]]) -> list[str]:
-    """What to read first, and the rest behind a click."""
+    """Format the tables to read first, and put the rest behind a click."""
     return [*best_table(results), "<details><summary>All sides</summary>", "", *side_tables(results), "</details>", ""]
 
 
 def best_table(results: list[dict[str, Any]]) -> list[str]:
-    """The fastest side of each group, as its time over ours; for the roofline that is our fraction of the limit."""
+    """Format the time of the fastest side of each group over ours; for the roofline it is our fraction of the limit."""
     groups = list(dict.fromkeys(g for r in results for g in r["best"] if not g.startswith("hashemb")))
     lines = ["Time of the best of each kind / ours (median of the ratios; in brackets the ratio of minima):", ""]
     lines += [f"| | {' | '.join(groups)} |", "|---|" + "---:|" * len(groups)]
@@ -151,7 +151,7 @@ def number(ns: float) -> str:
 
 
 def roofline_table(results: list[dict[str, Any]]) -> list[str]:
-    """One row per point: ours, the limit, and ours as a fraction of it."""
+    """Format one row per case: our rate, the limit, and our fraction of it."""
     lines = ["| | hashemb, ns per key | limit | fraction | of the minima |", "|---|---:|---:|---:|---:|"]
     for result in results:
         ours, limit = result["sides"]
@@ -167,7 +167,7 @@ def scale_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def sharing_tables(results: list[dict[str, Any]]) -> list[str]:
-    """Speed-ups of two writers, what a snapshot does to them, and what a delta costs."""
+    """Format the speed-ups of two writers, the effect of a snapshot on them, and the cost of a delta."""
     lines: list[str] = []
     for what, form in (("two", together_row), ("snapshot", snapshot_row), ("delta", delta_row)):
         chosen, head = [r for r in results if r["case"]["what"].startswith(what)], SHARING_HEADS[what]
@@ -212,7 +212,7 @@ def delta_row(result: dict[str, Any]) -> list[str]:
 
 
 def ctr_tables(results: list[dict[str, Any]]) -> list[str]:
-    """Rates and memory of each side, then the losses of one pass."""
+    """Format the rates and memory of each side, then the losses of one pass."""
     lines: list[str] = []
     for result in results:
         lines += [f"{point(result['case'])}:", "", CTR_HEAD, "|---|" + "---:|" * (CTR_HEAD.count("|") - 2)]
@@ -262,11 +262,11 @@ def roofline_label(case: dict[str, Any]) -> str:
     return f"{what}, dim {case['dim']}, {case['threads']} thread{'s' * (case['threads'] > 1)}, {case['on']}"
 
 
-# ---- pictures ----
+# ---- figures ----
 
 
 def draw(results: list[dict[str, Any]], directory: pathlib.Path) -> None:
-    """roofline.svg and scale.svg, where the results have what they show."""
+    """Draw roofline.svg and scale.svg, if the results contain their data."""
     import matplotlib
 
     matplotlib.use("svg")

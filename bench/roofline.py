@@ -1,6 +1,6 @@
-"""What fraction of the machine's limit is reached? Distinct rows, ours against the plain C loops of native.c.
+"""What fraction of the machine's limit is reached? hashemb against the plain C loops of native.c, on distinct rows.
 
-The look-up is compared with its consumer; the update alone, without a look-up before it that would warm the rows.
+The look-up is measured together with its consumer, the update alone, as a preceding look-up would warm the rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_phase(settings: Settings, table: hashemb.EmbeddingTable, case: Case, pha
 
 
 def distinct_keys(case: Case, number: int) -> Keys:
-    """Keys of distinct random rows: part of one permutation of all rows, another for each turn through it."""
+    """Return keys of distinct random rows: a slice of a permutation of all rows, which changes after each full pass."""
     per_turn = case.rows // case.num_keys
     rows = permutation(case.rows, number // per_turn)
     begin = number % per_turn * case.num_keys
@@ -59,7 +59,7 @@ def permutation(num_rows: int, seed: int) -> Any:
 
 
 class UpdateOnly:
-    """The update of a side, on its own."""
+    """The update of a side, without a look-up."""
 
     def __init__(self, side: HashembSide | RooflineSide) -> None:
         self.side, self.name, self.group = side, side.name, side.group

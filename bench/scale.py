@@ -1,19 +1,20 @@
-"""Does the size of a table cost anything? From 2**16 to 2**33 rows, with a warm working set of equal size.
+"""Does the size of a table affect its speed? From 2**16 to 2**33 rows, with a warm working set of equal size.
 
-Keys are hashed, so the rows of a set of keys lie all over the table, and "of equal size" has three meanings:
+Keys are hashed, so the rows of a set of keys are spread over the whole table, and "of equal size" has three meanings:
 
 - the same keys at every size: equal rows. But memory consists of pages. From 2**24 rows on, nearly every key has a page
-  of weights to itself, and at 2**33 a page of state and most of a page of the page table too, so that the walk from an
-  address to its page misses the cache at two levels more. It is what a user sees who makes his table larger;
-- as dense pages: keys whose rows lie in a table of 2**33 as those of the first set do in a table of 2**25, but for gaps
-  between stretches of 2**16 rows. As many pages and nearly as many page tables: what the library itself pays for size;
-- as much memory: more keys in the table of 2**25, until its pages and page tables take what those of 2**33 take.
+  of weights to itself, and at 2**33 also a page of state and most of a page of the page table, so that the walk from an
+  address to its page misses the cache at two more levels. This is what a user sees after making a table larger;
+- equally dense pages: keys whose rows are placed in a table of 2**33 as those of the first set are in a table of 2**25,
+  except for gaps between stretches of 2**16 rows. This gives the same number of pages and nearly the same number of
+  page tables, and so isolates the cost of size in the library itself;
+- equal memory: more keys in the table of 2**25, until its pages and page tables take as much as those of 2**33.
 
-The plain C loops of native.c on the same rows say how much of a difference the machine makes on its own. A table of
+The plain C loops of native.c on the same rows show how much of the difference is due to the machine. A table of
 2**33 rows of 64 bytes has 512 GiB, most of which is never written; the set is small (2**16 keys) to bound what is. On
-a disk file system the kernel writes dirty pages back and the next store into each faults, the more so the more pages
-there are: faults are reported, and ``--dir`` on a tmpfs with a few GiB leaves them out. All tables here have pages
-of 4 KiB (``huge_pages=False``): otherwise the small ones would have larger pages than the large ones.
+a disk file system the kernel writes dirty pages back, and the next store into each of them faults, so more pages mean
+more faults. The faults are reported; ``--dir`` on a tmpfs with a few GiB avoids them. All tables have pages of 4 KiB
+(``huge_pages=False``): otherwise the small ones would have larger pages than the large ones.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from bench.harness import Clock, Mismatch, Result, Settings, digest, measure
 from bench.workload import OPTIMIZERS, gradients
 
 DIM, BATCH = 16, 4096 * 26
-BASE_BITS, TOP_BITS = 25, 33  # ratios are to the first size
+BASE_BITS, TOP_BITS = 25, 33  # ratios are relative to the first size
 SIZES = (BASE_BITS, 16, 18, 20, 22, 24, 28, 30, TOP_BITS)
-PAGE_BYTES, TABLE_ENTRIES = 4096, 512  # of a page, of a page of the page table
-BYTES_PER_ROW = (4 * DIM, 4, 4 / 1024)  # weights, row-wise state, a number for each 64 KiB of weights
+PAGE_BYTES, TABLE_ENTRIES = 4096, 512  # of a page, in a page of the page table
+BYTES_PER_ROW = (4 * DIM, 4, 4 / 1024)  # weights, row-wise state, one number per 64 KiB of weights
 LOOP_AHEAD = 24
 STRETCH_BITS = 16  # 4 MiB of weights, two pages of the page table
 
 
 class SizeSide:
-    """A set of keys, each of which has been written once, in a table of 2**bits rows."""
+    """A set of keys, each written once, in a table of 2**bits rows."""
 
     def __init__(self, name: str, table: hashemb.EmbeddingTable, keys: Any) -> None:
         self.name = self.group = name
@@ -53,10 +54,10 @@ class SizeSide:
             part = keys[begin : begin + BATCH]
             table.update(part, gradients(BATCH, DIM)[: part.size])
         self.out, self.grads = np.zeros((BATCH, DIM), np.float32), gradients(BATCH, DIM)
-        info = hashemb.info(table.path)  # not stats(): asking for the resident pages of half a terabyte takes seconds
+        info = hashemb.info(table.path)  # not stats(): querying the resident pages of half a terabyte takes seconds
         self.disk_bytes, self.logical_bytes = info.disk_bytes, info.logical_bytes
         self.faults = self.runs = 0
-        self.run(np.resize(keys, BATCH), Clock())  # memory that calls keep for later ones is got here
+        self.run(np.resize(keys, BATCH), Clock())  # allocate the scratch memory that later calls reuse
 
     @property
     def note(self) -> str:
@@ -76,9 +77,9 @@ class SizeSide:
 
 
 class LoopSide:
-    """The plain C loops on rows of a side's keys: copies them in the order drawn, adds to them in ascending order.
+    """The plain C loops on the rows of a side's keys: copy them in the order drawn, add to them in ascending order.
 
-    One thread, so that a row that was drawn twice does no harm.
+    They run in one thread, so that a row that was drawn twice does no harm.
     """
 
     def __init__(self, side: SizeSide) -> None:
@@ -101,7 +102,7 @@ class LoopSide:
 
 
 class CreateSide:
-    """Creation, opening and closing of a table of 2**bits rows; nothing is written to it."""
+    """Create, open and close a table of 2**bits rows, without writing to it."""
 
     def __init__(self, directory: str, bits: int) -> None:
         self.name = self.group = f"2^{bits} rows"
@@ -132,10 +133,10 @@ def page_faults() -> int:
 
 
 def working_set_bytes(bits: int, num_keys: float) -> float:
-    """Bytes of the pages, page tables included, that hashed keys touch in a table of 2**bits rows, as expected.
+    """Return the expected bytes of pages, page tables included, that hashed keys touch in a table of 2**bits rows.
 
     n keys hashed over p pages touch p * (1 - (1 - 1/p)**n) of them, nearly p * (1 - exp(-n/p)). A page of the page
-    table serves 512 pages, and so on for four levels.
+    table maps 512 pages, and so on for four levels.
     """
     pages = 0.0
     for row_bytes in BYTES_PER_ROW:
@@ -145,7 +146,7 @@ def working_set_bytes(bits: int, num_keys: float) -> float:
 
 
 def keys_that_take(bits: int, num_bytes: float) -> int:
-    """How many hashed keys have a working set of that many bytes; at most four for each row of the table."""
+    """Return how many hashed keys have a working set of that many bytes; at most four per row of the table."""
     low, high = 1, 4 << bits
     while low < high:
         middle = (low + high) // 2
@@ -154,9 +155,10 @@ def keys_that_take(bits: int, num_bytes: float) -> int:
 
 
 def keys_as_dense(keys: Any, base: hashemb.EmbeddingTable, top: hashemb.EmbeddingTable) -> Any:
-    """Keys whose rows lie in `top` as those of `keys` do in `base`, but for gaps between stretches of 2**16 rows.
+    """Return keys whose rows are placed in `top` as those of `keys` are in `base`, except for gaps between stretches.
 
-    Stretches keep their places from the first row of the table to the last, because a kernel may divide its work so.
+    A stretch has 2**16 rows. Stretches keep their order over the whole table, because a kernel may divide its work by
+    the position of rows.
     """
     rows = base.rows(keys)
     stretch, within = rows >> STRETCH_BITS, rows & ((1 << STRETCH_BITS) - 1)
@@ -167,7 +169,7 @@ def keys_as_dense(keys: Any, base: hashemb.EmbeddingTable, top: hashemb.Embeddin
     return found
 
 
-# ---- questions ----
+# ---- benchmarks ----
 
 
 def run(settings: Settings) -> Iterator[Result]:
@@ -207,12 +209,12 @@ def make_table(directory: str, bits: int) -> hashemb.EmbeddingTable:
 
 @functools.lru_cache(maxsize=4)
 def draws(size: int, number: int) -> Any:
-    """Batch `number`, for a side to pick its keys by."""
+    """Return batch `number`: the random numbers by which a side picks its keys."""
     return np.random.default_rng([5, number]).integers(0, 1 << 62, size)
 
 
 def steps(settings: Settings, sides: Sequence[SizeSide], what: str) -> Result:
-    """Look-up and update by each side, in turn."""
+    """Time the look-up and update of each side, in turn."""
     checks: dict[str, Any] = {"disk_gib": {s.name: s.disk_bytes / 2**30 for s in sides}}
     for side in sides:
         side.faults = side.runs = 0
@@ -226,7 +228,7 @@ def steps(settings: Settings, sides: Sequence[SizeSide], what: str) -> Result:
 
 
 def turns(settings: Settings, sides: Sequence[Any], what: str) -> Result:
-    """Times the sides in turn; the checks hold the ratio of each phase's medians to the first side's."""
+    """Time the sides in turn; the checks hold the ratio of each phase's median to that of the first side."""
     size = 512 if settings.smoke else BATCH
     batch = functools.partial(draws, size)
     rows = measure(sides, batch, units=size, repeats=settings.repeats, inner=settings.inner)

@@ -1,9 +1,10 @@
-"""What does it cost to share? One thread a process, each question on a table of which every row has been written:
+"""What does sharing cost? Each process has one thread, and each benchmark uses a table with every row written:
 
-- two writers together against one, Hogwild and exact, for uniform and Zipf keys;
-- a snapshot under two writers at full speed: how long they are held up as it begins, what is left of their rate until
-  it has returned, and how long it takes. Three processes want to run: on two cores the writers cannot keep all of it;
-- a delta after 1 % of the blocks were written, against the snapshot of all.
+- two concurrent writers against one, Hogwild and exact, with uniform and Zipf keys;
+- a snapshot during full-speed training by two writers: how long they are held up when it begins, what fraction of their
+  rate remains until it has returned, and how long it takes. With three processes on two cores, the writers cannot keep
+  their full rate;
+- a delta after 1 % of the blocks were written, against a snapshot of all of them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def run(settings: Settings) -> Iterator[Result]:
 
 @contextlib.contextmanager
 def table_of(settings: Settings, case: Case, copies: int = 0) -> Iterator[tuple[str, hashemb.EmbeddingTable]]:
-    """A directory, and a warm table in it, with room for so many copies."""
+    """Yield a directory and a warm table in it, with room for `copies` copies."""
     needed = workload.table_bytes(case) * (1 + copies)
     free = shutil.disk_usage(settings.directory).free
     if free < needed:
@@ -60,11 +61,11 @@ def table_of(settings: Settings, case: Case, copies: int = 0) -> Iterator[tuple[
             table.close()
 
 
-# ---- writers together ----
+# ---- concurrent writers ----
 
 
 class Together:
-    """`count` writers at once; time per key is that of all of them, so two that do not disturb each other halve it."""
+    """Several writers at once. Time per key counts the keys of all, so two that don't disturb each other halve it."""
 
     def __init__(self, started: list[Writer], batches: int) -> None:
         self.name = self.group = f"{len(started)} writer{'s' * (len(started) > 1)}"
@@ -105,7 +106,7 @@ def point_of(case: Case, what: str, isolation: str = "hogwild") -> dict[str, Any
     return {"what": what, "isolation": isolation, **named}
 
 
-# ---- a snapshot under fire ----
+# ---- a snapshot during training ----
 
 
 def snapshots(settings: Settings, case: Case) -> Iterator[Result]:
@@ -120,13 +121,13 @@ def snapshots(settings: Settings, case: Case) -> Iterator[Result]:
 
 
 class Missed(Mismatch):
-    """A writer had no batch before the snapshot, or none while it was taken."""
+    """Raised if a writer had no batch before the snapshot, or none while it was taken."""
 
 
 def patiently(
     directory: str, table: hashemb.EmbeddingTable, started: list[Writer], warm_s: float
 ) -> dict[str, float]:
-    """A snapshot that took milliseconds, at smoke size, may pass while a writer waits for a processor: then another."""
+    """Repeat a snapshot if, at smoke size, it finished within milliseconds while a writer waited for a processor."""
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(Missed):
             return snapshot_under_fire(directory, table, started, warm_s)
@@ -136,7 +137,7 @@ def patiently(
 def snapshot_under_fire(
     directory: str, table: hashemb.EmbeddingTable, started: list[Writer], warm_s: float
 ) -> dict[str, float]:
-    """What one snapshot took, and what it did to the writers."""
+    """Measure one snapshot and its effect on the writers."""
     for writer in started:
         writer.ask("until told")
     time.sleep(warm_s)
@@ -166,10 +167,10 @@ def check_snapshot(path: str, info: hashemb.SnapshotInfo) -> None:
 
 
 def effect_on(logs: list[Times], called: float, opened: float, returned: float) -> dict[str, float]:
-    """How long the writers were held up, and their rates; of the two writers the one that fared worse.
+    """Return how long the writers were held up (the larger time of the two) and their rates (summed over the two).
 
-    held_s: what the first batch after the point in time took beyond the median before: at the gate, and to save rows.
-    rate_kept: from the call until it returned.
+    held_s: by how much the first batch after the point in time exceeded the previous median: at the gate, and to save
+    rows. rate_kept: the fraction of their rate that the writers kept from the call until it returned.
     """
     held, before, during = [], 0.0, 0.0
     begin, end = map(LOG_FIELDS.index, LOG_FIELDS)
@@ -188,7 +189,7 @@ def effect_on(logs: list[Times], called: float, opened: float, returned: float) 
 
 
 def share_within(log: Times, begin: int, end: int, low: float, high: float) -> float:
-    """Batches within a span of time; those at its edges count by the part that lies in it."""
+    """Count the batches within a span of time; those at its edges count by the part that lies within it."""
     inside = np.minimum(log[:, end], high) - np.maximum(log[:, begin], low)
     return float((inside.clip(0.0) / (log[:, end] - log[:, begin])).sum())
 
@@ -205,7 +206,7 @@ def snapshot_result(case: Case, runs: list[dict[str, float]]) -> Result:
 
 
 def deltas(settings: Settings, case: Case) -> Iterator[Result]:
-    """Nobody writes meanwhile. The delta has the state too, so that both hold the same of a block."""
+    """Compare deltas with snapshots while no writer runs. Deltas include the state, so both store the same blocks."""
     if not hasattr(hashemb.EmbeddingTable, "export_delta"):
         raise Skip("this version has no deltas")
     with table_of(settings, case, copies=1) as (directory, table):
@@ -234,7 +235,7 @@ def deltas(settings: Settings, case: Case) -> Iterator[Result]:
 def summary(
     name: str, seconds: list[float], phases: dict[str, float], base: list[float] | None = None
 ) -> dict[str, Any]:
-    """A side of a result from times that were taken here, as `harness.measure` has it."""
+    """Format times that were taken here as one side of a result, like `harness.measure`."""
     ns, other = np.array(seconds) * 1e9, np.array(base or seconds) * 1e9
     ratio = float(np.median(ns) / np.median(other))
     return {

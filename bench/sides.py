@@ -1,4 +1,4 @@
-"""The ways to look up and update embeddings that need only NumPy and a C compiler: ours, NumPy's and the limit."""
+"""Ways to look up and update embeddings that need only NumPy and a C compiler: ours, NumPy's and the roofline."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from bench.workload import EPS, LR, Case, Floats, Keys, Rows, as_float32, gradie
 
 
 class EmbeddingSide(ABC):
-    """What every way has: rows of keys, reading rows for the judge, and the phases of a run.
+    """Base class of the sides: the rows of keys, access to rows for the judge, and the phases of a run.
 
-    Subclasses give `lookup` (the vectors, float32, after which the consumer reads them) and `update`.
+    Subclasses implement `lookup`, whose float32 vectors are then read by the consumer, and `update`.
     """
 
     name = ""
     group = ""
-    judged = True  # whether the update is (row-wise) Adagrad, which the judge knows
+    judged = True  # whether the update is (row-wise) Adagrad, which the judge can check
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, *, train: bool) -> None:
         self.table, self.case, self.train = table, case, train
         self.grads = gradients(case.num_vectors, case.dim)
 
     def rows(self, keys: Keys) -> Rows:
-        """The rows of a batch in this side's own numbering."""
+        """Return the rows of a batch in this side's own numbering."""
         return self.table.rows(keys)
 
     def read(self, rows: Rows) -> tuple[Floats, Floats]:
-        """Weights and accumulator of rows."""
+        """Return the weights and the accumulator of rows."""
         state = self.table.state.get("accumulator")
         assert state is not None
         return as_float32(self.table.weight[rows], self.case.dtype), state[rows]
@@ -42,15 +42,15 @@ class EmbeddingSide(ABC):
 
     @abstractmethod
     def lookup(self, prepared: Any) -> Any:
-        """The vectors of a batch, in the side's own type."""
+        """Return the vectors of a batch, in the side's own type."""
 
     def values(self, result: Any) -> Floats:
-        """The result as NumPy sees it; no copy."""
+        """Return the result as a NumPy array, without a copy."""
         return np.asarray(result)
 
     @abstractmethod
     def update(self, prepared: Any, result: Any) -> None:
-        """One step with the case's gradients."""
+        """Take one step with the gradients of the case."""
 
     def run(self, prepared: Any, clock: Clock) -> None:
         result = self.lookup(prepared)
@@ -63,7 +63,7 @@ class EmbeddingSide(ABC):
 
 
 class HashembSide(EmbeddingSide):
-    """Ours, from raw keys. The result goes to memory that is reused, as a training loop would."""
+    """Our side, from raw keys. The result goes to memory that is reused, as in a training loop."""
 
     name, group = OURS, OURS
 
@@ -88,7 +88,7 @@ class HashembSide(EmbeddingSide):
 
 
 class NumpySide(EmbeddingSide):
-    """Fancy indexing on the table's own mapping; duplicates summed by sort and reduceat."""
+    """Fancy indexing on the table's own mapping; duplicates are summed by sort and reduceat."""
 
     name, group = "NumPy", "NumPy"
 
@@ -96,7 +96,7 @@ class NumpySide(EmbeddingSide):
         super().__init__(table, case, train=train)
         if case.dtype != "float32":
             raise Skip("NumPy has no bfloat16")
-        self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping
+        self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping alive
         self.weight, self.accumulator = map(writable, self.mapped)
 
     def prepare(self, keys: Keys) -> Rows:
@@ -121,7 +121,7 @@ class NumpySide(EmbeddingSide):
 
 
 class RooflineSide(EmbeddingSide):
-    """The plain C loops on the table's own mapping, given rows. Its update adds without an optimiser."""
+    """The plain C loops on the table's own mapping, with given rows. The update adds without an optimiser."""
 
     name, group = "roofline", "roofline"
     judged = False
@@ -136,7 +136,7 @@ class RooflineSide(EmbeddingSide):
         self.update_ahead, self.sort = 16, False
 
     def prepare(self, keys: Keys) -> tuple[Rows, Rows, Rows]:
-        """Rows as they come; and sorted, with the occurrence that each of them was."""
+        """Return the rows in the given order; and sorted, with the position that each of them had."""
         rows = self.rows(keys).reshape(-1)
         order = np.argsort(rows, kind="stable")
         return rows, rows[order], order
@@ -156,7 +156,7 @@ class RooflineSide(EmbeddingSide):
         )  # fmt: skip
 
     def tune(self, batches: list[Keys]) -> None:
-        """Takes the prefetch distance, kind of stores and order of rows that are fastest here: the limit is wanted."""
+        """Choose the fastest prefetch distance, kind of stores and order of rows, so that the loops show the limit."""
         prepared = [self.prepare(b) for b in batches]
         yes_no = (False, True)
         stores = yes_no if self.case.dim % 8 == 0 else (False,)
@@ -180,7 +180,7 @@ class RooflineSide(EmbeddingSide):
 
 
 def best_seconds(fn: Any, arguments: list[Any]) -> float:
-    """The shortest time of fn over the arguments."""
+    """Return the shortest time of `fn` over the arguments."""
     times = []
     for a in arguments:
         clock = Clock()
@@ -191,7 +191,7 @@ def best_seconds(fn: Any, arguments: list[Any]) -> float:
 
 
 def aligned(shape: tuple[int, ...]) -> Floats:
-    """Float32 memory at a multiple of 64 bytes; `empty`, for which NumPy asks for huge pages, as for our results."""
+    """Return float32 memory aligned to 64 bytes; `empty` makes NumPy request huge pages, as for our results."""
     size = int(np.prod(shape))
     raw = np.empty(size + 16, np.float32)
     first = -raw.ctypes.data % 64 // 4

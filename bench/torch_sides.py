@@ -1,12 +1,12 @@
 """The peers on PyTorch: FBGEMM's table-batched embedding on the CPU, and nn.EmbeddingBag with sparse gradients.
 
-They get rows ("ready ids"): the rows that our table hashes the keys to, or for one table per feature
-(``row % rows_per_table``). All peers of a case share one set of weights in anonymous memory, copied from our table, and
+They get rows ("ready ids"): the rows to which our table hashes the keys or, with one table per feature,
+``row % rows_per_table``. All peers of a case share one set of weights in anonymous memory, copied from our table, and
 FBGEMM also runs on our own mapped files (`preallocated_host_buffers`), so that the case fits in memory.
 
-FBGEMM has three shapes: T=F (one table per feature), T=1 (one table, one feature: a batch of batch * F samples),
-and one table shared by F features. The first two take its JIT kernels; the last takes its serial scalar loop, which is
-the faster one where the JIT kernel mixes SSE and AVX instructions at a cost (see README.md).
+FBGEMM is run in three shapes: T=F (one table per feature), T=1 (one table, one feature: a batch of batch * F samples),
+and one table shared by F features. The first two use its JIT kernels; the last uses its serial scalar loop, which is
+faster where the JIT kernel mixes SSE and AVX instructions at a cost (see README.md).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ SHAPES = ("T=F", "T=1", "shared")
 
 
 class Buffers:
-    """Weights and accumulator as torch tensors, flat, filled from a table; or the table's own mapping, huge pages and
-    all."""
+    """Weights and accumulator as flat torch tensors: filled from a table, or the table's own mapping with its huge
+    pages."""
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, kind: str) -> None:
         import torch
 
         self.kind = kind
         if kind == "files":
-            self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping
+            self.mapped = table.weight, table.state["accumulator"]  # these keep the mapping alive
             self.weight, self.accumulator = (torch.from_numpy(writable(array).reshape(-1)) for array in self.mapped)
             return
         require_memory(table_bytes(case), "a copy of the table for the peers")
@@ -51,14 +51,14 @@ class Buffers:
     def _anonymous(size: int, kind: str) -> Any:
         import torch
 
-        memory = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # as malloc gives
+        memory = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # like malloc
         if kind == "huge pages":
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.float32)
 
 
 class TorchSide(EmbeddingSide):
-    """Rows are read from the buffers; results are tensors."""
+    """A side that reads rows from the buffers and returns tensors."""
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, buffers: Buffers, *, train: bool) -> None:
         import torch
@@ -81,7 +81,7 @@ class TorchSide(EmbeddingSide):
 
     @abstractmethod
     def forward(self, prepared: Any) -> Any:
-        """The module's output, with its graph where it trains."""
+        """Return the output of the module, with its graph when training."""
 
     def values(self, result: Any) -> Floats:
         values: Floats = result.detach().numpy()
@@ -89,7 +89,7 @@ class TorchSide(EmbeddingSide):
 
 
 class FbgemmSide(TorchSide):
-    """SplitTableBatchedEmbeddingBagsCodegen on the CPU, without bounds check."""
+    """SplitTableBatchedEmbeddingBagsCodegen on the CPU, without bounds checks."""
 
     def __init__(
         self, table: hashemb.EmbeddingTable, case: Case, buffers: Buffers, shape: str, *, train: bool
@@ -188,7 +188,7 @@ class EmbeddingBagSide(TorchSide):
         optimizer = self.torch.optim.SparseAdam(list(self.module.parameters()), lr=LR)
         state = optimizer.state[self.module.weight]
         state["step"] = 0
-        for name in ("exp_avg", "exp_avg_sq"):  # full, not zeros: its pages are there before the clock runs
+        for name in ("exp_avg", "exp_avg_sq"):  # `full` instead of `zeros`: its pages exist before the clock starts
             state[name] = self.torch.full_like(self.module.weight, 1e-6)
         return optimizer
 
@@ -211,7 +211,7 @@ def make_sides(
     train: bool,
     kinds: tuple[str, ...] = ("memory", "huge pages", "files"),
 ) -> list[tuple[str, Any]]:
-    """(name, function that makes the side) of every peer here."""
+    """Return (name, function that makes the side) for every available peer."""
     cache: dict[str, Buffers] = {}
 
     def buffers(kind: str) -> Buffers:
@@ -239,7 +239,7 @@ def _embedding_bag(table: Any, case: Case, buffers: Any, optimizer: str, train: 
 
 
 def set_num_threads(n: int) -> None:
-    """Threads of ours, and of PyTorch and FBGEMM where they are installed."""
+    """Set the number of threads of hashemb, and of PyTorch and FBGEMM if they are installed."""
     hashemb.set_num_threads(n)
     try:
         import torch

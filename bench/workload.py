@@ -1,4 +1,4 @@
-"""Key streams, warm tables, and the judge: what a look-up or an update must give, in a few lines of NumPy."""
+"""Key streams, warm tables, and the judge: the correct result of a look-up or an update in a few lines of NumPy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a grid. A batch has `batch` samples of `fields` features with `bag` keys each."""
+    """One case of a grid. A batch has `batch` samples of `fields` features with `bag` keys each."""
 
     rows: int
     dim: int
@@ -55,7 +55,7 @@ class Case:
 
 
 def keys_for(case: Case, number: int) -> Keys:
-    """Batch `number` of raw 64-bit keys, (batch, fields, bag): uniform, or Zipf with exponent 1.2 in each field."""
+    """Return batch `number` of raw 64-bit keys, (batch, fields, bag): uniform, or Zipf with exponent 1.2 per field."""
     shape = (case.batch, case.fields, case.bag)
     rng = np.random.default_rng([2024, number])
     if case.distribution == "uniform":
@@ -69,14 +69,14 @@ def keys_for(case: Case, number: int) -> Keys:
 
 
 def zipf_ranks(uniform: npt.NDArray[np.float64], n: int, exponent: float) -> Keys:
-    """Ranks 0 … n - 1 by inverting the continuous power law on [1, n + 1): P(rank) falls as rank ** -exponent."""
+    """Draw ranks 0 … n - 1 by inverting the continuous power law on [1, n + 1): P(rank) falls as rank ** -exponent."""
     low = (n + 1.0) ** (1.0 - exponent)
     x = (uniform * (low - 1.0) + 1.0) ** (1.0 / (1.0 - exponent))
     return np.minimum(x.astype(np.uint64) - np.uint64(1), np.uint64(n - 1))
 
 
 def keys_of_rows(rows: npt.NDArray[Any], num_rows: int, seed: int = 0) -> Keys:
-    """A key for each row of a table of 2**b rows: the inverse of the finaliser applied to the row's first hash."""
+    """Return a key for each row of a table of 2**b rows: the inverse of the finaliser applied to the first hash."""
     bits = num_rows.bit_length() - 1
     if num_rows != 1 << bits:
         raise ValueError(f"the number of rows must be a power of two, got {num_rows}")
@@ -85,7 +85,7 @@ def keys_of_rows(rows: npt.NDArray[Any], num_rows: int, seed: int = 0) -> Keys:
 
 
 def unmix64(k: Keys) -> Keys:
-    """The inverse of MurmurHash3's finaliser: the same steps backwards, with the factors' inverses mod 2**64."""
+    """Invert MurmurHash3's finaliser: the same steps backwards, with the inverses of the factors mod 2**64."""
     k = k ^ (k >> np.uint64(33))
     k = k * np.uint64(pow(0xC4CEB9FE1A85EC53, -1, 1 << 64))
     k = k ^ (k >> np.uint64(33))
@@ -98,12 +98,12 @@ def unmix64(k: Keys) -> Keys:
 
 @functools.cache
 def gradients(num_vectors: int, dim: int) -> Floats:
-    """The gradient of every batch of that shape."""
+    """Return the gradient that is used for every batch of that shape."""
     return np.random.default_rng(7).standard_normal((num_vectors, dim), np.float32)
 
 
 def make_table(directory: str, case: Case) -> hashemb.EmbeddingTable:
-    """A table in which every row has been written once, so that no page is left to be found or zeroed."""
+    """Create a table in which every row has been written once, so that no page remains to be allocated or zeroed."""
     path = os.path.join(directory, f"{case.rows}x{case.dim}-{case.dtype}-{case.optimizer}.emb")
     table = hashemb.create(
         path, num_embeddings=case.rows, embedding_dim=case.dim, dtype=case.dtype, optimizer=OPTIMIZERS[case.optimizer]
@@ -118,35 +118,35 @@ def make_table(directory: str, case: Case) -> hashemb.EmbeddingTable:
 
 
 def is_fresh(table: hashemb.EmbeddingTable) -> bool:
-    """Whether nothing but `make_table` has updated the table."""
+    """Return whether nothing but `make_table` has updated the table."""
     return table.step == -(-table.num_embeddings // FILL_ROWS)
 
 
 def drop_table(table: hashemb.EmbeddingTable) -> None:
-    """Closes the table and deletes its files."""
+    """Close the table and delete its files."""
     table.close()
     shutil.rmtree(table.path)
 
 
 def huge_page_bytes(table: hashemb.EmbeddingTable) -> int | None:
-    """How much of the table is mapped by pages of 2 MiB: half of what a random access takes depends on it."""
+    """Return how much of the table is mapped by pages of 2 MiB, on which half the cost of a random access depends."""
     return table.stats().huge_page_bytes
 
 
 def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view of the table's own mapping that a peer may write to. `array` must outlive it."""
+    """Return a view of the table's own mapping that a peer may write to. `array` must outlive it."""
     memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
     return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 def table_bytes(case: Case) -> int:
-    """Bytes of weights and state."""
+    """Return the bytes of weights and state."""
     width = 4 if case.dtype == "float32" else 2
     return case.rows * (case.dim * width + 4 * (case.dim if case.optimizer == "adagrad" else 1))
 
 
 def as_float32(rows: npt.NDArray[Any], dtype: str) -> Floats:
-    """Stored rows as float32; bfloat16 is stored as uint16."""
+    """Return stored rows as float32; bfloat16 is stored as uint16."""
     if dtype == "bfloat16":
         return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return rows.astype(np.float32)
@@ -156,7 +156,7 @@ def as_float32(rows: npt.NDArray[Any], dtype: str) -> Floats:
 
 
 def check_lookup(name: str, rows: Rows, weights: Floats, result: Floats) -> None:
-    """Each vector is the sum of its bag's rows. `weights` holds the row of every key, (batch, fields, bag, dim)."""
+    """Check that each vector is the sum of the rows of its bag. `weights`, (batch, fields, bag, dim), has every row."""
     expected = weights.sum(axis=2, dtype=np.float64).reshape(-1, weights.shape[-1])
     if result.size != expected.size:
         raise Mismatch(f"{name}: look-up gave {result.size} values, {expected.size} expected")
@@ -168,7 +168,7 @@ def check_lookup(name: str, rows: Rows, weights: Floats, result: Floats) -> None
 
 
 def summed_gradients(rows: Rows, grads: Floats) -> tuple[Rows, npt.NDArray[np.float64]]:
-    """Distinct rows, and the sum of the gradients of each."""
+    """Return the distinct rows, and the sum of the gradients of each."""
     distinct, inverse = np.unique(rows.reshape(-1), return_inverse=True)
     per_key = np.repeat(grads, rows.shape[2], axis=0)
     total = np.zeros((distinct.size, grads.shape[1]))
@@ -184,7 +184,7 @@ def check_update(
     after: tuple[Any, Any],
     atol: float,
 ) -> None:
-    """Weights and state of the distinct rows went where (row-wise) Adagrad sends them."""
+    """Check that the weights and state of the distinct rows are those of a step of (row-wise) Adagrad."""
     (w0, a0), (w1, a1) = before, after
     square = total**2
     if optimizer == "rowwise_adagrad":

@@ -1,7 +1,8 @@
-"""Writers in processes of their own, each on one thread, for the questions of sharing: they write so many batches and
-say how long that took, or write until they are told to stop and say when each batch was under way.
+"""Single-threaded writer processes for the sharing benchmark.
 
-Times are of `time.perf_counter`, which on Linux is one clock for all processes.
+A writer either writes a number of batches and returns how long that took, or writes until it is told to stop and
+returns the begin and end of each batch. Times are from `time.perf_counter`, which on Linux is one clock for all
+processes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from bench.workload import Case
 
 DIFFERENT_BATCHES = 24
 Times = npt.NDArray[np.float64]
-#: A batch of a log: when it began, and when it ended.
+#: The fields of a log for each batch: when it began, and when it ended.
 LOG_FIELDS = ("begin", "end")
 
 
 class Writer:
-    """The process and the pipe to it."""
+    """A writer process and the pipe to it."""
 
     def __init__(self, path: str, case: Case, isolation: str, number: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -58,7 +59,7 @@ class Writer:
 
 @contextlib.contextmanager
 def writers(path: str, case: Case, isolation: str, count: int) -> Iterator[list[Writer]]:
-    """`count` of them with the table open and their batches ready."""
+    """Start `count` writers with the table open and their batches ready."""
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(contextlib.closing(Writer(path, case, isolation, i))) for i in range(count)]
         for writer in started:
@@ -66,7 +67,7 @@ def writers(path: str, case: Case, isolation: str, count: int) -> Iterator[list[
         yield started
 
 
-# ---- in the process ----
+# ---- child process ----
 
 
 def serve(pipe: Any, path: str, case: Case, isolation: str, number: int) -> None:
@@ -87,7 +88,7 @@ def serve(pipe: Any, path: str, case: Case, isolation: str, number: int) -> None
 
 
 def write_some(table: hashemb.EmbeddingTable, batches: list[Any], grads: Any, count: int, pipe: Any) -> float:
-    """Seconds for `count` batches."""
+    """Write `count` batches and return the seconds they took."""
     began = time.perf_counter()
     for i in range(count):
         table.update(batches[i % len(batches)], grads)
@@ -95,7 +96,7 @@ def write_some(table: hashemb.EmbeddingTable, batches: list[Any], grads: Any, co
 
 
 def write_until_told(table: hashemb.EmbeddingTable, batches: list[Any], grads: Any, pipe: Any) -> Times:
-    """The log, (batches, LOG_FIELDS), of writing until a message comes."""
+    """Write until a message arrives and return the log, (batches, LOG_FIELDS)."""
     log = []
     while not pipe.poll():
         began = time.perf_counter()
@@ -106,7 +107,7 @@ def write_until_told(table: hashemb.EmbeddingTable, batches: list[Any], grads: A
 
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which adds up in its attribute `seconds` how long it took, and notes when it `ended`."""
+    """Wrap a function to add up its time in the attribute `seconds` and to record when it `ended`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()

@@ -2,13 +2,13 @@
 
     python examples/frappe.py [DIRECTORY] [--seeds 0 1 2]
 
-DIRECTORY holds train.csv.gz, valid.csv.gz and test.csv.gz of the BARS benchmark's Frappe_x1: a header, then `label`
-and ten categorical columns. Default: $HASHEMB_DATA/frappe, else ../shared/data/frappe beside the repository. BARS
-reports, on the test file, AUC .9356 for logistic regression, .9671 for a factorisation machine and .9786 for a
-field-aware one, both of rank 10.
+DIRECTORY holds train.csv.gz, valid.csv.gz and test.csv.gz of the BARS benchmark's Frappe_x1: files with a header, the
+column `label` and ten categorical columns. Default: $HASHEMB_DATA/frappe, else ../shared/data/frappe next to the
+repository. BARS reports, on the test file, AUC .9356 for logistic regression, .9671 for a factorisation machine and
+.9786 for a field-aware one, both of rank 10.
 
-All models are the same program with another card. Early stopping looks at the validation file only. A seed decides
-the order of the examples and the first weights; the last line of a model is the median of its seeds.
+All models are trained by the same program with different model cards. Early stopping uses only the validation file. A
+seed determines the order of the examples and the initial weights; the last line for a model is the median of its seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUM_EMBEDDINGS = 2**20  # 5,382 distinct values: 0.5 % of them share a row with 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was tuned on the validation file. `initial_accumulator` damps the first steps of rare values."""
+    """Settings that were tuned on the validation file. `initial_accumulator` damps the first steps of rare values."""
 
     name: str
     card: ModelCard
@@ -57,13 +57,13 @@ MODELS = (
 
 
 def default_directory() -> Path:
-    """Where the data is looked for."""
+    """Return the default directory of the data."""
     root = Path(__file__).resolve().parents[1]
     return Path(os.environ.get("HASHEMB_DATA", root.parent / "shared" / "data"), "frappe")
 
 
 def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys, uint64 (n, 10), and labels, float32 (n,), of a whole file."""
+    """Read keys, uint64 (n, 10), and labels, float32 (n,), from a whole file."""
     with open_reader(path, label="label", batch_size=1 << 16) as reader:
         batches = list(reader)
     return np.concatenate([batch.keys for batch in batches]), np.concatenate([batch.labels for batch in batches])
@@ -72,7 +72,7 @@ def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def train(
     settings: Settings, data: dict[str, tuple[np.ndarray, np.ndarray]], directory: Path, seed: int = 0
 ) -> dict[str, float]:
-    """Learn until the validation AUC stops rising; the test figures of the best epoch."""
+    """Train until the validation AUC stops rising; return the test metrics of the best epoch."""
     optimizer = hashemb.Adagrad(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
@@ -114,13 +114,13 @@ def _fit(model: HashedModel, data: dict[str, tuple[np.ndarray, np.ndarray]], see
 
 
 def report(name: str, best: dict[str, float], seconds: float) -> None:
-    """A line of the table."""
+    """Print a line of the table."""
     figures = f"{best['valid_auc']:>10.4f}{best['test_auc']:>10.4f}{best['test_logloss']:>10.4f}"
     print(f"{name:<14}{figures}{best['epoch']:>7.0f}{seconds:>9.1f}", flush=True)
 
 
 def main(directory: Path, seeds: list[int]) -> None:
-    """Train the models and print what they reach."""
+    """Train the models and print their results."""
     missing = [name for name in ("train", "valid", "test") if not (directory / f"{name}.csv.gz").exists()]
     if missing:
         sys.exit(f"{directory}: {missing[0]}.csv.gz not found; see this file's first lines")

@@ -2,23 +2,23 @@
 
     python examples/frappe_deep.py [DIRECTORY] [--models DeepFM DCNv2] [--seeds 0 1 2] [--set optimizer.weight_decay=0]
 
-Everything that can be set is in frappe_deep.json beside this file; --set changes single values of every model for one
-run. --tune never reads the test file: it is how the settings were found. DIRECTORY is that of frappe.py. BARS reports,
-on the test file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
+All settings are in frappe_deep.json next to this file; --set changes single values of every model for one run. --tune,
+with which the settings were found, never reads the test file. DIRECTORY is that of frappe.py. BARS reports, on the test
+file, AUC / log loss .9842 / .1482 for DeepFM and .9845 / .1491 for DCN-V2.
 
-The names that end in "-redrawn" learn with other negatives in every epoch, as is usual where negatives are sampled: the
-train file's own are no observations, but one draw of two items for each positive, uniform over the items that are not
-positive for its user. These models draw them again by that rule from the train file alone, as many as it has.
+Models whose names end in "-redrawn" are trained with new negatives in every epoch, as is usual with negative sampling:
+the training file's own negatives are not observations but one draw of two items for each positive, uniform over the
+items that are not positive for its user. These models redraw as many negatives by that rule from the training file.
 
-DCNv2-small has a tenth of the memory for rows: each value is ten pieces of two floats in bfloat16, side by side, each
-hashed on its own into 10,764 rows, of which 3,000 are for users, 7,000 for items and the rest for all other fields.
-Hardly any two values have all ten in common, and the cross layers and the tower, as wide as without, tell them apart.
-It is taught: the large model, DCNv2-redrawn, is trained first, and its probabilities of each epoch's rows are learned
-in place of the labels (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, at temperature 1). So
-training takes the memory of both, and serving that of the small one.
+DCNv2-small has a tenth of the memory for rows: each value consists of ten concatenated pieces of two bfloat16 numbers,
+each hashed separately to 10,764 rows, of which 3,000 are for users, 7,000 for items and the rest for all other fields.
+Hardly any two values share all ten pieces, and the cross layers and the tower, which keep their width, distinguish
+them. The model is distilled: the large model, DCNv2-redrawn, is trained first, and its probabilities for each epoch's
+rows replace the labels (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, at temperature 1).
+Training therefore takes the memory of both models, and serving that of the small one.
 
-Both learning rates, the table's and the tower's, fall in a straight line from their first value to 0 over all epochs.
-Test figures are those of the epoch with the best validation AUC.
+Both learning rates, the table's and the tower's, decrease linearly from their initial values to 0 over all epochs.
+Test metrics are those of the epoch with the best validation AUC.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Settings = dict[str, Any]
 def trained(
     models: dict[str, Settings], name: str, data: Data, directory: Path, seed: int, *, verbose: bool = False
 ) -> Iterator[tuple[torch.nn.Module, dict[str, float]]]:
-    """A model on a table of its own, trained (after its teacher, if it has one), and the figures of its best epoch."""
+    """Train a model on a new table, after its teacher if it has one; return it and the metrics of its best epoch."""
     settings = models[name]
     with ExitStack() as stack:
         teacher = None
@@ -63,7 +63,7 @@ def trained(
             lesson = trained(models, settings["teacher"], others, directory, seed, verbose=verbose)
             teacher, _ = stack.enter_context(lesson)
         torch.manual_seed(seed)
-        torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, where that is fast
+        torch.set_float32_matmul_precision(settings["matmul_precision"])  # "medium": bfloat16, if that is fast
         optimizer = dict(settings["optimizer"])
         table = stack.enter_context(
             hashemb.create(
@@ -84,11 +84,11 @@ def trained(
 
 
 class Split(torch.nn.Module):
-    """A model that gets `pieces` keys in place of each: as many hashes of a value, whose rows stand side by side.
+    """Wraps a model so that each key becomes `pieces` keys, different hashes of a value, whose rows are concatenated.
 
-    `regions` are rows for the first field, for the second and so on; the last is for all fields that are left. A value
-    that is in every other example would hold back a rare one that shares a row with it, as Adagrad's steps get shorter
-    with each gradient of the row.
+    `regions` are the numbers of rows for the first field, for the second and so on; the last is for all remaining
+    fields. Without regions, a very frequent value would slow the learning of a rare one in the same row, because
+    Adagrad's steps become shorter with each gradient of the row.
     """
 
     def __init__(self, model: torch.nn.Module, table: hashemb.EmbeddingTable, pieces: int, regions: list[int]) -> None:
@@ -115,9 +115,9 @@ def fit(
     *,
     verbose: bool,
 ) -> dict[str, float]:
-    """Epochs of training, each followed by the validation file, and by the test file if the AUC is the best so far.
+    """Train for all epochs; evaluate each on the validation file and, if its AUC is the best so far, the test file.
 
-    With a teacher, its probabilities are what is learned in place of the labels.
+    With a teacher, its probabilities are learned instead of the labels.
     """
     optimizer, tables = torch.optim.Adam(model.parameters(), lr=settings["tower_lr"]), TableOptimizer(model)
     num_batches = -(-len(data["train"][1]) // settings["batch_size"])
@@ -148,7 +148,7 @@ def fit(
 
 
 def redrawn(keys: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The keys with another item in each negative: any of the file but those positive for its user in the file."""
+    """Return the keys with a new item in each negative: any item of the file that is not positive for its user."""
     users, items = np.unique(keys[:, 0], return_inverse=True)[1], np.unique(keys[:, 1])
     positive = np.zeros((users.max() + 1, items.size), bool)
     is_positive = labels == 1
@@ -164,7 +164,7 @@ def redrawn(keys: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> n
 def losses(
     model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], batch_size: int, rng: np.random.Generator
 ) -> Iterator[torch.Tensor]:
-    """The mean logistic loss of each batch of an epoch in random order."""
+    """Yield the mean logistic loss of each batch of an epoch, in random order."""
     keys, targets = examples
     order = rng.permutation(len(targets))
     for start in range(0, len(order), batch_size):
@@ -173,14 +173,14 @@ def losses(
 
 
 def evaluate(model: torch.nn.Module, examples: tuple[np.ndarray, np.ndarray], name: str) -> dict[str, float]:
-    """AUC and log loss of a file."""
+    """Compute AUC and log loss on a file."""
     keys, labels = examples
     probabilities = deep.predict_proba(model, keys)
     return {f"{name}_auc": auc(labels, probabilities), f"{name}_logloss": logloss(labels, probabilities)}
 
 
 def read_settings(path: Path, changes: list[str]) -> dict[str, Settings]:
-    """Settings of each model; `changes` are ``name.name=value`` with a value in JSON."""
+    """Read the settings of each model; `changes` have the form ``name.name=value``, with a value in JSON."""
     content = json.loads(path.read_text(encoding="utf-8"))
     models = {name: {**content["common"], **settings} for name, settings in content["models"].items()}
     for settings in models.values():
@@ -209,7 +209,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Train the models and print what they reach."""
+    """Train the models and print their results."""
     options = parse(arguments)
     files = ("train", "valid") if options.tune else ("train", "valid", "test")
     missing = [name for name in files if not (options.directory / f"{name}.csv.gz").exists()]
@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show(title: str, runs: list[dict[str, float]], names: list[str]) -> None:
-    """A line of medians."""
+    """Print a line of medians."""
     medians = [statistics.median(run[name] for run in runs) for name in names]
     cells = [f"{m:>14.0f}" if n in ("epoch", "seconds") else f"{m:>14.4f}" for n, m in zip(names, medians, strict=True)]
     print(f"{title:<24}" + "".join(cells), flush=True)

@@ -1,11 +1,12 @@
-"""BARS's recipe in plain PyTorch on the files of `frappe_deep.py`: what can be had from them without hashemb's rows.
+"""BARS's recipe in plain PyTorch on the files of `frappe_deep.py`, as a baseline without hashemb's tables.
 
     python examples/frappe_plain.py [DIRECTORY] [--models DeepFM DCNv2] [--seeds 0 1 2]
 
-A vocabulary of the training file, `torch.nn.Embedding` in place of the table, Adam for everything, L2 on all rows in
-every batch, and a tenth of the rate once the validation AUC has not risen for two epochs (FuxiCTR's settings of the
-benchmark: rank 10, batches of 4,096, towers 400-400-400, dropout .2). Validation and test rows are BARS's; its training
-negatives are not to be had, and were drawn again, so its published figures need not be reached by its own recipe.
+The recipe uses a vocabulary of the training file, `torch.nn.Embedding` instead of the table, Adam for all parameters,
+L2 on all rows in every batch, and a tenth of the learning rate once the validation AUC has not risen for two epochs
+(FuxiCTR's settings of the benchmark: rank 10, batches of 4,096, towers 400-400-400, dropout .2). The validation and
+test rows are those of BARS; its training negatives are unavailable and were redrawn, so the recipe need not reach the
+published metrics.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from hashemb.ctr import deep
 from hashemb.ctr.metrics import auc, logloss
 
 RANK, L2, LR, BATCH_SIZE, MAX_EPOCHS = 10, 0.05, 1e-3, 4096, 30
-PATIENCE, LAST_PATIENCE = 2, 4  # epochs without a better validation AUC: a lower rate, the end
+PATIENCE, LAST_PATIENCE = 2, 4  # epochs without a better validation AUC before a lower rate, and before the end
 Figures = dict[str, float]
 Examples = tuple[torch.Tensor, np.ndarray]
 
 
 def numbered(data: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, Examples], int]:
-    """The files with numbers for keys: those of the training file, and one for all that are not in it."""
+    """Number the keys: each key of the training file has a number, and all other keys share one."""
     known = np.unique(data["train"][0])
     examples = {}
     for name, (keys, labels) in data.items():
@@ -41,7 +42,7 @@ def numbered(data: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, 
 
 
 def model_of(name: str, num_values: int, num_fields: int, directory: str) -> torch.nn.Module:
-    """The model of `hashemb.ctr.deep` with PyTorch's own rows in place of a table's."""
+    """Build the model of `hashemb.ctr.deep` with `torch.nn.Embedding` instead of a table."""
     dim = RANK if name == "DCNv2" else 1 + RANK
     with hashemb.create(f"{directory}/unused.emb", num_embeddings=1, embedding_dim=dim) as table:
         model: torch.nn.Module = getattr(deep, name)(table, num_fields, dropout=0.2)
@@ -51,7 +52,7 @@ def model_of(name: str, num_values: int, num_fields: int, directory: str) -> tor
 
 
 def train(name: str, data: dict[str, Examples], num_values: int, seed: int, max_epochs: int = MAX_EPOCHS) -> Figures:
-    """The figures of the epoch with the best validation AUC."""
+    """Train a model; return the metrics of the epoch with the best validation AUC."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("medium")
     rng, best, idle, started = np.random.default_rng(seed), {"valid_auc": 0.0}, 0, time.perf_counter()
@@ -85,7 +86,7 @@ def train(name: str, data: dict[str, Examples], num_values: int, seed: int, max_
 
 
 def show(title: str, runs: list[Figures]) -> None:
-    """A line of medians."""
+    """Print a line of medians."""
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     cells = [f"{m:>14.0f}" if name in ("epoch", "seconds") else f"{m:>14.4f}" for name, m in medians.items()]
     print(f"{title:<16}" + "".join(cells), flush=True)

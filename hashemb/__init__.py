@@ -1,7 +1,7 @@
 """Embedding tables as files: hashed keys, memory-mapped rows, fused lazy sparse Adagrad.
 
-`create`, `open` and `info` make and open tables; `hash_keys` and `hash_fields` turn values into keys;
-`hashemb.reference` holds the same algorithms in plain NumPy.
+`create`, `open` and `info` create, open and describe tables; `hash_keys` and `hash_fields` turn values into keys;
+`hashemb.reference` implements the same algorithms in plain NumPy.
 """
 
 from hashemb import errors, reference

@@ -1,4 +1,4 @@
-"""`python -m hashemb`: the command line, where its script is not on the path."""
+"""Run the command line as `python -m hashemb`, for when its script is not on the path."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Checks of arguments: any accepted form in, the one form that the core takes out, or a clear error.
+"""Checks of arguments: any accepted form is converted to the one that the core takes, or raises a clear error.
 
-Every function is pure and names the argument and the numbers in its message. Arrays that need no conversion are told
-by the identity of their dtype, before anything else: on a batch of 26 keys the conversions cost more than the kernel.
+Every function is pure and names the argument and the numbers in its message. Arrays that need no conversion are
+recognised first, by the identity of their dtype: on a batch of 26 keys the conversions cost more than the kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Batch = tuple[Keys, "Offsets | None", "Floats | None", int, tuple[int, ...]]
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int in [low, high]."""
+    """Return `value` as an int in [low, high]."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {shown(value)}")
     number = int(value.__index__())
@@ -41,26 +41,26 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def flag_or_none(name: str, value: Any) -> bool | None:
-    """True, False, or None, which leaves the choice to the library."""
+    """Return True, False, or None, which leaves the choice to the library."""
     if value is not None and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True, False or None, got {type(value).__name__} {value!r}")
     return None if value is None else bool(value)
 
 
 def _is_plain(array: npt.NDArray[Any]) -> bool:
-    """Whether C may read it as an array: in C order, each element at a multiple of its size."""
+    """Return whether C can read the array: it is in C order, and each element is aligned to its size."""
     flags = array.flags
     return flags.c_contiguous and flags.aligned
 
 
 def _plain(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The array, or a copy, of this dtype and its own shape (0-d included), such that C may read it."""
+    """Return the array, or a copy, with this dtype and its own shape (0-d included), in a form that C can read."""
     array = np.ascontiguousarray(array, dtype).reshape(array.shape)
     return array if array.flags.aligned else array.copy()
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
-    """The values as NumPy reads them; a `TypeError` for what it can read only by losing some of their meaning."""
+    """Return the values as an array; raise `TypeError` for those that NumPy can only read by losing information."""
     if type(values) is np.ndarray:
         return values
     kinds = {type(values), *map(type, values)} if isinstance(values, (list, tuple)) else {type(values)}
@@ -71,12 +71,12 @@ def _array(name: str, values: Any) -> npt.NDArray[Any]:
         )
     try:
         return np.asarray(values)
-    except RuntimeError as error:  # PyTorch's, for a tensor with a gradient
+    except RuntimeError as error:  # PyTorch raises it for a tensor with a gradient
         raise TypeError(f"{name} cannot be read as an array: {error}") from None
 
 
 def keys_array(keys: Any) -> Keys:
-    """Keys of any integer dtype and shape as uint64 in C order; negative ones by two's complement."""
+    """Return keys of any integer dtype and shape as uint64 in C order, negative ones by two's complement."""
     if type(keys) is np.ndarray and _is_plain(keys):
         if keys.dtype is _UINT64:
             return keys
@@ -95,7 +95,7 @@ def keys_array(keys: Any) -> Keys:
 
 
 def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
-    """Floats of exactly this shape as float32 in C order. Their finiteness is checked by the core."""
+    """Return floats of exactly this shape as float32 in C order. The core checks that they are finite."""
     array = _array(name, values)
     if array.dtype is _FLOAT32 and array.shape == shape and _is_plain(array):
         return array
@@ -103,12 +103,12 @@ def float_array(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
         raise TypeError(f"{name} must be floats, got dtype {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    with np.errstate(over="ignore"):  # a float64 past float32's range becomes infinite, and is then refused
+    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes infinite and is rejected later
         return _plain(array, _FLOAT32)
 
 
 def offsets_array(offsets: Any, num_keys: int) -> Offsets:
-    """Bag boundaries as int64; the core checks their values in a copy, which no other thread can change."""
+    """Return bag boundaries as int64; the core checks their values in a copy that no other thread can change."""
     array = _array("offsets", offsets)
     if array.dtype.kind not in "iu":
         raise TypeError(f"offsets must be integers, got dtype {array.dtype}")
@@ -122,14 +122,14 @@ def offsets_array(offsets: Any, num_keys: int) -> Offsets:
 
 
 def pooling_code(pooling: Any) -> int:
-    """The core's number for a pooling."""
+    """Return the core's number for a pooling."""
     if not isinstance(pooling, str) or pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
     return POOLINGS[pooling]
 
 
 def sample_weights(weights: Any, num_keys: int) -> Floats:
-    """One finite float32 weight per key."""
+    """Return one finite float32 weight per key."""
     array = float_array("per_sample_weights", weights, (num_keys,))
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
@@ -139,7 +139,7 @@ def sample_weights(weights: Any, num_keys: int) -> Floats:
 
 
 def batch(keys: Any, offsets: Any, pooling: Any, weights: Any, dim: int) -> Batch:
-    """The keys of one call, checked.
+    """Check the keys of one call, with their offsets, weights and pooling.
 
     Returns
     -------
@@ -179,7 +179,7 @@ def _from_csr(matrix: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
 
 
 def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
-    """A new result array, or the caller's `out` if it can take the result."""
+    """Return a new result array, or the caller's `out` if it can hold the result."""
     if out is None:
         return np.empty(shape, _FLOAT32)
     if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.dtype.isnative:
@@ -200,7 +200,7 @@ def output_array(out: Any, shape: tuple[int, ...]) -> Floats:
 def table_meta(
     num_embeddings: Any, embedding_dim: Any, dtype: Any, optimizer: Any, init: Any, num_hashes: Any, seed: Any
 ) -> _format.TableMeta:
-    """The metadata of a new table, from the arguments of `create`."""
+    """Return the metadata of a new table from the arguments of `create`."""
     optimizer = Adagrad() if optimizer is None else optimizer
     init = Uniform() if init is None else init
     if type(optimizer) not in _format.OPTIMIZERS.values():
@@ -230,14 +230,14 @@ def table_meta(
 
 
 def _geometry(name: str, value: Any) -> int:
-    """An integer that a table can be made with."""
+    """Return `value` as an int within the limits of this field of a table."""
     rule = _format.META_RULES[name]
     assert isinstance(rule, Whole)
     return integer(name, value, rule.low, rule.high)
 
 
 def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -> None:
-    """`ValueError` unless both are the same table, apart from when and by what they were made."""
+    """Raise `ValueError` unless both describe the same table; its id and creator may differ."""
     names = ("num_embeddings", "embedding_dim", "dtype", "optimizer", "init", "num_hashes", "seed")
     differing = [n for n in names if getattr(found, n) != getattr(wanted, n)]
     if differing:
@@ -246,7 +246,7 @@ def check_same(path: str, found: _format.TableMeta, wanted: _format.TableMeta) -
 
 
 def path_string(path: str | os.PathLike[str], name: str = "path") -> str:
-    """A path as a normalised str."""
+    """Return a path as a normalised str."""
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a str or path-like of str, got {type(text).__name__}")
@@ -264,5 +264,5 @@ def isolation(value: Any) -> Literal["hogwild", "exact"]:
 
 
 def learning_rate(value: Any, optimizer: Optimizer) -> float:
-    """A rate that a table with this optimiser can be at."""
+    """Return a rate that is valid for a table with this optimiser."""
     return float(with_rate(optimizer, value).lr)

@@ -1,4 +1,4 @@
-"""The core of an open table: its arrays, and its constants as the numbers that the kernels know them by."""
+"""Creation of the core of an open table, from its arrays and from its constants in the form that the kernels use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INIT_CODES = {"zeros": 0, "uniform": 1, "normal": 2}
 
 
 def bind_core(files: TableFiles) -> _core.Core:
-    """The core of a table just opened, ready for `apply` if it is writable; the table is closed if that fails."""
+    """Return the core of a table just opened, ready for `apply` if writable; close the table if that fails."""
     try:
         core = _make_core(files)
         if files.writable:
@@ -57,5 +57,5 @@ def _make_core(files: TableFiles) -> _core.Core:
     }
     core = _core.Core(bound, scalars, files.calls)
     after_fork_in_child(core)
-    core.fault_ahead = not files.asks_for_huge_pages  # a fault brings 2 MiB, unless it finds single pages there
+    core.fault_ahead = not files.asks_for_huge_pages  # a fault maps 2 MiB, unless small pages are already there
     return core

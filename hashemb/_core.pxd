@@ -1,4 +1,4 @@
-"""The C API of the core: csrc/table.h, as Cython sees it. Everything here is `noexcept nogil`."""
+"""Declarations of the core's C API, csrc/table.h. All functions are `noexcept nogil`."""
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
@@ -101,7 +101,7 @@ cdef extern from "table.h" nogil:
     uint64_t he_epoch(const he_control *c) noexcept
     int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
     int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
-    int he_gate_wait(int fd) noexcept
+    int he_gate_look(int fd) noexcept
     int he_gate_close(he_control *c, int fd) noexcept
     void he_gate_open(he_control *c, int fd) noexcept
     int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) noexcept

@@ -67,7 +67,7 @@ class OpenFile:
     def __exit__(self, *exc_info: object) -> None: ...
     def close(self) -> None: ...
 
-# ---- what processes share ----
+# ---- sharing between processes ----
 
 LOCK_WRITERS: int
 LOCK_GATE: int

@@ -1,8 +1,8 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It knows arrays, numbers and open files, never paths. Tables are here, what processes share is in _core_sharing.pxi, open files
-in _core_files.pxi, hashing in _core_hashing.pxi. `table.py` has brought every argument to the dtype, shape and order named here; what is checked
-again is what would otherwise read or write outside an array.
+It handles arrays, numbers and open files, never paths. Tables are in this file, sharing between processes is in
+_core_sharing.pxi, open files are in _core_files.pxi, and hashing is in _core_hashing.pxi. `table.py` converts every
+argument to the dtype, shape and order named here; only what could cause access outside an array is checked again.
 """
 
 import mmap
@@ -32,7 +32,7 @@ cdef extern from "pythread.h" nogil:
 cnp.import_array()
 
 cdef enum:
-    WAIT_US = 1000  # between two looks at what another thread or process has to give up
+    WAIT_US = 1000  # between two attempts to get what another thread or process holds
 
 cdef object PAGE_BYTES = mmap.PAGESIZE
 
@@ -48,7 +48,7 @@ cdef void *data_of(cnp.ndarray array, int type_number, const char *name) except?
 
 
 cdef int64_t *checked_offsets(he_batch *b, void *room) except NULL:
-    """A copy of the batch's offsets, which it has from now on: another thread may change the caller's meanwhile."""
+    """Copy and check the batch's offsets; the batch uses the copy, as another thread may change the caller's."""
     cdef int64_t *copy = <int64_t *>room
     cdef int64_t bad = he_offsets_copy(b.offsets, b.num_bags, b.num_keys, copy)
     b.offsets = copy
@@ -66,12 +66,11 @@ cdef int raise_offsets(const int64_t *offsets, int64_t bad, int64_t num_bags, in
         f"offsets must not fall: offsets[{bad - 1}] is {offsets[bad - 1]}, offsets[{bad}] is {offsets[bad]}")
 
 
-@cython.no_gc_clear  # its core gets the memory back, also of one that was part of a cycle
+@cython.no_gc_clear  # the core must get the memory back even if the plan was part of a cycle
 cdef class Plan:
-    """A batch that has been checked and ordered: `Core.plan` makes it, `Core.apply` applies it, once.
+    """A batch that has been checked and ordered: `Core.plan` creates it, and `Core.apply` applies it once.
 
-    It owns its memory, keeps the arrays of gradients that it refers to alive, and holds no lock: it may be dropped at any
-    time.
+    It owns its memory, keeps the gradients that it refers to alive, and holds no lock: it may be dropped at any time.
     """
 
     cdef he_plan *plan
@@ -90,12 +89,12 @@ cdef class Plan:
 
     @property
     def step(self):
-        """Which step of the table the update was, once applied."""
+        """The table's step number of this update, once applied."""
         return self.plan.step
 
     @property
     def fresh_blocks(self):
-        """The blocks of the batch that had never been written when `apply` last looked, ascending uint64."""
+        """Blocks of the batch that had never been written when `apply` last checked, ascending uint64."""
         cdef cnp.npy_intp n = self.plan.num_fresh
         cdef cnp.ndarray out = cnp.PyArray_EMPTY(1, &n, cnp.NPY_UINT64, 0)
         if n:
@@ -110,13 +109,13 @@ cdef class Core:
     ----------
     arrays : dict
         "weight" (num_embeddings, embedding_dim), "blocks" (num_blocks,), "control" (4096 bytes), "states": list
-        of float32 arrays, "paid" or None. Read-only arrays do for every method but `apply`.
+        of float32 arrays, "paid" or None. All methods except `apply` accept read-only arrays.
     scalars : dict
         The fields of he_table by name (see csrc/table.h).
     calls : Calls
         The calls in progress on the table.
 
-    Safe for any number of threads: look-ups and plans run side by side, batches are applied one after another.
+    It is thread-safe: look-ups and plans run in parallel, and batches are applied one after another.
     """
 
     cdef he_table table
@@ -126,9 +125,9 @@ cdef class Core:
     cdef readonly object in_flight
     cdef Calls calls
     cdef int lock_fd
-    cdef public bint asks_for_room  # never makes it itself, as on kernels that cannot: for tests
+    cdef public bint asks_for_room  # for tests: never reserves space itself, as on kernels that cannot
     cdef object __weakref__
-    cdef char *memory  # of a plan that is gone, for the next
+    cdef char *memory  # memory of a released plan, reused by the next one
     cdef int64_t memory_bytes
 
     def __cinit__(self, dict arrays, dict scalars, Calls calls not None):
@@ -165,9 +164,9 @@ cdef class Core:
         free(self.memory)
 
     def join(self, int lock_fd, cnp.ndarray in_flight=None):
-        """Before the first `apply`, and again in a forked child: the table's lock, as this process has it.
+        """Set this process's lock of the table, before the first `apply` and again in a forked child.
 
-        `in_flight`, uint64 (64, 8), is where threads note the rows that they write: see csrc/commit.c.
+        Threads note the rows that they write in `in_flight`, uint64 (64, 8): see csrc/update.c.
         """
         if in_flight is not None and in_flight.size != HE_MAX_THREADS * 8:
             raise ValueError(f"{HE_MAX_THREADS} lines of 8 words expected, got {in_flight.size} words")
@@ -175,7 +174,7 @@ cdef class Core:
         self.in_flight, self.lock_fd = in_flight, lock_fd
 
     def after_fork(self):
-        """In the child, whose parent's lock this is."""
+        """Drop the parent's lock in a forked child."""
         self.table.in_flight = NULL
         self.in_flight, self.lock_fd = None, -1
 
@@ -193,7 +192,7 @@ cdef class Core:
         return 0
 
     cdef int secure_reads(self, const he_batch *b, bint of_rows) except -1:
-        """On tmpfs: an error now instead of a SIGBUS when the batch reads a hole for which no page is left."""
+        """Raise an error on a full tmpfs now, instead of a SIGBUS when the batch reads a hole."""
         cdef int error
         if self.table.tmpfs_fd < 0:
             return 0
@@ -204,7 +203,7 @@ cdef class Core:
         return raise_errno(error)
 
     def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
-        """Writes the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
+        """Write the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
         cdef he_batch b
         cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, b"out")
         self.fill_batch(&b, keys, offsets, weights, pooling)
@@ -228,7 +227,7 @@ cdef class Core:
             free(memory)
 
     def rows(self, cnp.ndarray keys not None, cnp.ndarray out not None):
-        """Writes each key's rows to `out`, int64 (num_keys, num_hashes)."""
+        """Write each key's rows to `out`, int64 (num_keys, num_hashes)."""
         cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
         cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, b"out")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
@@ -238,7 +237,7 @@ cdef class Core:
             he_rows(&self.table, source, n, target)
 
     def plan(self, cnp.ndarray keys not None, cnp.ndarray grads not None, offsets=None, weights=None, int pooling=0):
-        """Checks and orders an update. Takes no lock, and writes nothing to the table."""
+        """Check and order an update, without taking a lock or writing to the table."""
         cdef Plan plan = self.new_plan()
         cdef he_plan *p = plan.plan
         cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
@@ -263,7 +262,7 @@ cdef class Core:
         return plan
 
     cdef int check_products(self, const he_plan *p) except -1:
-        """Of finite gradients: their weights, and their sums by row."""
+        """Check that weights of finite gradients, weighted gradients, and sums by row are finite."""
         cdef int64_t bad = -1 if p.scales == NULL else he_first_not_finite(p.scales, p.batch.num_keys)
         cdef int i
         if bad >= 0:
@@ -277,7 +276,7 @@ cdef class Core:
         return 0
 
     cdef Plan new_plan(self):
-        """With the memory of the last one, if it is free."""
+        """Return an empty plan, which reuses the memory of the last one if that is free."""
         cdef Plan plan = Plan.__new__(Plan)
         plan.memory, plan.memory_bytes = self.memory, self.memory_bytes
         self.memory, self.memory_bytes = NULL, 0
@@ -318,11 +317,11 @@ cdef class Core:
         return 0
 
     def apply(self, Plan plan not None, bint exact, Saving saving=None, bint has_room=False):
-        """Writes a planned update and counts it as one step of the table, all in one call, and returns 0.
+        """Write a planned update, count it as one step of the table, and return 0.
 
-        Or it has done nothing, and returns what is needed first: `NEEDS_JOIN`, `join`; `NEEDS_ROOM`, space for
-        `plan.fresh_blocks`, to be said by `has_room`; `NEEDS_SAVING`, `saving` for a snapshot in progress. With `exact` it
-        takes its turn with other processes that do the same: as if batches came one after another, by step.
+        Otherwise do nothing and return what is needed first: `NEEDS_JOIN` for `join`, `NEEDS_ROOM` for space for
+        `plan.fresh_blocks` (then pass `has_room`), `NEEDS_SAVING` for `saving` of the snapshot in progress. With
+        `exact` the batches of all processes that use it have the result of applying them one by one, in step order.
         """
         cdef he_commit_options o
         cdef int status
@@ -347,13 +346,19 @@ cdef class Core:
                 raise_errno(status)
 
     cdef int wait_at_gate(self) except -1:
-        cdef int error, fd = self.lock_fd
-        self.calls.check_wait(LOCK_GATE, "update")
-        with nogil:
-            error = he_gate_wait(fd)
-        if error == EINTR:
-            PyErr_CheckSignals()
-            return 0
+        """As a call in progress: `close` in another thread waits until the lock file is no longer used here."""
+        cdef int fd, error = 0
+        with self.calls:
+            self.calls.check_wait(LOCK_GATE, "update")
+            fd = self.lock_fd
+            with nogil:
+                error = he_gate_look(fd)
+            while error == EAGAIN or error == EINTR:
+                with nogil:
+                    usleep(WAIT_US)
+                PyErr_CheckSignals()
+                self.calls.check()
+                error = he_gate_look(fd)
         return raise_errno(error)
 
     cdef int raise_refused(self, const he_plan *p) except -1:
@@ -364,7 +369,7 @@ cdef class Core:
             "infinite were left as they were, the others have been updated")
 
     def prefetch(self, cnp.ndarray keys not None, bint with_state):
-        """Has the pages of the keys' rows read from disk, with those of their state if wanted. Does not wait for them."""
+        """Start to read the pages of the keys' rows, and optionally of their state, from disk; do not wait for them."""
         cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
         cdef int error = 0
@@ -375,7 +380,7 @@ cdef class Core:
 
     @property
     def fault_ahead(self):
-        """Whether look-ups and updates ask for pages that are not in memory before they touch them."""
+        """Whether look-ups and updates may request pages that are not in memory before touching them."""
         return not self.ahead.off
 
     @fault_ahead.setter
@@ -384,19 +389,19 @@ cdef class Core:
 
     @property
     def is_asking(self):
-        """Whether they do at present, because rows were read from disk of late."""
+        """True while fault-ahead is active, i.e. rows were recently read from disk."""
         return self.ahead.asking != 0
 
 
 # ---- threads and instruction sets ----
 
 def get_num_threads():
-    """Threads that a call may use: HASHEMB_NUM_THREADS, else the CPUs this process may use; 1 after a fork."""
+    """Return how many threads a call may use: HASHEMB_NUM_THREADS, else the CPUs of this process; 1 after a fork."""
     return he_threads_get()
 
 
 def set_num_threads(n):
-    """Sets how many threads a call may use, 1 to 64. Results are the same bits for any number."""
+    """Set how many threads a call may use, 1 to 64. Results are bit-identical for any number."""
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"the number of threads must be an integer, got {type(n).__name__} {n!r}")
     n = n.__index__()
@@ -406,12 +411,12 @@ def set_num_threads(n):
 
 
 def get_isa():
-    """The instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
+    """Return the instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
     return he_kernels_active().name.decode()
 
 
 def available_isas():
-    """The instruction sets that this CPU runs, slowest first."""
+    """Return the instruction sets that this CPU supports, slowest first."""
     names = []
     while he_isa_available(len(names)) != NULL:
         names.append(he_isa_available(len(names)).decode())
@@ -419,7 +424,7 @@ def available_isas():
 
 
 def set_isa(name):
-    """Selects the kernels of one instruction set. Results are the same bits for any of them."""
+    """Select the kernels of one instruction set. Results are bit-identical for all of them."""
     if he_isa_force(name.encode()) != 0:
         raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
 

@@ -1,10 +1,10 @@
 # Open files that own their descriptors.
 
 cdef class OpenFile:
-    """A file or directory, open. It is closed by `close`, by ``with``, or when nothing refers to it any more.
+    """An open file or directory. It is closed by `close`, by ``with``, or when it is no longer referenced.
 
-    A signal's handler may raise between any two steps of Python code, so also between `os.open` and the assignment of
-    what it returns, which would lose the descriptor. Here one call opens the file and owns it.
+    A signal handler may raise between any two steps of Python code, such as between `os.open` and the assignment of
+    its result, which would lose the descriptor. Here one call opens the file and owns the descriptor.
 
     Parameters
     ----------
@@ -12,15 +12,15 @@ cdef class OpenFile:
     flags, mode : int
         As in `os.open`; the file is always closed on exec.
     directory : OpenFile, optional
-        An open directory that a relative `path` begins at; default: the current one.
+        Open directory to which a relative `path` refers. Default: the current directory.
 
     Attributes
     ----------
     fd : int
-        The descriptor; -1 once it is closed.
+        File descriptor; -1 once it is closed.
     """
 
-    cdef int one_more  # than fd: 0, as it is made, where arguments of the wrong type end it before a line of __cinit__ runs
+    cdef int one_more  # fd + 1, so that it is 0 (no file) when wrong argument types raise before __cinit__ runs
 
     def __cinit__(self, path, int flags=0, int mode=0o666, OpenFile directory=None):
         cdef bytes encoded = os.fsencode(path)
@@ -55,7 +55,7 @@ cdef class OpenFile:
         self.close()
 
     def close(self):
-        """Idempotent. The descriptor is given back even where the file system reports an error, an `OSError`."""
+        """Close the file; closing it again has no effect. The descriptor is freed even if closing raises `OSError`."""
         cdef int fd = self.one_more - 1
         self.one_more = 0
         if fd >= 0 and close(fd) and errno != EINTR:

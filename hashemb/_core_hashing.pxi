@@ -1,6 +1,6 @@
-"""The hashing half of _core.pyx, which includes it; wrappers over csrc/murmur.h, hash_columns.h and hash_arrow.h."""
+"""The hashing part of _core.pyx, which includes it: wrappers over csrc/murmur.h, hash_columns.h and hash_arrow.h."""
 
-# Columns of values -> uint64 keys. Every function fills `out`, whose stride is free, and returns nothing.
+# These functions hash columns of values to uint64 keys. Each fills `out`, with any stride, and returns nothing.
 
 cimport cython as _cython
 import numpy as _np
@@ -110,7 +110,7 @@ cdef uint64_t _hash_text(object text, Py_ssize_t position, uint32_t seed) except
 
 
 cdef int _raise_too_large(object value, Py_ssize_t position) except -1:
-    # Python refuses to print integers of thousands of digits.
+    # Python raises an error when it has to print integers of thousands of digits.
     shown = value if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
     raise OverflowError(f"{shown} at position {position} does not fit in 64 bits: integers must be in"
                         " [-2**63, 2**64)")
@@ -195,9 +195,9 @@ cdef int _hash_arrow_chunk(const ArrowSchema *schema, const ArrowArray *array, u
 
 def hash_arrow_array(object schema_capsule, object array_capsule, uint32_t seed, uint64_t[:] out,
                      str unsupported):
-    """Hash one array of the Arrow C data interface (what `__arrow_c_array__` returns).
+    """Hash one array of the Arrow C data interface (as returned by `__arrow_c_array__`).
 
-    `unsupported` is the message of the TypeError that a type which has no keys gets.
+    `unsupported` is the message of the TypeError for types that cannot be hashed.
     """
     cdef ArrowSchema *schema = <ArrowSchema *>PyCapsule_GetPointer(schema_capsule, "arrow_schema")
     cdef ArrowArray *array = <ArrowArray *>PyCapsule_GetPointer(array_capsule, "arrow_array")
@@ -231,7 +231,7 @@ cdef Py_ssize_t _hash_arrow_chunks(ArrowArrayStream *stream, const ArrowSchema *
 
 
 def hash_arrow_stream(object stream_capsule, uint32_t seed, uint64_t[:] out, str unsupported):
-    """Hash the chunks of an Arrow C stream (what `__arrow_c_stream__` returns), one after the other."""
+    """Hash the chunks of an Arrow C stream (as returned by `__arrow_c_stream__`), one after the other."""
     cdef void *pointer = PyCapsule_GetPointer(stream_capsule, "arrow_array_stream")
     cdef ArrowArrayStream *stream = <ArrowArrayStream *>pointer
     cdef ArrowSchema schema

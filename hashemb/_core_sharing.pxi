@@ -1,9 +1,9 @@
-# What processes that share a table do to each other: pages, locks, the gate, and saving blocks for a snapshot.
+# Interaction of processes that share a table: pages, locks, the gate, and saving blocks for a snapshot.
 
 def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
-    """Makes the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+    """Make the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
 
-    Returns 0 or an errno: EFAULT where a store would be a SIGBUS, EINVAL where the kernel cannot do it.
+    Return 0 or an errno: EFAULT if a store would raise SIGBUS, EINVAL if the kernel does not support this.
     """
     cdef char *base = <char *>cnp.PyArray_DATA(array)
     cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
@@ -17,7 +17,7 @@ def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int
 
 
 def read_units(int fd, cnp.ndarray units not None, int64_t offset, int64_t file_bytes, cnp.ndarray out not None):
-    """Reads the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
+    """Read the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
     cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, b"units")
     cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, b"out")
     cdef int64_t n = cnp.PyArray_SIZE(units), size = 0 if n == 0 else cnp.PyArray_SIZE(out) // n
@@ -43,7 +43,7 @@ STRIPE_BLOCKS = HE_STRIPE_BLOCKS
 
 
 def lock(int fd, int kind, int64_t place, bint wait):
-    """Takes (`fcntl.F_RDLCK`, `F_WRLCK`) or gives up (`F_UNLCK`) a lock; False where another holds it and `wait` is not."""
+    """Take (`fcntl.F_RDLCK`, `F_WRLCK`) or release (`F_UNLCK`) a lock; return False if it is held and not `wait`."""
     cdef int error = EINTR
     while error == EINTR:
         with nogil:
@@ -56,8 +56,8 @@ def lock(int fd, int kind, int64_t place, bint wait):
     return True
 
 
-# What this process holds of tables: (device and number of the lock file, place) -> thread. A wait of the same thread for
-# it, from a signal's handler or a callback, would never end.
+# Locks of tables that this process holds: (device and inode of the lock file, place) -> thread. If the same thread
+# waited for one of them, in a signal handler or a callback, the wait would never end.
 cdef dict HELD = {}
 
 
@@ -66,17 +66,17 @@ cdef unsigned long this_thread() noexcept:
 
 
 cdef class Calls:
-    """The calls in progress on one open table: who may begin one, and when it may be closed.
+    """The calls in progress on one open table: they decide whether a call may begin and when the table may be closed.
 
-    Long calls, of many bytecodes, are made inside ``with calls:``, which is entered and left at once, whenever a signal
-    comes. Batches are short: `Core.apply` has its turn with others by a mutex, which no bytecode ever holds.
+    Long calls, of many bytecodes, run inside ``with calls:``, which is entered and left atomically even if signals
+    arrive. Batches are short: `Core.apply` excludes others with a mutex that is never held between bytecodes.
 
     Parameters
     ----------
     path : str
-        For messages.
+        Path of the table, for messages.
     identity : tuple
-        Of the table's lock file: device and number.
+        Device and inode of the table's lock file.
     """
 
     cdef he_batches batches
@@ -91,8 +91,8 @@ cdef class Calls:
         self.path, self.identity, self.threads = path, identity, []
 
     def after_fork(self):
-        """In the child, which has one thread."""
-        HELD.clear()  # what the parent holds is the parent's
+        """Reset the state in a forked child, which has one thread."""
+        HELD.clear()  # the locks are held by the parent
         he_batches_after_fork(&self.batches)
         self.threads = [thread for thread in self.threads if thread == this_thread()]
 
@@ -100,7 +100,7 @@ cdef class Calls:
         return ClosedTableError(f"{self.path} has been closed")
 
     cdef int check_wait(self, place, str call) except -1:
-        """`TableBusyError` where this very thread holds what it would wait for."""
+        """Raise `TableBusyError` if this thread itself holds the lock that it would wait for."""
         if HELD.get((self.identity, place)) == this_thread():
             raise TableBusyError(
                 f"{self.path}: {call}() was called by a signal handler or callback, in the middle of a call that has the "
@@ -116,12 +116,12 @@ cdef class Calls:
         self.threads.remove(this_thread())
 
     def check(self):
-        """`ClosedTableError` once the table has been closed, or another thread waits to close it."""
+        """Raise `ClosedTableError` if the table has been closed or another thread waits to close it."""
         if self.closing or self.batches.closed:
             raise self.closed_error()
 
     def close(self):
-        """Ends the life of the table: no call begins any more, long ones are told to stop, and this waits for them."""
+        """Close the table: no call may begin any more, long ones are told to stop, and this call waits for them."""
         if self.batches.closed:
             return
         if this_thread() in self.threads:
@@ -147,7 +147,7 @@ cdef class Calls:
 
     @property
     def dirty(self):
-        """Whether a batch has been applied since it was last made False."""
+        """Whether a batch has been applied since this was last set to False."""
         return he_batches_dirty(&self.batches) != 0
 
     @dirty.setter
@@ -156,7 +156,7 @@ cdef class Calls:
 
 
 def wait_for_lock(int fd, int kind, int64_t place, Calls calls not None, str call):
-    """Takes a lock as soon as it is free. `TableBusyError` where this very thread has it, `ClosedTableError` on `close`."""
+    """Take a lock once it is free; raise `TableBusyError` if this thread has it, `ClosedTableError` on `close`."""
     cdef int error
     while True:
         error = he_lock(fd, kind, place, 1, 0)
@@ -171,21 +171,22 @@ def wait_for_lock(int fd, int kind, int64_t place, Calls calls not None, str cal
 
 
 cdef class Hold:
-    """A place of a table's lock file, held for a ``with``: taken and given back at once, whenever a signal comes.
+    """Context manager that holds a place of a table's lock file; it is entered and left atomically if signals arrive.
 
     Parameters
     ----------
     lock : object
-        The open lock file, as `fd`; kept alive.
+        Open lock file with an attribute `fd`; it is kept alive.
     calls : Calls
-        Of the table.
+        Calls in progress on the table.
     place : int
+        Byte of the lock file.
     call : str
-        What is being called, for messages.
+        Name of the calling method, for messages.
     wait : bool
-        Wait for it; otherwise ``with`` gives False where it is not free.
+        Whether to wait for the lock; otherwise ``with`` yields False if it is not free.
     then : int
-        What comes after: `fcntl.F_UNLCK`, or F_RDLCK to keep it shared.
+        State of the lock afterwards: `fcntl.F_UNLCK`, or F_RDLCK to keep it shared.
     """
 
     cdef readonly object lock
@@ -222,7 +223,7 @@ cdef class Hold:
 
 
 cdef class ClosedGate:
-    """Keeps the batches of all processes out for a ``with``, once those in flight are through; by a `Hold`'s lock file."""
+    """Context manager that waits for batches in progress and keeps all others out; `fd` is a `Hold`'s lock file."""
 
     cdef object control
     cdef int fd
@@ -248,9 +249,9 @@ cdef class ClosedGate:
 
 
 def begin_point(cnp.ndarray control not None, int lock_fd):
-    """The moment that a snapshot holds, between batches: returns the control page, whose epoch's rows writers save from now on.
+    """Begin a point in time, between batches: return the control page. Writers save rows up to its epoch from now on.
 
-    `HashembError` where all epochs have been used.
+    Raise `HashembError` if all epochs have been used.
     """
     cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
     cdef cnp.npy_intp size = cnp.PyArray_SIZE(control)
@@ -273,24 +274,24 @@ def begin_point(cnp.ndarray control not None, int lock_fd):
 # ---- saving blocks ----
 
 cdef class Saving:
-    """What a snapshot in progress wants saved, and where: see csrc/save.c.
+    """Blocks and rows to save for a snapshot in progress, and the files to save them to: see csrc/save.c.
 
     Parameters
     ----------
     files : list of (ndarray, OpenFile or None)
-        The table's row arrays, and the files to copy their blocks to, open for writing; None for one who only logs rows.
+        The table's row arrays with the writable files to copy their blocks to; None in a process that only logs rows.
     blocks, control : ndarray of uint32, of uint8
-        The table's.
+        The table's arrays.
     bits : ndarray of uint64
-        A bit per row, mapped from a file that all writers share.
+        One bit per row, mapped from a file that all writers share.
     others : tuple of OpenFile
-        The target's blocks.npy (read and write), the file of `bits`, this process's log of rows.
+        The target's blocks.npy (read and write), the file of `bits`, and this process's log of rows.
     lock : object
-        The table's lock as `fd`.
+        The table's lock file, with an attribute `fd`.
     since, until : int
-        Blocks of epochs above `since`, up to `until`, are wanted.
+        Blocks with epochs above `since`, up to `until`, are saved.
     data_offset : int
-        Where arrays begin in the target's files.
+        Offset of the array data in the target's files.
     block_shift : int
         Binary logarithm of the rows in a block.
 
@@ -333,7 +334,7 @@ cdef class Saving:
         free(self.saving.buffer)
 
     def copy_stripes(self, int64_t begin, int64_t end):
-        """Copies what is wanted of the blocks [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); OSError if it cannot."""
+        """Copy the blocks to save in [begin * STRIPE_BLOCKS, end * STRIPE_BLOCKS); raise OSError if it fails."""
         cdef int error
         if not 0 <= begin <= end <= (self.saving.num_blocks + HE_STRIPE_BLOCKS - 1) // HE_STRIPE_BLOCKS:
             raise ValueError(f"stripes {begin} to {end} of {self.saving.num_blocks} blocks")

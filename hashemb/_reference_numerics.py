@@ -1,7 +1,7 @@
-"""Numerics of the slow twin: logarithm, exponential, normal quantile and half-precision rounding in plain NumPy.
+"""Numerics of `hashemb.reference`: logarithm, exponential, normal quantile and half-precision rounding in NumPy.
 
-Only +, -, *, / and sqrt, which IEEE 754 makes the same everywhere; NumPy's own log and exp differ between CPUs.
-The same functions in C are in csrc/numerics.h.
+They use only +, -, *, / and sqrt, which IEEE 754 makes the same everywhere; NumPy's own log and exp differ between
+CPUs. The same functions in C are in csrc/numerics.h.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ F64 = npt.NDArray[np.float64]
 
 
 def log(x: F64) -> F64:
-    """Natural logarithm by FDLIBM's algorithm, without the platform's libm."""
+    """Compute the natural logarithm by FDLIBM's algorithm, without the platform's libm."""
     u = x.view(np.uint64) + np.uint64(0x3FF0000000000000 - 0x3FE6A09E00000000)
     k = (u >> np.uint64(52)).astype(np.int64).astype(np.float64) - 1023.0
     m = ((u & np.uint64(0x000FFFFFFFFFFFFF)) + np.uint64(0x3FE6A09E00000000)).view(np.float64)
@@ -36,13 +36,13 @@ def log(x: F64) -> F64:
 
 
 def log1p(x: float) -> float:
-    """log(1 + x), also for tiny x (Kahan's correction)."""
+    """Compute log(1 + x), accurately for tiny x too (Kahan's correction)."""
     u = 1.0 + x
     return float(log(np.array([u]))[0]) - ((u - 1.0) - x) / u
 
 
 def exp(x: F64) -> F64:
-    """exp(x) for x <= 0 by FDLIBM's algorithm; 0 below -700."""
+    """Compute exp(x) for x <= 0 by FDLIBM's algorithm; the result is 0 below -700."""
     x = np.asarray(x, np.float64)
     safe = np.maximum(x, -700.0)
     k = np.trunc(safe * 1.44269504088896338700e00 - 0.5)
@@ -91,7 +91,7 @@ def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], r: F64) ->
 
 
 def normal_quantile(p: F64) -> F64:
-    """Quantile of the standard normal distribution, 0 < p < 1: Wichura's algorithm AS 241 (PPND16)."""
+    """Compute the quantile of the standard normal distribution, 0 < p < 1, by Wichura's algorithm AS 241 (PPND16)."""
     q = p - 0.5
     centre = q * _ratio(_CENTRE, 0.180625 - q * q)
     r = np.sqrt(-log(np.where(q < 0.0, p, 1.0 - p)))
@@ -103,12 +103,12 @@ def normal_quantile(p: F64) -> F64:
 
 
 def from_bfloat16(bits: npt.NDArray[np.uint16]) -> F32:
-    """bfloat16 bits as float32; exact."""
+    """Convert bfloat16 bits to float32, exactly."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bfloat16(x: F32, random: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
-    """Stochastic rounding of finite float32: add 16 random bits below the last kept one, and cut."""
+    """Round finite float32 stochastically: add 16 random bits below the last kept one, and truncate."""
     u = x.view(np.uint32)
     rounded = (u + (random & np.uint32(0xFFFF))) >> np.uint32(16)
     quiet = np.where(np.isnan(x), np.uint32(0x40), np.uint32(0))
@@ -116,7 +116,7 @@ def to_bfloat16(x: F32, random: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16
 
 
 def to_float16(x: F32, random: npt.NDArray[np.uint32]) -> npt.NDArray[np.float16]:
-    """Stochastic rounding of float32; past 65504 a value may, past 65536 it must become infinite."""
+    """Round float32 stochastically; a value above 65504 may become infinite, and one above 65536 does."""
     u = x.view(np.uint32)
     a = u & np.uint32(0x7FFFFFFF)
     normal = (a + (random & np.uint32(0x1FFF)) - np.uint32(112 << 23)) >> np.uint32(13)

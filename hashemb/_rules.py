@@ -1,8 +1,8 @@
-"""What a value may be: the rules that fields of files and hyper-parameters are held to, each with its words.
+"""Rules for the values of file fields and hyper-parameters, each with a description for messages.
 
-Whoever edits a file can make its check sums right again, so nothing that a file says is believed for them: every
-decoder has a table, field -> rule, and holds everything it has read against it before any of it is used. Rules take any
-value whatever and never raise. True is no integer here, and what no float can hold, or is none, is no number.
+A check sum does not make content trustworthy, as an edited file can get a matching one. Every decoder therefore has a
+table, field -> rule, and checks everything that it has read before using any of it. Rules accept any value whatsoever
+and never raise. True is not an integer here; NaN, infinities and integers beyond the range of floats are not numbers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from hashemb.errors import CorruptTableError, FormatError
 
-MAX_BYTES = (1 << 63) - 1  # of a file
+MAX_BYTES = (1 << 63) - 1  # largest file size
 MAX_EPOCH = (1 << 32) - 1
-LARGEST, SMALLEST = 1e30, 1e-30  # of what the kernels multiply and divide by, in float32, which ends at 3.4e38
+LARGEST, SMALLEST = 1e30, 1e-30  # of factors and divisors in the kernels, in float32, which ends at 3.4e38
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value for a message: printable ASCII of a bounded length, however large it is."""
+    """Return a value for a message: printable ASCII of bounded length, however large the value is."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (str, bytes)) and len(value) > limit:
@@ -38,7 +38,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be, in words that follow "expected", and whether it is so."""
+    """A condition on a value: its description, to follow "expected", and a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Whole:
-    """The rule of an integer from `low` to `high`."""
+    """The rule for an integer from `low` to `high`."""
 
     low: int
     high: int
@@ -60,7 +60,7 @@ class Whole:
 
 
 def number(low: float, high: float) -> Rule:
-    """A finite number from `low` to `high`."""
+    """Return the rule for a finite number from `low` to `high`."""
     words = f"a number from {low:g} to {high:g}".replace("e+", "e")
     return Rule(words, lambda value: type(value) in (int, float) and low <= value <= high)
 
@@ -75,7 +75,7 @@ def hexadecimal(digits: int) -> Rule:
 
 
 def optional(rule: Rule, nothing: Any = None) -> Rule:
-    """As `rule`, or nothing."""
+    """Return a rule that accepts what `rule` accepts, or `nothing`."""
     return Rule(f"{rule.words}, or {nothing!r}", lambda v: (type(v) is type(nothing) and v == nothing) or rule.holds(v))
 
 
@@ -88,7 +88,7 @@ EPOCH = Whole(1, MAX_EPOCH)
 EPOCH_OR_NONE = Whole(0, MAX_EPOCH)
 SEQUENCE = Whole(0, MAX_EPOCH)  # a point in time takes an epoch
 COUNTER = Whole(0, (1 << 63) - 1)
-RATE = number(0.0, LARGEST)  # of any optimiser; `optim.with_rate` knows more
+RATE = number(0.0, LARGEST)  # for any optimiser; `optim.with_rate` checks the limits of each
 DECAY_TOTAL = Rule("a finite number, 0 or less", number(-sys.float_info.max, 0.0).holds)
 TIME = number(-62135596800, 253402300799)  # the years 1 to 9999, in seconds since 1970
 ID = hexadecimal(32)
@@ -99,7 +99,7 @@ OBJECT = Rule("an object", lambda value: type(value) is dict)
 
 
 def check_fields(content: Mapping[str, Any], rules: Mapping[str, Rule | Whole], filename: str, where: str = "") -> None:
-    """`FormatError` unless there are just these fields, `CorruptTableError` unless each keeps its rule."""
+    """Raise `FormatError` unless the fields are exactly these, `CorruptTableError` unless each satisfies its rule."""
     for name, rule in rules.items():
         if name not in content:
             raise FormatError(f"{filename}: this version cannot read it: expected a field {where}{name}, found none")
@@ -111,7 +111,7 @@ def check_fields(content: Mapping[str, Any], rules: Mapping[str, Rule | Whole], 
 
 
 def expect(is_so: bool, filename: str, expected: str, found: Any) -> None:
-    """`CorruptTableError` with both unless `is_so`."""
+    """Raise `CorruptTableError` with `expected` and `found` unless `is_so`."""
     if not is_so:
         raise CorruptTableError(f"{filename}: expected {expected}, found {shown(found)}")
 
@@ -120,7 +120,7 @@ def expect(is_so: bool, filename: str, expected: str, found: Any) -> None:
 
 
 def hyper_parameter(owner: str, name: str, value: Any, low: float, *, zero: bool = True) -> float:
-    """`value` as a Python number from `low` to `LARGEST`, or 0 unless not `zero`; `TypeError`, `ValueError`."""
+    """Return a number from `low` to `LARGEST`, or 0 if `zero`, as a Python number; else raise a type or value error."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{owner}: {name} must be a float, got {type(value).__name__} {shown(value)}")
     number = value if type(value) is int or type(value) is float else float(value)

@@ -1,3 +1,3 @@
-"""The version, in the one place that pyproject.toml and the package both read."""
+"""The version. Both pyproject.toml and the package read it from here."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""What a bug report or a timing has to say of the software and the machine that it comes from.
+"""Description of the software and the machine, for bug reports and timings.
 
-Reads /proc and /sys, and the versions that packages were installed with; imports none of them.
+It reads /proc, /sys and the metadata of installed packages, and imports none of the packages.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/"
 
 
 def show_versions() -> None:
-    """Prints versions, machine and settings: what to paste into a bug report, or beside a timing.
+    """Print versions, machine and settings, to include in a bug report or with a timing.
 
-    Versions of hashemb, Python, the required packages and those optional ones that are installed (none is imported);
-    kernel and C library; processor, the CPUs that this process may use, page size, transparent huge pages (``enabled``
-    for memory, ``shmem_enabled`` for tmpfs); the instruction set whose kernels are in use, and those that this CPU
-    runs; the threads that a call may use; the environment variables that set these.
+    The output lists versions of hashemb, Python, the required packages and the installed optional ones (none is
+    imported); kernel and C library; processor, the CPUs that this process may use, page size, transparent huge pages
+    (``enabled`` for memory, ``shmem_enabled`` for tmpfs); the instruction set of the kernels in use, and those that
+    this CPU supports; the number of threads per call; and the environment variables that set these.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def _installed(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    """Name and numbers of the first processor in /proc/cpuinfo; not every architecture gives them."""
+    """Return the name and numbers of the first processor in /proc/cpuinfo, which some architectures lack."""
     first = _read("/proc/cpuinfo").partition("\n\n")[0]
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     if "model name" not in facts:
@@ -91,5 +91,5 @@ def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
-    except OSError:  # no such file in this kernel, or not in this container
+    except OSError:  # the kernel or the container has no such file
         return ""

@@ -1,7 +1,7 @@
-"""The `hashemb` command: starts it, and turns what goes wrong into one line and an exit status.
+"""The `hashemb` command: runs it, and turns errors into one line and an exit status.
 
-Status 0: done; 1: failed, the table and the files are to blame; 2: the command line is; 130: stopped by Ctrl-C.
-Nothing here needs an extra when it is loaded, so that a missing one can be reported as such.
+Exit status: 0 success, 1 bad table or input file, 2 usage error, 130 stopped by Ctrl-C.
+Importing this module needs no extra, so that a missing one can be reported as such.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     Parameters
     ----------
     arguments : list of str, optional
-        Default ``sys.argv[1:]``.
+        Command-line arguments. Default ``sys.argv[1:]``.
 
     Returns
     -------
@@ -41,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    from hashemb.ctr import report_commands  # noqa: F401 - adds its command
+    from hashemb.ctr import report_commands  # noqa: F401 - registers its command
     from hashemb.ctr.commands import app, typer
 
-    usage_error: Any = typer.BadParameter.__bases__[0]  # typer's own copy of click or click's, by version
+    usage_error: Any = typer.BadParameter.__bases__[0]  # from click or typer's copy of it, by version
     command = typer.main.get_command(app)
     try:
         arguments = sys.argv[1:] if arguments is None else arguments

@@ -1,4 +1,4 @@
-"""create, open, info: the three ways to a table."""
+"""Entry points to a table: `create`, `open` and `info`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["TableInfo", "create", "info", "open"]
 
 @dataclass(frozen=True)
 class TableInfo:
-    """What `info` reads without mapping the table; fields as for `create`, and the state of the moment.
+    """Metadata and current state of a table, as returned by `info`; most fields are the arguments of `create`.
 
-    `clean` says that the last writer has closed the table; `snapshot` is None for a table that was not made as one.
+    `clean` is True if the last writer closed the table; `snapshot` is None for a table that is not a snapshot.
     """
 
     path: str
@@ -60,31 +60,31 @@ def create(
     isolation: Isolation = "hogwild",
     huge_pages: bool | None = None,
 ) -> EmbeddingTable:
-    """Creates a table and opens it read-write.
+    """Create a table and open it read-write.
 
     Parameters
     ----------
     path : str or path-like
         Directory to create; its parent must exist.
     num_embeddings : int
-        Rows, any number from 1; 10 to 20 % more rows than keys is no rule here: see `TableStats.collision_rate`.
+        Number of rows, at least 1. No fixed ratio of rows to keys is needed: see `TableStats.collision_rate`.
     embedding_dim : int
-        Floats in a row, any number from 1.
+        Number of floats in a row, at least 1.
     dtype : {"float32", "float16", "bfloat16"}
-        Storage; look-ups return and updates compute in float32, half precision is rounded stochastically.
+        Storage dtype. Look-ups return float32 and updates compute in it; half precision is rounded stochastically.
     optimizer : Adagrad, RowWiseAdagrad, SGD or FTRL
         Default ``Adagrad(lr=0.01)``.
     init : Uniform, Normal or Zeros
-        Value of rows not yet written. Default ``Uniform(scale=0.01)``.
+        Values of rows not yet written. Default ``Uniform(scale=0.01)``.
     num_hashes : int
-        Rows per key, 1 to 16; a key's vector is their sum. Each of them makes an update's whole step: divide the
-        learning rate by `num_hashes` to move the sum as one row would move.
+        Rows per key, 1 to 16; a key's vector is their sum. Each of the rows takes the whole step of an update: divide
+        the learning rate by `num_hashes` to move the sum as far as a single row would move.
     seed : int
-        Of row hashing, initial values and rounding; 0 to 2**64 - 1.
+        Seed of row hashing, initial values and rounding, 0 to 2**64 - 1.
     exist_ok : bool
-        Open the table if `path` already holds one made with the same arguments.
+        If True, open the table at `path` if it was created with the same arguments.
     isolation, huge_pages
-        As for `open`; not stored in the table.
+        As for `open`. They are not stored in the table.
 
     Returns
     -------
@@ -93,16 +93,16 @@ def create(
     Raises
     ------
     FileExistsError
-        `path` exists (with `exist_ok`: and is a table made with other arguments is a `ValueError`).
+        `path` exists and `exist_ok` is False.
     NoSpaceError
         The file system is full.
     ValueError, TypeError
-        For arguments out of range.
+        An argument is out of range, or `exist_ok` is True and the table at `path` has other arguments.
 
     Notes
     -----
-    O(1) in the size of the table: the files are holes until rows are written. The directory appears complete or
-    not at all.
+    Creation takes O(1) time and disk space, whatever the size of the table: its files are sparse until rows are
+    written. The directory appears complete or not at all.
 
     Examples
     --------
@@ -138,42 +138,42 @@ def open(
     isolation: Isolation = "hogwild",
     huge_pages: bool | None = None,
 ) -> EmbeddingTable:
-    """Opens a table, in milliseconds at any size.
+    """Open a table, in milliseconds at any size.
 
     Parameters
     ----------
     path : str or path-like
     mode : {"r", "r+"}
-        "r": shared and read-only, sees writers' rows at once. "r+": shared and read-write.
+        "r" is shared and read-only, and sees writers' rows at once. "r+" is shared and read-write.
     isolation : {"hogwild", "exact"}
-        Between this writer and others: "hogwild" takes no locks, and where two processes update the same row at
-        the same moment one of the updates may be lost, element by element. "exact" loses none among writers that
-        all ask for it: the result is that of their batches one after the other, in the order of their steps.
+        Isolation between this writer and others. "hogwild" takes no locks; if two processes update the same row at
+        the same moment, elements of one update may be lost. "exact" loses no updates among writers that all use it:
+        the result is that of their batches applied one after the other, in the order of their steps.
     huge_pages : bool, optional
-        Whether this process asks for pages of 2 MiB: a random row then takes about three fifths of the time.
-        They hold, and `flush` writes, the neighbours of a touched row too. Default: on disk, if the whole table
-        fits both the space left and what the kernel lets become dirty before it writes; on tmpfs,
-        the parts of which a quarter has been written.
-        True: always, which makes a sparse table dense; False: never. `TableStats.huge_page_bytes` says what came of it.
+        Whether this process asks for pages of 2 MiB, with which a random row takes about three fifths of the
+        time. A huge page holds, and `flush` writes, the neighbours of a touched row too. True asks for them always,
+        which makes a sparse table dense; False never does. By default they are used on disk if the whole table fits
+        both the free space and the amount the kernel allows to be dirty before it writes, and on tmpfs for the parts
+        of which a quarter has been written. `TableStats.huge_page_bytes` shows the result.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        `path` does not exist.
     FormatError
-        It is no table, or of a newer format.
+        `path` is not a table, or has a newer format.
     CorruptTableError
-        It is damaged: the message says which file, what was expected and what was found.
+        The table is damaged: the message names the file, what was expected and what was found.
     ReadOnlyTableError
-        Mode "r+" on files that cannot be written.
-    TypeError
-        `huge_pages` is none of True, False and None.
+        `mode` is "r+" and the files cannot be written.
+    TypeError, ValueError
+        `huge_pages` is not True, False or None; `mode` or `isolation` is not one of the values above.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", got {mode!r}; new tables are made by hashemb.create')
     path, huge_pages = arguments.path_string(path), arguments.flag_or_none("huge_pages", huge_pages)
     isolation = arguments.isolation(isolation)
-    _directory.read_history(path)  # an error here comes before a writer marks the table as opened
+    _directory.read_history(path)  # raises before a writer marks the table as opened
     table = EmbeddingTable(path, mode, isolation=isolation, huge_pages=huge_pages)
     try:
         applying = interrupted_delta(table._open_files())
@@ -191,7 +191,7 @@ def open(
 
 
 def info(path: str | os.PathLike[str]) -> TableInfo:
-    """The table's metadata and state, read without mapping it. Errors as for `open`."""
+    """Return a table's metadata and state, read without mapping it. Errors are as for `open`."""
     path = arguments.path_string(path)
     with _directory.table_directory(path) as directory:
         meta, control = _directory.read_meta(directory), _directory.read_control(directory)

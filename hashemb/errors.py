@@ -1,7 +1,7 @@
-"""The exceptions that hashemb raises on purpose.
+"""The exceptions that hashemb defines.
 
-Wrong arguments are a `TypeError` or a `ValueError`, a missing table a `FileNotFoundError`, as everywhere in
-Python; the classes here are for what only a table can suffer. All of them carry the numbers in their message.
+Wrong arguments raise `TypeError` or `ValueError` and a missing table raises `FileNotFoundError`, as is usual in
+Python; the classes here are for errors specific to tables. Their messages include the numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HashembError(Exception):
 
 
 class FormatError(HashembError):
-    """The path is not a hashemb table, or was written in a newer format than this version reads."""
+    """The path is not a hashemb table, or has a newer format than this version can read."""
 
 
 class CorruptTableError(FormatError):
@@ -35,7 +35,7 @@ class CorruptTableError(FormatError):
 
 
 class ReadOnlyTableError(HashembError):
-    """A write was asked of a table opened with mode "r", or of one on files that cannot be written."""
+    """A write was requested on a table that was opened with mode "r" or whose files cannot be written."""
 
 
 class ClosedTableError(HashembError):
@@ -43,24 +43,24 @@ class ClosedTableError(HashembError):
 
 
 class TableBusyError(HashembError):
-    """A signal handler or callback called a table in the middle of a call of the same thread that has to return first.
+    """A signal handler or callback called a table during another call of its thread that has to return first.
 
-    Such are `close` during any long call, a snapshot or delta during another, and any change during `apply_delta`: they
-    would wait for themselves. Nothing has been changed, and the call in progress goes on.
+    Examples are `close` during any long call, a snapshot or delta during another one, and any change during
+    `apply_delta`: the thread would wait for itself. Nothing has been changed, and the call in progress continues.
     """
 
 
 class DeltaError(HashembError):
-    """A delta that this table cannot take. Nothing of it was written.
+    """The delta cannot be applied to this table. None of it was written.
 
     Attributes
     ----------
     reason : str
-        "applied" (the table has it already), "gap" (deltas before it are missing), "older" (the table stands at a
-        later one), "base" (it begins a new table), "foreign" (it is of another table, or of another branch of this
-        table's history), "trained" (the table was updated since its last delta), "interrupted" (another delta has been
-        applied in part, and comes first), or "incompatible" (another geometry, seed, initialiser, number of hashes,
-        weight decay or optimiser).
+        "applied" (the table has it already), "gap" (earlier deltas are missing), "older" (the table has a later one),
+        "base" (it starts a new table), "foreign" (it belongs to another table, or to another branch of this table's
+        history), "trained" (the table was updated since its last delta), "interrupted" (another delta was partly
+        applied and has to be completed first), or "incompatible" (geometry, seed, initialiser, number of hashes,
+        weight decay or optimiser differ).
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -68,23 +68,23 @@ class DeltaError(HashembError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[DeltaError], tuple[str, str]]:
-        """Pickle by the constructor's arguments."""
+        """Pickle the constructor's arguments."""
         return type(self), (str(self), self.reason)
 
 
 class NoSpaceError(HashembError, OSError):
-    """The file system is full. Nothing of the call that raised this was written to the table."""
+    """The file system is full. The call that raised this wrote nothing to the table."""
 
     def __init__(self, message: str, filename: str | os.PathLike[str] | None = None) -> None:
         super().__init__(errno.ENOSPC, message, None if filename is None else os.fspath(filename))
 
     def __reduce__(self) -> tuple[type[NoSpaceError], tuple[str | None, str | None]]:
-        """Pickle by the constructor's arguments: workers raise this across processes."""
+        """Pickle the constructor's arguments, as worker processes pass this error to others."""
         return type(self), (self.strerror, self.filename)
 
 
 class MissingExtraError(HashembError, ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that provides it."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs {package}: install it with  pip install 'hashemb[{extra}]'")
@@ -92,5 +92,5 @@ class MissingExtraError(HashembError, ImportError):
         self.extra = extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        """Pickle by the constructor's arguments, of which the message is made."""
+        """Pickle the constructor's arguments, from which the message is built."""
         return type(self), (self.package, self.extra)

@@ -1,11 +1,11 @@
-"""Columns of values -> uint64 keys.
+"""Hashing of columns of values to uint64 keys.
 
 Every accepted container is first turned into a `_Column`: its shape and a function that writes the keys of
 its values. Types and lengths are thus checked before anything is hashed, and a field of a wide batch is
-written straight into its place in the result. pandas, polars and pyarrow are never imported here: what is
-theirs is known by its class, and Arrow data is read through the Arrow C data interface.
+written straight into its place in the result. pandas, polars and pyarrow are never imported here: their objects
+are recognised by class, and Arrow data is read through the Arrow C data interface.
 
-The bytes that each value stands for are fixed; see docs/hashing.md.
+The bytes that represent each value are fixed; see docs/hashing.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class _Column(NamedTuple):
-    """What is left of a container once its kind is known: `write(seed, out)` fills `out`, 1-D and strided."""
+    """A container whose kind has been resolved: `write(seed, out)` fills `out`, which is 1-D and may be strided."""
 
     shape: tuple[int, ...]
     write: Callable[[int, Keys], None]
@@ -39,38 +39,37 @@ def hash_keys(values: Any, field: str | None = None) -> Keys:
     A key is the low 64 bits of MurmurHash3 x64-128 of the value's bytes: UTF-8 for a string, 8 bytes of
     little-endian two's complement for an integer or a boolean, the bytes themselves for bytes, and the
     reserved ``b"\\x00null"`` for a missing value (None, NaN among objects, NaT, NA, Arrow and polars nulls).
-    So 5 and "5" have different keys, and a key is the same on every machine and in every container.
+    Therefore 5 and "5" have different keys, and a value has the same key on every machine and in every container.
 
     Parameters
     ----------
     values : scalar, list, tuple, numpy.ndarray, pandas, polars or Arrow column
-        Integers of any width, booleans, strings, bytes, missing values, or objects that mix them; any shape,
-        memory order and byte order. Dictionary-encoded and categorical columns hash each distinct value once.
+        Integers of any width, booleans, strings, bytes, missing values, or objects that mix them, in any shape,
+        memory order and byte order. In dictionary-encoded and categorical columns each distinct value is hashed once.
     field : str, optional
-        The feature's name. It salts the keys, so that equal values of different fields get different keys.
+        Name of the feature. It salts the keys, so that equal values of different fields get different keys.
 
     Returns
     -------
     numpy.ndarray
-        uint64, C-contiguous, of the shape of `values`; 0-d for a scalar. `values` is not modified.
+        uint64, C-contiguous, with the shape of `values`; 0-d for a scalar. `values` is not modified.
 
     Raises
     ------
     TypeError
-        Floats, dates, nested values, tables: bin them or cast them to integers or strings first.
+        The values are floats, dates, nested values or tables: bin them, or cast them to integers or strings first.
     OverflowError
-        An integer outside [-2**63, 2**64).
+        An integer is outside [-2**63, 2**64).
     ValueError
-        A string that has no UTF-8 because of a lone surrogate.
+        A string cannot be encoded as UTF-8 because of a lone surrogate.
 
     Notes
     -----
-    One pass: reads the values' bytes, writes 8 bytes a value. Safe in any number of threads. The equivalent
-    is ``mmh3.hash64(value_bytes, seed, x64arch=True, signed=False)[0]`` with ``seed = mmh3.hash(field, 0,
-    signed=False)``, 0 without a field. MurmurHash3 is by Austin Appleby (public domain).
+    One pass reads the values' bytes and writes 8 bytes per value. The function is thread-safe. A key equals
+    ``mmh3.hash64(value_bytes, seed, x64arch=True, signed=False)[0]`` with ``seed = mmh3.hash(field, 0,
+    signed=False)``, or 0 without a field. MurmurHash3 is by Austin Appleby (public domain).
 
-    NumPy drops trailing NULs of its `S` and `U` strings before anyone can see them, so they take no part here
-    either.
+    NumPy drops trailing NULs of its `S` and `U` strings, so they do not affect the keys.
 
     Examples
     --------
@@ -88,12 +87,12 @@ def hash_keys(values: Any, field: str | None = None) -> Keys:
 
 
 def hash_fields(columns: Any) -> Keys:
-    """Hash the columns of a table, each salted by its name: one row of keys an example.
+    """Hash the columns of a table, each salted by its name, to one row of keys per example.
 
     Parameters
     ----------
     columns : mapping of str to column, pandas.DataFrame, polars.DataFrame, pyarrow.Table or RecordBatch
-        Each column is what `hash_keys` accepts, 1-D, and all are of one length.
+        Each column is 1-D and is accepted by `hash_keys`; all have the same length.
 
     Returns
     -------
@@ -104,13 +103,14 @@ def hash_fields(columns: Any) -> Keys:
     Raises
     ------
     ValueError
-        No columns, columns of different lengths or of more than one dimension, or a name that occurs twice.
+        There are no columns, columns differ in length or have more than one dimension, or a name occurs twice.
     TypeError
-        Not a table, a name that is not a string, or values that `hash_keys` does not take; names the field.
+        `columns` is not a table, a name is not a string, or `hash_keys` does not accept the values; the message names
+        the field.
 
     Notes
     -----
-    One pass; no copy of a field's keys is made. Safe in any number of threads.
+    There is one pass and no copy of a field's keys. The function is thread-safe.
 
     Examples
     --------
@@ -148,7 +148,7 @@ def _unhashable(what: str) -> str:
 
 
 def _is_a(value: Any, package: str, *names: str) -> bool:
-    """Whether a class of `value` has one of these names in the package, which need not be imported."""
+    """Return whether a class of `value` has one of these names in the package, which need not be imported."""
     return any(c.__name__ in names and c.__module__.partition(".")[0] == package for c in type(value).__mro__)
 
 
@@ -200,7 +200,7 @@ def _array(array: NDArray[Any]) -> _Column:
 
 
 def _raw_bytes(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
-    """The elements one after the other in native order, copied only where they are not; bytes of each."""
+    """Return the contiguous bytes of the elements in native order, copied only if needed, and the bytes per element."""
     if array.dtype.itemsize == 0:  # S0 and U0 hold empty strings only
         array = array.astype(f"{array.dtype.kind}1")
     if not array.dtype.isnative or not array.flags.c_contiguous:
@@ -233,7 +233,7 @@ def _categorical(codes: NDArray[Any], categories: _Column) -> _Column:
 
 
 def _pandas(values: Any) -> _Column:
-    """A Series, an Index or an extension array."""
+    """Return the column of a Series, an Index or an extension array."""
     dtype, array = values.dtype, getattr(values, "array", values)
     if _is_a(dtype, "pandas", "CategoricalDtype"):
         used = array if len(array.categories) <= len(array) else array.remove_unused_categories()
@@ -249,7 +249,7 @@ def _pandas(values: Any) -> _Column:
 
 
 def _arrow(values: Any) -> _Column:
-    """Whatever exports itself through the Arrow PyCapsule interface and has a length."""
+    """Return the column of an object that has a length and exports the Arrow PyCapsule interface."""
     kind = getattr(values, "type", None) or getattr(values, "dtype", type(values).__name__)
     if str(kind) == "Object":  # a polars Series of Python objects, which Arrow cannot carry
         return _sequence(values.to_list())
@@ -266,12 +266,12 @@ def _write_arrow(values: Any, unsupported: str, seed: int, out: Keys) -> None:
     except OSError:
         if not _is_a(getattr(values, "dtype", None), "polars", "Categorical", "Enum"):
             raise
-        # Before 1.34 polars fails to export these; as strings they have the same keys.
+        # polars before 1.34 fails to export these; as strings they have the same keys.
         _core.hash_arrow_stream(values.cast(str).__arrow_c_stream__(None), seed, out, unsupported)
 
 
 def _table_items(columns: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Names and columns of a table; None for anything else."""
+    """Return the names and columns of a table, or None for anything else."""
     if isinstance(columns, Mapping):
         return columns.items()
     if _is_a(columns, "pandas", "DataFrame"):
@@ -284,7 +284,7 @@ def _table_items(columns: Any) -> Iterable[tuple[Any, Any]] | None:
 
 
 def _for_field(name: str, function: Callable[..., Result], *args: Any) -> Result:
-    """Calls; puts the field's name before the message of what goes wrong."""
+    """Call a function, and prefix the message of an error with the field's name."""
     try:
         return function(*args)
     except (TypeError, ValueError, OverflowError) as error:

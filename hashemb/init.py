@@ -1,8 +1,8 @@
-"""Initialisers: what a row reads as until it is first written. Values, not procedures.
+"""Initialisers: the values that a row has until it is first written.
 
-An initial value is a pure function of (seed, row, column), computed where it is needed and never stored; see
+An initial value is a pure function of (seed, row, column). It is computed where it is needed and never stored; see
 docs/hashing.md for the generator. With ``num_hashes = k`` each row is scaled by ``1 / sqrt(k)``, so that a
-key's vector keeps the variance named here.
+key's vector has the variance given here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Initializer", "Normal", "Uniform", "Zeros"]
 
 
 def _check_width(initializer: Uniform | Normal, name: str) -> None:
-    """Holds it to 0 to 1e30, and turns a NumPy number into Python's."""
+    """Check that a width is between 0 and 1e30, and store it as a Python number."""
     width = hyper_parameter(type(initializer).__name__, name, getattr(initializer, name), 0.0)
     object.__setattr__(initializer, name, width)
 
@@ -34,7 +34,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0 and standard deviation `std`; the tails end at 6.2 standard deviations.
+    """Normal with mean 0 and standard deviation `std`; the tails are cut at 6.2 standard deviations.
 
     `std` is 0 to 1e30.
     """

@@ -1,11 +1,11 @@
 """Optimisers: frozen dataclasses that hold and check hyper-parameters. The arithmetic is in the kernels.
 
 Every class has the same small protocol, which `table.py` and `_files/format.py` rely on: `kind` (the name in
-`meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps beside
-the weights, and whether an array holds one value a row or one an element).
+`meta.json`), `lr` (the rate a table starts with) and `state_files` (which arrays the optimiser keeps in addition to
+the weights, and whether each holds one value per row or per element).
 
-The kernels compute in float32, where 1e308 is infinite and 1e-320 is 0. So hyper-parameters are at most 1e30, and those
-that something is divided by are at least 1e-30, or 0: gradients and weights of ordinary size then stay finite.
+The kernels compute in float32, where 1e308 is infinite and 1e-320 is 0. Hyper-parameters are therefore at most 1e30,
+and divisors are 0 or at least 1e-30, so that gradients and weights of ordinary size stay finite.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = Literal["row", "element"]
 
 
 def _check(optimizer: Any, name: str, low: float = 0.0, *, zero: bool = True) -> None:
-    """Holds a hyper-parameter to its range, and turns a NumPy number into Python's."""
+    """Check that a hyper-parameter is in its range, and store it as a Python number."""
     value = hyper_parameter(type(optimizer).__name__, name, getattr(optimizer, name), low, zero=zero)
     object.__setattr__(optimizer, name, value)
 
@@ -39,12 +39,12 @@ def _check_decay(optimizer: Adagrad | SGD) -> None:
 
 
 def with_rate(optimizer: Optimizer, lr: Any) -> Optimizer:
-    """The optimiser at another rate: `TypeError` or `ValueError` if it cannot have that one."""
+    """Return the optimiser with another rate; raise `TypeError` or `ValueError` if the rate is invalid."""
     return replace(optimizer, alpha=lr) if isinstance(optimizer, FTRL) else replace(optimizer, lr=lr)
 
 
 def check_divisor(optimizer: Optimizer) -> None:
-    """`ValueError` where a row's first gradient, if it is 0 or next to it, would be divided by 0."""
+    """Raise `ValueError` if a first gradient of 0, or close to 0, would be divided by 0."""
     if isinstance(optimizer, SGD):
         return
     one, other = ("beta", "l2") if isinstance(optimizer, FTRL) else ("eps", "initial_accumulator_value")
@@ -62,20 +62,20 @@ class Adagrad:
     lr : float
         Learning rate, 0 to 1e30, and at most 1e30 times ``sqrt(initial_accumulator_value) + eps``.
     eps : float
-        Added to the root: 0, or 1e-30 to 1e30.
+        Term added to the square root: 0, or 1e-30 to 1e30.
     initial_accumulator_value : float
-        What every accumulator starts at: 0, or 1e-30 to 1e30. Stored as an offset: the file holds only the sum of
-        squares. `hashemb.create` refuses 0 for both this and `eps`: a first gradient of 0 would be 0 / 0.
+        Initial value of every accumulator: 0, or 1e-30 to 1e30. It is an offset, and the file holds only the sum of
+        squares. `hashemb.create` rejects 0 for both this and `eps`, as a first gradient of 0 would give 0 / 0.
     weight_decay : float
-        Decoupled decay λ, 0 to 1e30, and ``lr * λ < 1``: each step multiplies every weight of the table by
-        ``1 - lr * λ``, exactly, though only the rows that a batch reads or writes are visited.
+        Decoupled decay λ, 0 to 1e30, with ``lr * λ < 1``. Each step multiplies every weight of the table by exactly
+        ``1 - lr * λ``, although only the rows that a batch reads or writes are visited.
 
     Raises
     ------
     TypeError
-        For what is no number. NumPy's numbers are taken, and kept as Python's.
+        A parameter is not a number. NumPy numbers are accepted and stored as Python numbers.
     ValueError
-        For numbers out of range.
+        A parameter is out of range.
 
     References
     ----------
@@ -103,10 +103,10 @@ class Adagrad:
 
 @dataclass(frozen=True, kw_only=True)
 class RowWiseAdagrad(Adagrad):
-    """Row-wise Adagrad, one accumulator a row: ``a += mean(g²); w -= lr / (sqrt(a) + eps) * g``.
+    """Row-wise Adagrad, one accumulator per row: ``a += mean(g²); w -= lr / (sqrt(a) + eps) * g``.
 
-    Parameters and decay as for `Adagrad`. The formula is FBGEMM's ``EXACT_ROWWISE_ADAGRAD``; the state takes
-    ``1 / embedding_dim`` of the memory of `Adagrad`'s.
+    Parameters and decay are as for `Adagrad`. The formula is FBGEMM's ``EXACT_ROWWISE_ADAGRAD``; the state takes
+    ``1 / embedding_dim`` of the memory that `Adagrad` needs.
 
     References
     ----------
@@ -120,7 +120,7 @@ class RowWiseAdagrad(Adagrad):
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Stochastic gradient descent: ``w -= lr * g``; keeps no state. `weight_decay` as for `Adagrad`."""
+    """Stochastic gradient descent without state: ``w -= lr * g``. `weight_decay` is as for `Adagrad`."""
 
     lr: float = 0.01
     weight_decay: float = 0.0
@@ -147,10 +147,10 @@ class FTRL:
     alpha : float
         Learning rate (the table's `lr`), 1e-30 to 1e30.
     beta : float
-        Its smoothing: 0, or 1e-30 to 1e30, and likewise ``beta / alpha``. `hashemb.create` refuses 0 for both this and
-        `l2`: a first gradient near 0 would be divided by 0.
+        Smoothing of the learning rate: 0, or 1e-30 to 1e30, and likewise ``beta / alpha``. `hashemb.create` rejects 0
+        for both this and `l2`, as a first gradient near 0 would be divided by 0.
     l1, l2 : float
-        Regularisation strengths, 0 to 1e30 (`l2`: 0, or from 1e-30). FTRL has its own L2; there is no `weight_decay`.
+        Regularisation strengths, 0 to 1e30; `l2` is 0 or at least 1e-30. FTRL has its own L2 and no `weight_decay`.
 
     References
     ----------
@@ -176,7 +176,7 @@ class FTRL:
 
     @property
     def lr(self) -> float:
-        """The rate a table starts with: `alpha`."""
+        """Learning rate that a table starts with: `alpha`."""
         return self.alpha
 
 

@@ -1,8 +1,8 @@
-"""The slow twin: the table's algorithms in plain NumPy, operation by operation, in memory.
+"""Reference implementation of the table's algorithms in plain NumPy, operation by operation, in memory.
 
 It is the oracle of the tests (the fast table must equal it bit for bit), the documentation of every formula, and
 a way to check a table where the extension cannot be built. It never imports the extension and shares no code with
-it; only NumPy's float32 and float64 +, -, *, / and sqrt, which IEEE 754 makes the same everywhere.
+it. It uses only NumPy's float32 and float64 +, -, *, / and sqrt, which IEEE 754 makes the same everywhere.
 
 >>> import numpy as np
 >>> from hashemb import reference
@@ -40,7 +40,7 @@ _MASK = (1 << 64) - 1
 
 
 def hash_keys(values: Iterable[int | str | bytes | None], field: str | None = None) -> U64:
-    """Keys of Python values, one at a time: low 64 bits of MurmurHash3 x64-128 of each value's bytes."""
+    """Return keys of Python values: for each, the low 64 bits of MurmurHash3 x64-128 of its bytes."""
     seed = 0 if field is None else mmh3.hash(field.encode(), 0, signed=False)
     return np.array([_hash_value(v, seed) for v in values], np.uint64)
 
@@ -56,7 +56,7 @@ def _hash_value(value: int | str | bytes | None, seed: int) -> int:
 
 
 def fmix64(k: U64) -> U64:
-    """MurmurHash3's 64-bit finaliser."""
+    """Apply MurmurHash3's 64-bit finaliser."""
     k = k ^ (k >> np.uint64(33))
     k = k * np.uint64(0xFF51AFD7ED558CCD)
     k = k ^ (k >> np.uint64(33))
@@ -65,7 +65,7 @@ def fmix64(k: U64) -> U64:
 
 
 def splitmix64(seed: U64 | int, i: U64) -> U64:
-    """Output number i, from 0, of SplitMix64 started at `seed`."""
+    """Return output number i, counted from 0, of SplitMix64 started at `seed`."""
     z = np.asarray(seed, np.uint64) + (i + np.uint64(1)) * np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -77,7 +77,7 @@ def _seed_output(seed: int, i: int) -> int:
 
 
 def mulhi64(a: U64, b: int) -> U64:
-    """High 64 bits of a * b, from four 32-bit products."""
+    """Return the high 64 bits of a * b, computed from four 32-bit products."""
     low, s = np.uint64(0xFFFFFFFF), np.uint64(32)
     b0, b1 = np.uint64(b & 0xFFFFFFFF), np.uint64(b >> 32)
     a0, a1 = a & low, a >> s
@@ -87,7 +87,7 @@ def mulhi64(a: U64, b: int) -> U64:
 
 
 def rows(keys: U64, *, num_embeddings: int, num_hashes: int = 1, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Rows of keys, int64 (num_keys, num_hashes): ``mulhi64(fmix64(key ^ salt_h), num_embeddings)``."""
+    """Return the rows of keys, int64 (num_keys, num_hashes): ``mulhi64(fmix64(key ^ salt_h), num_embeddings)``."""
     keys = np.asarray(keys).reshape(-1).astype(np.uint64)
     salts = [np.uint64(_seed_output(seed, h)) for h in range(num_hashes)]
     columns = [mulhi64(fmix64(keys ^ salt), num_embeddings) for salt in salts]
@@ -98,7 +98,7 @@ def rows(keys: U64, *, num_embeddings: int, num_hashes: int = 1, seed: int = 0) 
 
 
 def _half_words(words: U64, dim: int) -> npt.NDArray[np.uint32]:
-    """(n, pairs) 64-bit words -> (n, dim) 32-bit halves, low half first."""
+    """Split (n, pairs) 64-bit words into (n, dim) 32-bit halves, low half first."""
     low = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     high = (words >> np.uint64(32)).astype(np.uint32)
     return np.stack([low, high], axis=2).reshape(len(words), 2 * words.shape[1])[:, :dim]
@@ -107,7 +107,7 @@ def _half_words(words: U64, dim: int) -> npt.NDArray[np.uint32]:
 def initial_rows(
     row: npt.NDArray[np.int64], *, embedding_dim: int, init: Initializer, seed: int = 0, num_hashes: int = 1
 ) -> F32:
-    """Values of rows never written, float32 (num_rows, embedding_dim).
+    """Return the values of rows never written, float32 (num_rows, embedding_dim).
 
     Columns 2p and 2p + 1 come from the low and high half of word ``row * ceil(dim / 2) + p`` of a SplitMix64
     stream; each row is scaled by ``1 / sqrt(num_hashes)``.
@@ -130,7 +130,7 @@ def initial_rows(
 
 
 def mean_square(g: F32) -> F32:
-    """Per row mean(g²): sixteen partial sums by column modulo 16, then a tree of additions."""
+    """Return mean(g²) per row: sixteen partial sums by column modulo 16, then a tree of additions."""
     padded = np.zeros((len(g), -(-g.shape[1] // 16) * 16), np.float32)
     padded[:, : g.shape[1]] = g * g
     lanes = np.zeros((len(g), 16), np.float32)
@@ -142,7 +142,7 @@ def mean_square(g: F32) -> F32:
 
 
 def adagrad_step(w: F32, g: F32, accumulator: F32, lr: np.float32, optimizer: Adagrad) -> F32:
-    """``a += g²; w -= lr * g / (sqrt(a + initial) + eps)``; with one accumulator a row, `a += mean(g²)`."""
+    """Compute ``a += g²; w -= lr * g / (sqrt(a + initial) + eps)``; row-wise, `a += mean(g²)`."""
     initial, eps = np.float32(optimizer.initial_accumulator_value), np.float32(optimizer.eps)
     if isinstance(optimizer, RowWiseAdagrad):
         accumulator += mean_square(g)
@@ -155,7 +155,7 @@ def adagrad_step(w: F32, g: F32, accumulator: F32, lr: np.float32, optimizer: Ad
 def ftrl_step(
     w: F32, g: F32, z: F32, n: F32, alpha: np.float32, optimizer: FTRL, written: npt.NDArray[np.bool_]
 ) -> F32:
-    """McMahan et al. 2013, Algorithm 1; z of a new row is the one whose weight is the initial weight."""
+    """Compute Algorithm 1 of McMahan et al. 2013; a new row's z is the one that gives the initial weight."""
     beta, l1, l2 = np.float32(optimizer.beta), np.float32(optimizer.l1), np.float32(optimizer.l2)
     start = np.where(written[:, None], z, -w * (beta / alpha + l2) - np.sign(w) * l1)
     n_new = n + g * g
@@ -174,12 +174,12 @@ def ftrl_step(
 class ReferenceTable:
     """A table in memory with the arguments of `hashemb.create` and the methods of `EmbeddingTable`.
 
-    O(num_embeddings * embedding_dim) memory. Arguments are trusted: this class checks nothing.
+    It takes O(num_embeddings * embedding_dim) memory. Arguments are trusted: this class checks nothing.
 
     Attributes
     ----------
     weight : ndarray, (num_embeddings, embedding_dim)
-        In storage dtype; bfloat16 as uint16.
+        Weights in the storage dtype; bfloat16 as uint16.
     state : dict of ndarray
     step : int
     lr : float
@@ -213,7 +213,7 @@ class ReferenceTable:
     # -- reading --
 
     def rows(self, keys: Any) -> npt.NDArray[np.int64]:
-        """Rows of keys, shape ``keys.shape``; with num_hashes k > 1, ``keys.shape + (k,)``."""
+        """Return the rows of keys, of shape ``keys.shape``, or ``keys.shape + (k,)`` with num_hashes k > 1."""
         keys = np.asarray(keys)
         shape = keys.shape if self.num_hashes == 1 else (*keys.shape, self.num_hashes)
         return self._rows(keys).reshape(shape)
@@ -221,7 +221,7 @@ class ReferenceTable:
     def lookup(
         self, keys: Any, *, offsets: Any = None, pooling: str = "sum", per_sample_weights: Any = None
     ) -> F32:
-        """As `EmbeddingTable.lookup`."""
+        """Return vectors as `EmbeddingTable.lookup` does."""
         vectors = np.zeros((np.asarray(keys).size, self.embedding_dim), np.float32)
         by_hash = self._rows(keys)
         for h in range(self.num_hashes):
@@ -245,7 +245,7 @@ class ReferenceTable:
         )
 
     def _load(self, row: npt.NDArray[np.int64]) -> tuple[F32, npt.NDArray[np.bool_]]:
-        """Values without the decay they owe, and whether each row has been written."""
+        """Return the values before the decay that they owe, and whether each row has been written."""
         stored = self.weight[row]
         written: npt.NDArray[np.bool_] = (stored.view(np.uint8) != 0).any(axis=1)
         wide = from_bfloat16(stored) if self.dtype == "bfloat16" else stored.astype(np.float32)
@@ -279,7 +279,7 @@ class ReferenceTable:
         pooling: str = "sum",
         per_sample_weights: Any = None,
     ) -> None:
-        """As `EmbeddingTable.update`."""
+        """Apply one optimiser step as `EmbeddingTable.update` does."""
         contributions = np.asarray(grads, np.float32).reshape(-1, self.embedding_dim)
         if offsets is not None:
             bag_of, scale = bags(offsets, pooling, per_sample_weights)
@@ -332,7 +332,7 @@ class ReferenceTable:
 
 
 def bags(offsets: Any, pooling: str, weights: Any) -> tuple[npt.NDArray[np.int64], F32]:
-    """Each key's bag, int64 (num_keys,), and each bag's scale, float32 (num_bags,)."""
+    """Return each key's bag, int64 (num_keys,), and each bag's scale, float32 (num_bags,)."""
     offsets = np.asarray(offsets).astype(np.int64)
     num_bags = len(offsets) - 1
     bag_of = np.repeat(np.arange(num_bags), np.diff(offsets))
@@ -350,7 +350,7 @@ def bags(offsets: Any, pooling: str, weights: Any) -> tuple[npt.NDArray[np.int64
 def sum_by_row(
     occurrences: npt.NDArray[np.int64], contributions: F32
 ) -> tuple[npt.NDArray[np.int64], F32]:
-    """Distinct rows, ascending, and the sum of each one's contributions in batch order."""
+    """Return the distinct rows in ascending order, and the sum of each one's contributions in batch order."""
     row, first, inverse = np.unique(occurrences, return_index=True, return_inverse=True)
     sums = contributions[first].copy()
     later = np.ones(len(occurrences), np.bool_)

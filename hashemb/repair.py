@@ -1,7 +1,7 @@
-"""A table made again from a snapshot of it.
+"""Restoring a table from a snapshot of it.
 
-Invariants: every byte is held against the snapshot's check sums on its way; at the path there is a whole table at any
-moment; what was there before is moved aside, never removed.
+Invariants: every byte is compared with the snapshot's check sums while it is copied; the path holds a complete table at
+any moment; what was there before is moved aside and never removed.
 """
 
 from __future__ import annotations
@@ -53,46 +53,47 @@ def restore(
     replace: bool = False,
     progress: Progress | None = None,
 ) -> str | None:
-    """Makes a table from a snapshot, which stays as it is.
+    """Restore a table from a snapshot, which is left unchanged.
 
     Parameters
     ----------
     snapshot : str or path-like
-        A snapshot as `EmbeddingTable.snapshot` left it: not opened for writing and trained since.
+        A snapshot as `EmbeddingTable.snapshot` wrote it, not trained since.
     path : str or path-like
         Directory to create; its parent must exist.
     replace : bool
-        If a table is at `path`, damaged or not, move it to ``PATH.damaged-1``, or the first number that is free.
+        If True, move a table at `path`, damaged or not, to ``PATH.damaged-1``, or the first number that is free.
     progress : callable, optional
-        Called with blocks copied so far and in all.
+        Called with the number of blocks copied so far and the total.
 
     Returns
     -------
     str or None
-        Where the table that was at `path` is now.
+        New path of the table that was at `path`, if there was one.
 
     Raises
     ------
     CorruptTableError
         The snapshot is damaged: the message holds the first problem that `verify` finds.
     ValueError
-        `snapshot` is a table and no snapshot, or has been trained since it was taken, or is `path` itself.
+        `snapshot` is a table but not a snapshot, has been trained since it was taken, or is `path` itself.
     FileExistsError
-        There is something at `path`, and `replace` is False.
+        `path` exists, and `replace` is False.
     FormatError
-        With `replace`: what is at `path` is no table.
+        `replace` is True, and `path` is not a table.
     HashembError
-        With `replace`: a writer has it open.
+        `replace` is True, and a writer has the table open.
     NoSpaceError, OSError
-        It could not be written; nothing has changed.
+        The table could not be written; nothing has changed.
 
     Notes
     -----
-    Reads each written block once and checks it on the way; holes stay holes, and where the file system can share space
-    between files, none is copied. The table appears, durably, at once and whole: a process killed in between leaves
-    the old one at `path` (with file systems that cannot exchange two names: for a moment none, the old one being under
-    its new name). It has the snapshot's step, and its history, so that deltas that follow the snapshot apply to it.
-    Files in the directory that are none of a table's own come along: from the snapshot, or else from what is replaced.
+    Each written block is read and checked once. Holes remain holes, and where the file system can share space between
+    files, nothing is copied. The table appears atomically and durably: if the process is killed, the old table is still
+    at `path` (on file systems that cannot exchange two names, there is a moment when nothing is at `path` and the old
+    table is under its new name). The table has the snapshot's step and its history, so deltas that follow the snapshot
+    apply to it. Files in the directory that are not part of a table are copied too, from the snapshot and from the
+    replaced table; the snapshot's take precedence.
 
     Examples
     --------
@@ -122,8 +123,8 @@ def restore(
 
 
 def _checked_snapshot(path: str) -> Check:
-    """The check of a snapshot, begun; everything of it that is small has been read."""
-    _directory.read_meta(path)  # no table at all: the usual errors
+    """Return the check of a snapshot, for which the small files have been read."""
+    _directory.read_meta(path)  # raises the usual errors if it is not a table
     check = Check(path, as_taken=True)
     _refuse(check)
     info, page = check.info, check.page
@@ -150,7 +151,7 @@ def _refuse(check: Check) -> None:
 
 @contextmanager
 def _without_writers(path: str) -> Iterator[None]:
-    """Keeps the table at `path` to this process. One whose lock is gone, or no file, can have no new writer."""
+    """Keep writers away from the table at `path`. A table whose lock is missing or not a file cannot get any."""
     if not any(os.path.lexists(os.path.join(path, name)) for name in ("meta.json", "control", "weight.npy")):
         raise FormatError(f"{path}: not a hashemb table: it is not replaced by one")
     try:
@@ -214,7 +215,7 @@ def _control_of_table(page: Any) -> bytes:
 
 
 class _Copy:
-    """Writes what a scan reads to the array files of a new directory, which are open."""
+    """Write what a scan reads to the open array files of a new directory."""
 
     def __init__(self, directory: Directory, meta: TableMeta, fds: dict[str, int]) -> None:
         self._meta, self._fds = meta, fds
@@ -228,7 +229,7 @@ class _Copy:
 
 
 def _carry_over(sources: list[str], building: Directory, meta: TableMeta) -> None:
-    """Files that lie beside a table's own: those of later sources replace those of earlier ones."""
+    """Copy the files that are not part of a table; those of later sources replace those of earlier ones."""
     own = _OWN_FILES | {f"{name}.npy" for name in meta.files}
     for source in sources:
         if not os.path.isdir(source):

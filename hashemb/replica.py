@@ -1,7 +1,7 @@
-"""Replicas: applying deltas to a table, and following a directory that a trainer puts them in.
+"""Replicas: apply deltas to a table, and follow a directory to which a trainer writes them.
 
-`follow` keeps nothing between calls: where a replica stands is in the replica, what there is to apply is in the
-directory. So it may be stopped and killed at any time, run by cron, or called by a server between requests.
+`follow` keeps no state between calls: the replica holds its own position, and the directory holds the deltas to apply.
+It may therefore be stopped or killed at any time, run by cron, or called by a server between requests.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ def apply_delta(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> DeltaInfo:
-    """Brings a replica from the point where a delta starts to the one where it ends.
+    """Apply a delta to a replica, which takes it from the delta's start to its end.
 
     Parameters
     ----------
     table : EmbeddingTable open "r+", or path of a table
-        A path is opened for the duration. A delta that holds everything (`export_delta` with ``since=None``) goes
-        on a table without updates, any other on one that stands at the delta's parent: a copy of the
-        snapshot, or a replica that has the deltas before it.
+        A table given by path is open only during the call. A full delta (`export_delta` with ``since=None``) applies
+        to a table without updates, any other to a table that is at the delta's parent: a copy of the snapshot, or a
+        replica that has the deltas before it.
     path : str or path-like
         The delta file.
     progress : callable, optional
-        Called with blocks written so far and in all.
+        Called with the number of blocks written so far and the total.
 
     Returns
     -------
     DeltaInfo
-        The table's `step` and `lr` are now the delta's.
+        The delta. The table now has its `step` and `lr`.
 
     Raises
     ------
     DeltaError
-        The table cannot take this delta: `reason` says why, the message has the numbers.
+        The delta cannot be applied to this table: `reason` gives the cause, the message the numbers.
     CorruptTableError, FormatError, FileNotFoundError
-        The delta is damaged, no delta, or not there.
+        The delta is damaged, is not a delta, or does not exist.
     ValueError
         A weight is too large for the table's dtype.
     NoSpaceError
-        The file system is full. Up to here the table's rows are as they were.
+        The file system is full. The table's rows are unchanged.
     ReadOnlyTableError, ClosedTableError
 
     Notes
     -----
     The whole file is checked before the first byte is written. Weights are converted to the table's dtype, rounded to
-    nearest even; optimiser state that the delta does not hold stays as it is, and what the table has no file for is
-    left out. Atomic: if it is interrupted, the table says so (`hashemb.open` warns) and accepts only the same
-    delta, which completes it. Processes that read the table see rows as they come, as beside a trainer.
-    Reads the file twice.
+    nearest even. Optimiser state that the delta lacks is left unchanged, and state for which the table has no file is
+    ignored. The call is atomic: after an interruption the table is marked (`hashemb.open` warns) and accepts only the
+    same delta, which completes it. Processes that read the table see rows as they are written, as with a trainer.
+    The file is read twice.
 
     Examples
     --------
@@ -104,23 +104,26 @@ def apply_delta(
 
 @dataclass(frozen=True)
 class FollowStatus:
-    """What `follow` found and did.
+    """Result of `follow`.
 
     Attributes
     ----------
     applied : tuple of DeltaInfo
-        By this call, in order.
+        Deltas applied by this call, in order.
     sequence, step : int or None
-        Where the replica stands now: number of its last delta or snapshot, and the source's step then. None: nowhere.
+        Position of the replica: the number of its last delta or snapshot, and the source's step at that time. None
+        for a replica that has neither.
     pending : int
-        Deltas in the directory that are newer than that; one that holds everything is for another replica.
+        Number of deltas in the directory that are newer than that. Full deltas, which start a new replica, count only
+        if this one has no position yet.
     lag_s : float
-        0 where none is pending; else the time since the oldest of them was taken: for how long the replica has been
-        without what exists. By the clocks of both machines.
+        Seconds since the oldest pending delta was taken, or 0 if none is pending: how long the replica has been
+        behind, by the clocks of both machines.
     gap : int or None
-        Number of a delta that is missing, where those pending cannot be applied for want of it.
+        Number of the first missing delta without which pending ones cannot be applied.
     skipped : dict
-        Files that are no whole delta (yet), or of another table: name -> why. The next call looks at them again.
+        Files that are not complete deltas (yet) or belong to another table, as name -> reason. The next call tries
+        them again.
     """
 
     applied: tuple[DeltaInfo, ...]
@@ -138,16 +141,16 @@ def follow(
     *,
     on_applied: Callable[[DeltaInfo], None] | None = None,
 ) -> FollowStatus:
-    """Brings a replica up to date with the deltas (``*.delta``) in a directory. Call it again and again.
+    """Bring a replica up to date with the deltas (``*.delta``) in a directory. Call it repeatedly.
 
     Parameters
     ----------
     path : str or path-like
-        The replica. If there is nothing, it is made from a delta that holds everything: of its dtype, and without
-        optimiser state unless the delta has it. A copy of a snapshot will do too.
+        The replica. If it does not exist, it is created from a full delta, with the delta's dtype, and with optimiser
+        state only if the delta has it. It may also be a copy of a snapshot.
     directory : str or path-like
-        Names don't matter: deltas are applied in the order of their parents. Files that are still being copied wait for
-        the next call; those that have been applied may be removed.
+        Directory of the deltas. Names do not matter: deltas are applied in the order of their parents. Files that are
+        still being copied are left for the next call; those that have been applied may be removed.
     on_applied : callable, optional
         Called with each delta once it is applied.
 
@@ -158,15 +161,16 @@ def follow(
     Raises
     ------
     FileNotFoundError
-        There is no such directory.
+        `directory` does not exist.
     DeltaError
-        The replica cannot go on: `reason` is "trained" (it has been updated itself), "interrupted" (a delta was applied
-        in part and is not in the directory) or "incompatible"; or there is no replica yet and deltas of several tables.
+        The replica cannot continue: `reason` is "trained" (it has been updated itself), "interrupted" (a delta was
+        partly applied and is not in the directory) or "incompatible"; or there is no replica yet, and the directory
+        holds deltas of several tables ("foreign").
     NoSpaceError, OSError
 
     Notes
     -----
-    A call with nothing to do reads the headers of the files, some 0.3 ms each, and touches nothing. Readers of the
+    A call with nothing to do reads the headers of the files, some 0.3 ms each, and changes nothing. Readers of the
     replica in other processes need not reopen it.
 
     Examples
@@ -192,7 +196,7 @@ def follow(
 
 
 class _Directory:
-    """The deltas in a directory, by path of the file; and what looks like one and is none, by name."""
+    """The deltas in a directory, by path, and the files that look like a delta but are not one, by name."""
 
     def __init__(self, directory: str) -> None:
         self.deltas: dict[str, DeltaInfo] = {}
@@ -203,14 +207,14 @@ class _Directory:
                 continue
             try:
                 self.deltas[file] = delta_info(file)
-            except FormatError as error:  # also of what is no regular file
+            except FormatError as error:  # also raised for what is not a regular file
                 self.skipped[name] = str(error)
-            except FileNotFoundError:  # removed since it was listed
+            except FileNotFoundError:  # removed since the listing
                 continue
 
 
 def _source(path: str, found: _Directory) -> tuple[str | None, History]:
-    """The table that the replica is of, or will be; and where the replica stands."""
+    """Return the id of the table that the replica follows, or will follow, and the replica's history."""
     history, meta = _standing(path)
     if meta and (history.source or history.points):
         return history.source or meta.id, history
@@ -224,7 +228,7 @@ def _source(path: str, found: _Directory) -> tuple[str | None, History]:
 
 
 def _standing(path: str) -> tuple[History, TableMeta | None]:
-    """The replica's history and metadata, if there is one."""
+    """Return the replica's history and metadata, or an empty history and None if there is no replica."""
     if not os.path.lexists(path):
         return History(), None
     with table_directory(path) as directory:
@@ -233,7 +237,7 @@ def _standing(path: str) -> tuple[History, TableMeta | None]:
 
 
 def _plan(history: History, mine: dict[str, DeltaInfo]) -> list[str]:
-    """The files to apply, in order: from where the replica stands to the newest delta that can be reached."""
+    """Return the files to apply, in order, from the replica's position to the newest delta that can be reached."""
     by_id = {info.id: file for file, info in mine.items()}
     start, first = history.last.id if history.last else None, []
     if history.applying:
@@ -256,7 +260,7 @@ def _plan(history: History, mine: dict[str, DeltaInfo]) -> list[str]:
 def _apply_all(
     path: str, files: list[str], found: _Directory, on_applied: Callable[[DeltaInfo], None] | None
 ) -> list[DeltaInfo]:
-    """Applies the files up to the first that turns out not to be whole."""
+    """Apply the files up to the first one that turns out to be incomplete."""
     applied: list[DeltaInfo] = []
     if not files:
         return applied
@@ -299,7 +303,7 @@ def _apply_unless_applied(table: EmbeddingTable, delta: DeltaReader) -> bool:
 
 
 def _replica_meta(info: DeltaInfo) -> TableMeta:
-    """Of a table with the source's rows, in the delta's dtype; it keeps optimiser state only if the delta has it."""
+    """Return the metadata of a replica: the delta's dtype, and optimiser state only if the delta has it."""
     if info.state:
         return info.table
     row_bytes = info.table.embedding_dim * np.dtype(STORAGE_DTYPES[info.dtype]).itemsize
@@ -325,6 +329,6 @@ def _status(
 
 
 def _gap(position: str | None, pending: list[DeltaInfo]) -> int | None:
-    """The first number that is missing."""
+    """Return the number of the first missing delta."""
     reachable = {position, *(info.id for info in pending)}
     return min((info.parent_sequence for info in pending if info.parent not in reachable), default=None)

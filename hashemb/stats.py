@@ -1,4 +1,4 @@
-"""What can be said of a table's use: a value type and the occupancy formulas behind it."""
+"""Statistics of a table's use: `TableStats` and the occupancy formulas behind it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ __all__ = ["TableStats", "collision_rate", "estimate_distinct_keys"]
 
 @dataclass(frozen=True)
 class TableStats:
-    """Use of a table; see `EmbeddingTable.stats`.
+    """How full a table is; returned by `EmbeddingTable.stats`.
 
     Attributes
     ----------
     num_embeddings : int
-        Rows of the table.
+        Number of rows in the table.
     rows_touched : int
-        Rows written at least once. Counted as they are first written, so several Hogwild writers may count a
-        row twice; with `exact` they are counted by reading the written blocks.
+        Number of rows written at least once. Rows are counted when first written, so several Hogwild writers may
+        count a row twice; with `exact` they are counted by reading the written blocks.
     exact : bool
-        Whether `rows_touched` comes from a scan.
+        Whether `rows_touched` comes from such a scan.
     estimated_distinct_keys : float
-        Distinct keys that have been updated, estimated from `rows_touched`; inf when every row is touched.
+        Number of distinct keys updated, estimated from `rows_touched`; inf when every row is touched.
     collision_rate : float
-        Expected fraction of those keys all of whose rows are shared with another key.
+        Expected fraction of those keys that share all their rows with other keys.
     logical_bytes, disk_bytes : int
         Size of the files with and without their holes.
     resident_bytes : int or None
-        Bytes of the files in the page cache; None where the kernel cannot tell.
+        Bytes of the files in the page cache; None where the kernel does not report it.
     huge_page_bytes : int or None
-        Bytes of the files that this process maps by pages of 2 MiB, of those it has used so far; None where the kernel
-        cannot tell. Other processes may map the same bytes by smaller pages.
+        Bytes that this process has used so far and maps with pages of 2 MiB; None where the kernel does not report
+        it. Other processes may map the same bytes with smaller pages.
     """
 
     num_embeddings: int
@@ -46,11 +46,11 @@ class TableStats:
 
 
 def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: int = 1) -> float:
-    """Distinct keys that would touch this many rows, by inverting the expected occupancy.
+    """Estimate how many distinct keys touched this many rows, by inverting the expected occupancy.
 
-    D keys with k hashes touch ``n * (1 - (1 - 1/n)**(k * D))`` of n rows in expectation (the occupancy problem:
-    Feller, An Introduction to Probability Theory and Its Applications I, section IV.2; as "linear counting" in
-    Whang et al., ACM TODS 15, 1990).
+    D keys with k hashes touch ``n * (1 - (1 - 1/n)**(k * D))`` of n rows in expectation. This is the occupancy
+    problem (Feller, An Introduction to Probability Theory and Its Applications I, section IV.2), also known as linear
+    counting (Whang et al., ACM TODS 15, 1990).
 
     >>> round(estimate_distinct_keys(632, 1000))
     999
@@ -63,7 +63,7 @@ def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: i
 
 
 def collision_rate(distinct_keys: float, num_embeddings: int, num_hashes: int = 1) -> float:
-    """Expected fraction of keys all of whose rows are shared with at least one other key.
+    """Return the expected fraction of keys that share each of their rows with at least one other key.
 
     >>> round(collision_rate(1000, 1000), 3)
     0.632

@@ -1,4 +1,4 @@
-"""EmbeddingTable: checks arguments, calls the core. No arithmetic here, and no files: see csrc/ and _files/."""
+"""`EmbeddingTable` checks arguments and calls the core. The arithmetic is in csrc/, file access in _files/."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Floats = npt.NDArray[np.float32]
 
 
 class EmbeddingTable:
-    """A table of vectors in memory-mapped files. Made by `hashemb.create` and `hashemb.open`, not directly.
+    """A table of vectors in memory-mapped files, returned by `hashemb.create` and `hashemb.open`.
 
     Any number of processes may have the same table open, and any number of threads may use one object: look-ups
-    run freely, updates of one object are applied one after another. A context manager: closes at the end.
+    run in parallel, and updates through one object are applied in turn. As a context manager, it closes at the end.
 
     Attributes
     ----------
@@ -41,15 +41,15 @@ class EmbeddingTable:
     num_embeddings, embedding_dim, num_hashes, seed : int
     dtype : str
     optimizer, init
-        As given to `create`.
+        The arguments of `create`.
     isolation : {"hogwild", "exact"}
-        As given to `open`.
+        The argument of `open`.
     recovered : {None, "killed", "rebooted"}
-        How the table was found, if its last writer did not close it: ended by a signal (all it wrote is there), or by
-        a restart of the machine (what was not flushed may be lost). Only of a table opened for writing by nobody else.
+        Why the last writer did not close the table: it was killed (everything it wrote is present) or the machine
+        restarted (unflushed updates may be lost). Set only with mode "r+", if no other process has it open for writing.
     suspects : ndarray of int64
-        With `recovered`, the rows that killed processes were writing, at most one for each of their threads: elements
-        or optimiser state from before and after an update may stand side by side in them, and in no other row.
+        With `recovered`, the rows that killed processes were writing, at most one for each of their threads. These
+        rows, and no others, may mix elements or optimiser state from before and after an update.
     """
 
     def __init__(
@@ -85,21 +85,21 @@ class EmbeddingTable:
         per_sample_weights: Any = None,
         out: Floats | None = None,
     ) -> Floats:
-        """Vectors of keys, or pooled vectors of bags of keys.
+        """Return the vectors of keys, or the pooled vectors of bags of keys.
 
         Parameters
         ----------
         keys : array_like of int, any shape and integer dtype; or scipy.sparse CSR matrix
-            Negative keys are their two's complement. Of a CSR matrix the column indices are keys, the data
-            weights and the rows bags. Other values: `hashemb.hash_keys` first.
+            Negative keys are read as their two's complement. In a CSR matrix the column indices are keys, the data
+            are weights and the rows are bags. Pass other values through `hashemb.hash_keys` first.
         offsets : array_like of int, shape (num_bags + 1,), optional
-            Bag b is ``keys[offsets[b]:offsets[b + 1]]``; starts at 0, ends at ``len(keys)``.
+            Bag b is ``keys[offsets[b]:offsets[b + 1]]``. The first offset is 0, the last is ``len(keys)``.
         pooling : {"sum", "mean", "sqrtn"}
-            "mean" divides a bag's weighted sum by its total weight, "sqrtn" by the root of its total squared
-            weight (as TensorFlow's ``embedding_lookup_sparse``). An empty bag, and one whose divisor is 0, is 0.
+            "mean" divides a bag's weighted sum by its total weight, "sqrtn" by the square root of its sum of squared
+            weights (as TensorFlow's ``embedding_lookup_sparse``). An empty bag, or one whose divisor is 0, gives 0.
         per_sample_weights : array_like of float, shape (num_keys,), optional
         out : ndarray of float32, C-contiguous, optional
-            Receives the result.
+            Array that receives the result.
 
         Returns
         -------
@@ -109,15 +109,15 @@ class EmbeddingTable:
         Raises
         ------
         TypeError, ValueError
-            For arguments of the wrong kind or shape, with the numbers.
+            An argument has the wrong kind or shape; the message gives the numbers.
         NoSpaceError
-            On a full tmpfs only, where reading a row never written takes a page; with space the same call succeeds.
+            Only on a full tmpfs, where reading a row never written takes a page. The call can be repeated.
         ClosedTableError
 
         Notes
         -----
-        Reads ``num_hashes * embedding_dim * itemsize`` bytes per key; writes nothing to the table. Safe beside
-        writers in any thread or process; a row read during its update may mix old and new elements.
+        The call reads ``num_hashes * embedding_dim * itemsize`` bytes per key and writes nothing to the table. It may
+        run at the same time as writers in any thread or process; a row being updated may mix old and new elements.
         """
         core = self._open_core()
         keys, offsets, weights, code, shape = arguments.batch(
@@ -128,7 +128,7 @@ class EmbeddingTable:
         return result
 
     def rows(self, keys: Any) -> npt.NDArray[np.int64]:
-        """Rows of keys, int64 of shape ``keys.shape``; with num_hashes k > 1, ``keys.shape + (k,)``."""
+        """Return the rows of keys, int64 of shape ``keys.shape``, or ``keys.shape + (k,)`` with num_hashes k > 1."""
         core = self._open_core()
         array = arguments.keys_array(keys)
         shape = array.shape if self.num_hashes == 1 else (*array.shape, self.num_hashes)
@@ -137,7 +137,7 @@ class EmbeddingTable:
         return result
 
     def prefetch(self, keys: Any) -> None:
-        """Starts to bring rows into memory, and returns at once: for the next batch, before work on this one.
+        """Start to read the rows of the next batch into memory, and return without waiting for them.
 
         Parameters
         ----------
@@ -150,12 +150,12 @@ class EmbeddingTable:
 
         Notes
         -----
-        For a table larger than memory; where the rows are in memory already it changes nothing. Of a table open for
-        writing it brings the optimiser's state as well. A thread of this process asks the kernel for the pages
-        (`MADV_WILLNEED`): advice, which the kernel may ignore when memory is short, as this does when 64 earlier calls
-        still wait for the disk. Writes nothing. Reads a page (4 KiB) per distinct row and file. Look-ups and updates
-        ask for their own pages without this (docs/performance.md). In a table with huge
-        pages, what this reads stays small.
+        This is useful for tables larger than memory, and has no effect on rows that are in memory already. In a table
+        open for writing it also reads the optimiser's state. A thread of this process advises the kernel to read the
+        pages (`MADV_WILLNEED`), one page (4 KiB) per distinct row and file. The kernel may ignore the advice when
+        memory is short; a call made while 64 earlier ones still wait for the disk is ignored too. Nothing is written.
+        Look-ups and updates have a read-ahead of their own (docs/performance.md). The pages read are small ones, even
+        in a table with huge pages.
 
         Examples
         --------
@@ -180,34 +180,34 @@ class EmbeddingTable:
         pooling: str = "sum",
         per_sample_weights: Any = None,
     ) -> None:
-        """Applies one optimiser step.
+        """Apply one optimiser step.
 
         Parameters
         ----------
         keys, offsets, pooling, per_sample_weights
-            As for the `lookup` whose result was used.
+            The arguments of the `lookup` whose result was used.
         grads : array_like of float
-            Gradient of the loss by that result, of its shape.
+            Gradient of the loss with respect to that result, of the same shape.
 
         Raises
         ------
         ValueError
-            Wrong shapes, NaN or infinite gradients; nothing has been written.
+            Shapes do not match, or gradients are NaN or infinite; nothing has been written.
         ReadOnlyTableError, ClosedTableError
         NoSpaceError
-            The file system is full; nothing has been written, and the same call may be made again.
+            The file system is full; nothing has been written, and the call can be repeated.
         TableBusyError
-            Called by a signal handler or callback in the middle of `apply_delta` to the same table by the same thread.
+            A signal handler or callback made the call during `apply_delta` to the same table in the same thread.
 
         Notes
         -----
-        A signal handler runs before or after the batch is applied, never amid it, and may use the table or raise.
-        Another thread must not change `grads` meanwhile: what becomes NaN or infinite does not reach the table, and a
-        `ValueError` says how many rows were left as they were.
+        A signal handler runs before or after the batch is applied, never during it, and may use the table or raise.
+        Other threads must not change `grads` during the call: values that become NaN or infinite do not reach the
+        table, and a `ValueError` says how many rows were left unchanged.
 
-        Gradients of the same row (the same key, or colliding ones) are summed in batch order, then each row is
-        stepped once. Reads and writes each distinct row and its state once. Bits do not depend on the number of
-        threads. Counts as one step also when `keys` is empty.
+        Gradients of the same row (from equal or colliding keys) are summed in batch order, and each row is stepped
+        once. Each distinct row and its state are read and written once. The result does not depend on the number of
+        threads, bit for bit. A call with empty `keys` also counts as one step.
         """
         core, files = self._writable()
         keys, offsets, weights, code, shape = arguments.batch(
@@ -224,7 +224,7 @@ class EmbeddingTable:
 
     @property
     def lr(self) -> float:
-        """The learning rate, of every process that has the table open. FTRL: its alpha."""
+        """Learning rate, shared by every process that has the table open; for FTRL, alpha."""
         return float(self._open_files().control["lr"][0])
 
     @lr.setter
@@ -236,25 +236,25 @@ class EmbeddingTable:
 
     @property
     def weight(self) -> npt.NDArray[Any]:
-        """Read-only view of the storage, (num_embeddings, embedding_dim); bfloat16 as uint16.
+        """Read-only view of the stored weights, (num_embeddings, embedding_dim); bfloat16 is shown as uint16.
 
-        Raw: rows never written are zero here, and weight decay that a row still owes is not applied.
+        Values are raw: rows never written are zero, and weight decay that a row still owes is not applied.
         """
         return _read_only(self._open_files().arrays["weight"])
 
     @property
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Read-only views of the optimiser's arrays, by name."""
+        """Read-only views of the optimiser's state arrays, by name."""
         arrays = self._open_files().arrays
         return {name: _read_only(arrays[name]) for name in self._meta.row_files if name != "weight"}
 
     @property
     def step(self) -> int:
-        """Updates applied so far, by all processes."""
+        """Number of updates applied so far by all processes."""
         return int(self._open_files().control["step"][0])
 
     def stats(self, exact: bool = False) -> TableStats:
-        """How full the table is; with `exact`, rows are counted by reading every block ever written."""
+        """Return how full the table is; with `exact`, count rows by reading every block ever written."""
         files = self._open_files()
         with files.calls:
             touched = self._count_rows(files) if exact else int(files.control["rows_touched"][0])
@@ -292,16 +292,16 @@ class EmbeddingTable:
         extra: dict[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> SnapshotInfo:
-        """Copies the table as it is at one point in time, while writers in any process go on.
+        """Copy the table as it is at one point in time, while writers in any process continue.
 
         Parameters
         ----------
         dst : str or path-like
-            Directory to create: a table like any other, with check sums (`hashemb.verify`).
+            Directory to create: a complete table with check sums (see `hashemb.verify`).
         extra : dict, optional
-            JSON to keep with it, say the trainer's position in its data: `hashemb.info(dst).snapshot.extra`.
+            JSON data to keep with it, e.g. the position in the training data: `hashemb.info(dst).snapshot.extra`.
         progress : callable, optional
-            Called with blocks saved so far and in all.
+            Called with the number of blocks saved so far and the total.
 
         Returns
         -------
@@ -310,17 +310,17 @@ class EmbeddingTable:
         Raises
         ------
         FileExistsError, FileNotFoundError
-            There is something at `dst`, or its parent does not exist.
+            `dst` exists already, or its parent does not exist.
         NoSpaceError, OSError
-            It could not be written, by this process or by a writer that had to save a block; nothing is left at `dst`.
-        ReadOnlyTableError, ClosedTableError; HashembError where all 2**32 - 1 epochs are used up
+            This process or a writer that had to save a row could not write; nothing is left at `dst`.
+        ReadOnlyTableError, ClosedTableError, or HashembError if all 2**32 - 1 epochs are used up
 
         Notes
         -----
-        The point in time is between batches: it waits for those in flight, and holds up the next ones for some
-        microseconds. From then on whoever is about to change a row first saves what it was, and this call copies all
-        written blocks, puts those rows right, and syncs. One snapshot or delta is taken of a table at a time; a
-        second call waits.
+        The point in time is between batches: the call waits for those in progress, and delays the next ones by some
+        microseconds. From then on a writer saves the old content of a row before changing it, while this call copies
+        all written blocks, restores those rows in the copy, and syncs it. One snapshot or delta of a table is taken
+        at a time; a second call waits.
         """
         _, files = self._writable()
         return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)
@@ -334,20 +334,20 @@ class EmbeddingTable:
         dtype: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> DeltaInfo:
-        """Writes what changed since a point in time to one file, for `hashemb.apply_delta`; writers go on meanwhile.
+        """Write the changes since a point in time to one file for `hashemb.apply_delta`, while writers continue.
 
         Parameters
         ----------
         since : None, str, path-like, SnapshotInfo or DeltaInfo
-            A snapshot or delta in this table's history, or the path of one. None: everything, to begin a chain.
+            A snapshot or delta in this table's history, or the path of one. None exports everything, to start a chain.
         path : str or path-like
-            File to create; by custom ``*.delta``, which `hashemb.follow` looks for.
+            File to create. Name it ``*.delta`` for `hashemb.follow` to find it.
         state : bool
-            The optimiser's state too, to train on with. Default: what look-ups need.
+            Whether to include the optimiser's state, for further training. By default, only what look-ups need.
         dtype : {"float32", "float16", "bfloat16"}, optional
-            Of the weights in the file, rounded to nearest even. Default: the table's.
+            Dtype of the weights in the file, rounded to nearest even. Default: the table's dtype.
         progress : callable, optional
-            Called with blocks packed so far and in all.
+            Called with the number of blocks packed so far and the total.
 
         Returns
         -------
@@ -356,46 +356,47 @@ class EmbeddingTable:
         Raises
         ------
         ValueError
-            `since` is not in the table's history, `state` with another dtype, or a weight too large for `dtype`.
+            `since` is not in the table's history, `state` is given with another dtype, or `dtype` cannot hold a weight.
         FileExistsError, FileNotFoundError
-            There is something at `path`, or its directory does not exist.
+            `path` exists already, or its directory does not exist.
         NoSpaceError, OSError
-            It could not be written; nothing is left at `path`.
+            The file could not be written; nothing is left at `path`.
         DeltaError
-            The table itself has a delta applied in part.
-        ReadOnlyTableError, ClosedTableError; HashembError as for `snapshot`
+            A delta was partly applied to the table itself.
+        ReadOnlyTableError, ClosedTableError, or HashembError as for `snapshot`
 
         Notes
         -----
-        A point in time, as `snapshot`: no batch is half in it. Holds whole blocks, about 4096 bytes of weights each;
-        reads and writes each twice, through files beside `path`. The file appears complete and synced, or not at all.
+        The point in time is as for `snapshot`: it splits no batch. The file holds whole blocks, about 4096 bytes of
+        weights each; each is read and written twice, through files next to `path`. The file appears complete and
+        synced, or not at all.
         """
         _, files = self._writable()
         return export_to(files, since, arguments.path_string(path), state=state, dtype=dtype, progress=progress)
 
     def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
-        """See `hashemb.apply_delta`; the delta has been checked."""
+        """Apply a delta that has been checked; see `hashemb.apply_delta`."""
         _, files = self._writable()
         return apply_to(files, delta, progress)
 
     # -- life --
 
     def flush(self) -> None:
-        """Returns when everything written so far is on disk: the durability point. Costs what is unwritten."""
+        """Write all updates made so far to disk, and return when they are durable. Only unwritten pages are written."""
         files = self._open_files()
         with files.calls:
             files.flush()
 
     def close(self) -> None:
-        """Closes the table; again is no error.
+        """Close the table; closing it again has no effect.
 
-        Calls in other threads end first: updates and look-ups with their result, longer ones with `ClosedTableError`.
+        Calls in other threads end first: updates and look-ups complete, longer ones raise `ClosedTableError`.
         Arrays from `weight` and `state` stay valid.
 
         Raises
         ------
         TableBusyError
-            Called by a signal handler or callback, in the middle of another call of the same thread.
+            A signal handler or callback made the call during another call of the same thread.
         """
         files = self._files
         if files is None:

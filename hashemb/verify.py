@@ -1,9 +1,9 @@
-"""Checks of a table, a snapshot or a delta at rest or in use: all check sums, all invariants; nothing is written.
+"""Checks of a table, a snapshot or a delta, at rest or in use: all check sums and all invariants. Nothing is written.
 
-Files are read by `pread`, never mapped, so that no content can end the process, and only where they are not holes. What
-is found is a list of problems, not an exception. A snapshot that nobody has opened for writing since it was taken
-(`opened` in its control page is 0) is held against its check sums in every byte; of one that was opened, what has not
-been written since is.
+Files are read with `pread` and never mapped, so that no content can kill the process, and holes are skipped. The result
+is a list of problems, not an exception. A snapshot that has not been opened for writing since it was taken (`opened` in
+its control page is 0) is compared with its check sums in every byte; in one that has been opened, only the blocks that
+have not been written since are compared.
 """
 
 from __future__ import annotations
@@ -47,37 +47,38 @@ _BOOT_ID = re.compile(rb"[0-9a-f-]{36}|unknown")
 def verify(
     path: str | os.PathLike[str], *, progress: Progress | None = None, suspects: bool = False
 ) -> list[Problem]:
-    """Checks a table, a snapshot, or a delta file, and says everything that is wrong with it.
+    """Check a table, a snapshot or a delta file, and return all problems found.
 
     Parameters
     ----------
     path : str or path-like
         Directory of a table or snapshot, or a delta file.
     progress : callable, optional
-        Called with blocks checked so far and in all.
+        Called with the number of blocks checked so far and the total.
     suspects : bool
-        Name the rows, too, that killed processes were writing: see `EmbeddingTable.suspects`.
+        Whether to report also the rows that killed processes were writing: see `EmbeddingTable.suspects`.
 
     Returns
     -------
     list of Problem
-        Empty: nothing is wrong. More than ten of a kind in one file are counted, not listed.
+        Empty if nothing is wrong. Beyond ten problems of a kind in one file, the others are counted and not listed.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        `path` does not exist.
 
     Notes
     -----
-    Of any table: `meta.json`, `history.json`, the control page, sizes and headers of all files; that blocks never
-    written hold nothing but zeros; that weights and optimiser state of the others are finite, sums of squares not
-    negative, and no row has paid more weight decay than there was. Of a snapshot: every byte, by check sums (of blocks
-    written since, if it was opened for writing, as of any table); what a check sum vouches for may hold any values. A
-    row without weights but with state is no problem: that is how a process killed in a row's first update leaves it.
+    In any table this checks `meta.json`, `history.json`, the control page, and the sizes and headers of all files; that
+    blocks never written hold only zeros; that weights and optimiser state of the other blocks are finite, sums of
+    squares are not negative, and no row has paid more weight decay than was applied. In a snapshot it checks every
+    byte by check sums; blocks written after it was opened for writing are checked as in any table. Values confirmed by
+    a check sum may be arbitrary. A row with state but without weights is not a problem: a process killed in the row's
+    first update leaves it so.
 
-    Reads what has been written once, 8 MiB at a time; holes cost nothing. Safe beside writers: a block that changes
-    while it is looked at is not reported.
+    Written blocks are read once, 8 MiB at a time; holes cost nothing. The call may run at the same time as writers: a
+    block that changes while it is being checked is not reported.
 
     Examples
     --------
@@ -99,7 +100,7 @@ def verify(
     check = Check(path)
     check.run(progress)
     if check.report.problems() and check.opened_meanwhile():
-        check = Check(path)  # a snapshot no more, since a writer has come: the rules are others
+        check = Check(path)  # a writer has opened the snapshot meanwhile, so the rules of a table apply
         check.run(progress)
     if suspects and check.meta is not None:
         _name_suspects(check, check.meta)
@@ -135,7 +136,7 @@ class Check:
     ----------
     path : str
     as_taken : bool
-        Hold a snapshot that has been opened for writing to what it was when it was taken, too.
+        Whether a snapshot that has been opened for writing must still be as it was taken.
 
     Attributes
     ----------
@@ -145,7 +146,7 @@ class Check:
         The control page.
     info : SnapshotInfo or None
     history : History or None
-        None where they cannot be read, or are not there.
+        These are None if they cannot be read or do not exist.
     """
 
     def __init__(self, path: str, *, as_taken: bool = False) -> None:
@@ -157,7 +158,7 @@ class Check:
         self.was_taken = self.info is not None and (as_taken or self.page is None or not self.page["opened"])
 
     def run(self, progress: Progress | None = None, *, arrays_in: str | None = None, sink: Sink | None = None) -> None:
-        """Checks everything; the content of arrays by those in `arrays_in`, if they are elsewhere."""
+        """Check everything; if `arrays_in` is given, read the arrays' content from that directory."""
         self._check_lock()
         if self.page is not None:
             self._check_page(self.page)
@@ -168,7 +169,7 @@ class Check:
             self._check_arrays(self.meta, arrays_in or self.path, sink, progress)
 
     def opened_meanwhile(self) -> bool:
-        """Whether a snapshot that had not been opened for writing now has been."""
+        """Return whether a snapshot has been opened for writing since the check began."""
         if not self.was_taken or self.page is None:
             return False
         now = self._raw_page()
@@ -211,7 +212,7 @@ class Check:
     def _same(self, what: str, expected: Any, found: Any) -> None:
         self._expect("control", expected == found, f"{what} {expected!r}", f"{found!r}")
 
-    # -- the control page, and what it says of the others --
+    # -- the control page, and the other files as it describes them --
 
     def _raw_page(self) -> Any:
         try:
@@ -224,11 +225,11 @@ class Check:
         page = self._raw_page() if self.page is not None else None
         if page is None or (not self.was_taken and not self._is_up_to_date(page)):
             return Limits(all_marked=self.was_taken)
-        half_applied = self.history is not None and self.history.applying  # a delta: its rows come before its page
+        half_applied = self.history is not None and self.history.applying  # a delta's rows are written before the page
         return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]), all_marked=True)
 
     def _check_page(self, page: Any) -> None:
-        """What `read_control` has left to be checked: of use where no check sum covers the page."""
+        """Check what `read_control` does not; this is useful where no check sum covers the page."""
         between = bytearray(_directory.read_file(os.path.join(self.path, "control"), CONTROL_BYTES))
         for name in CONTROL_DTYPE.names or ():
             offset = CONTROL_DTYPE.fields[name][1]  # type: ignore[index]
@@ -239,7 +240,7 @@ class Check:
         self._expect("control", _BOOT_ID.fullmatch(boot_id), "the id of a boot", repr(boot_id))
 
     def _check_origin(self, page: Any) -> None:
-        """Whose page it is: files of other tables and snapshots may have check sums in order."""
+        """Check that the page belongs to this table, as files from other tables may have valid check sums."""
         table, snapshot = page_id(page["table"]), page_id(page["snapshot"])
         if self.meta is not None and table:
             self._same("the page of table", self.meta.id, table)
@@ -275,7 +276,7 @@ class Check:
             self._check_own_point(history, self.info)
 
     def _is_up_to_date(self, page: Any) -> bool:
-        """Not so after a restart of the machine with a writer at work, until the next puts it right."""
+        """Return False after the machine restarted with a writer at work, until the next writer repairs the page."""
         return bool(page["clean"]) or page["boot_id"].decode("ascii", "replace") == _directory.boot_id()
 
     def _check_own_point(self, history: History, info: SnapshotInfo) -> None:
@@ -307,7 +308,7 @@ class Check:
             self._check_content(self.info, scan)
 
     def _is_array(self, name: str, spec: FileSpec) -> bool:
-        """Whether it can be read as one: its size is right. A bad header is reported, and no more."""
+        """Return whether the file can be read as an array, i.e. has the right size. A bad header is only reported."""
         filename = f"{name}.npy"
         if not self._is_file(filename):
             return False

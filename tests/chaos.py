@@ -1,12 +1,13 @@
-"""What test_chaos.py sets loose on two tables, and how it is judged: actors that can be killed at any moment, and the
-states in which they may leave rows.
+"""Actors for test_chaos.py, which can be killed at any moment, and a judge of the states in which they may leave rows.
 
-- `own`, hogwild, Adagrad: every key has one writer, whose batches are replayed: weights are known to the bit.
-- `shared`, exact, SGD with rate 1: all writers add to the same rows.
+The actors work on two tables:
 
-Gradients are small whole numbers, so that accumulators of the one (sums of squares) and negated weights of the other
-are counters, exact in float32 whatever the order. A batch is a pure function of (round, writer, number), and in each
-batch a key of the writer's own, its clock, counts one: it says how many of the writer's batches a snapshot holds.
+- `own`, hogwild, Adagrad: every key has one writer, whose batches are replayed, so that weights are known to the bit.
+- `shared`, exact, SGD with learning rate 1: all writers add to the same rows.
+
+Gradients are small whole numbers, so that the accumulators of `own` (sums of squares) and the negated weights of
+`shared` are counters, exact in float32 in any order. A batch is a pure function of (round, writer, number). Each batch
+also increments one key that only its writer uses, its clock, which tells how many of its batches a snapshot contains.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Counts = npt.NDArray[np.int64]
 
 NUM_WRITERS, NUM_READERS = 3, 2
 NUM_ROWS, DIM = 1 << 18, 8
-NUM_KEYS = 4000  # of each writer in `own`, and of all in `shared`
-SIZES = (20, 400, 3000, 9000)  # of batches; the largest are for three threads
+NUM_KEYS = 4000  # per writer in `own`, for all writers together in `shared`
+SIZES = (20, 400, 3000, 9000)  # batch sizes; the largest use three threads
 TABLES = ("own", "shared")
 OPTIONS: dict[str, dict[str, Any]] = {
     "own": {"optimizer": hashemb.Adagrad(lr=0.1), "init": hashemb.Uniform(0.5)},
@@ -46,18 +47,18 @@ def create_tables(root: Path) -> None:
 
 
 def distinct_keys(table: hashemb.EmbeddingTable) -> Counts:
-    """Keys that share no row: those of each writer in `own`, one part after the other, and last the clocks."""
+    """Return keys that share no row: a part for each writer in `own`, then the clocks."""
     candidates = np.arange(20_000)
     _, first = np.unique(table.rows(candidates), return_index=True)
     return candidates[np.sort(first)][: NUM_WRITERS * (NUM_KEYS + 1)]
 
 
-# ---- what the processes tell each other: a file of counters, mapped by all ----
+# ---- communication between the processes: a file of counters, mapped by all ----
 
 
 @dataclass(frozen=True)
 class Board:
-    """done[writer, table]: batches applied; turns: what readers, maker and follower have gone through; stop."""
+    """Shared counters. done[writer, table]: batches applied; turns: loops of readers, maker and follower; stop."""
 
     path: Path
 
@@ -85,7 +86,7 @@ class Board:
 
 
 def batch_of(round_number: int, writer: int, number: int, table: int) -> tuple[Counts, npt.NDArray[np.float32]]:
-    """Which of `distinct_keys`, and the gradient of each, (n, DIM); the last one is the writer's clock."""
+    """Return indices into `distinct_keys` and the gradient of each, (n, DIM); the last one is the writer's clock."""
     rng = np.random.default_rng([round_number, writer, number, table])
     size = int(rng.choice(SIZES))
     chosen = rng.integers(0, NUM_KEYS, size) + (writer * NUM_KEYS if TABLES[table] == "own" else 0)
@@ -94,7 +95,7 @@ def batch_of(round_number: int, writer: int, number: int, table: int) -> tuple[C
 
 
 def write(root: Path, round_number: int, writer: int, num_threads: int) -> None:
-    """Updates both tables in turn; now and then closes and opens one, or flushes it."""
+    """Update both tables in turn; occasionally close and reopen one, or flush it."""
     hashemb.set_num_threads(num_threads)
     board, tables = Board(root / "board"), [open_for_writing(root, name) for name in TABLES]
     done, stop, keys = board.done, board.stop, distinct_keys(tables[0])
@@ -119,7 +120,7 @@ def open_for_writing(root: Path, name: str) -> hashemb.EmbeddingTable:
 
 
 def read(root: Path, reader: int) -> None:
-    """Looks rows up without an end: counters are whole numbers that never go back, and nothing is ever refused."""
+    """Look rows up in a loop: counters are whole numbers that never decrease, and no call is ever refused."""
     board = Board(root / "board")
     with hashemb.open(root / "own") as own, hashemb.open(root / "shared") as shared:
         keys = distinct_keys(own)
@@ -131,7 +132,7 @@ def read(root: Path, reader: int) -> None:
                 assert (now[name] >= seen[name]).all(), f"{name}: a counter went back"
             seen = now
             assert np.isfinite(own.lookup(keys)).all()
-            for name in TABLES:  # as servers come and go
+            for name in TABLES:  # like servers that start and stop
                 with hashemb.open(root / name) as again:
                     assert again.step >= 0
                     assert hashemb.info(root / name).num_embeddings == NUM_ROWS
@@ -140,7 +141,7 @@ def read(root: Path, reader: int) -> None:
 
 
 def make(root: Path) -> None:
-    """Takes snapshots of both tables, exports chains of deltas, and creates tables, one after the other."""
+    """Take snapshots of both tables, export chains of deltas, and create tables, in turn."""
     board = Board(root / "board")
     tables = [open_for_writing(root, name) for name in TABLES]
     last: dict[str, Any] = dict.fromkeys(TABLES)
@@ -160,7 +161,7 @@ def make(root: Path) -> None:
 
 
 def follow(root: Path) -> None:
-    """Keeps a replica of each table up to date with its deltas."""
+    """Keep a replica of each table up to date with its deltas."""
     board = Board(root / "board")
     while not board.stop[0]:
         for name in TABLES:
@@ -168,7 +169,7 @@ def follow(root: Path) -> None:
         board.turns[NUM_READERS + 1] += 1
 
 
-# ---- a round's processes ----
+# ---- the processes of a round ----
 
 
 def act(root: Path, name: str, work: Any, *args: Any) -> None:
@@ -180,7 +181,7 @@ def act(root: Path, name: str, work: Any, *args: Any) -> None:
 
 
 class Actors:
-    """A round's processes by name: "writer 0" …, "reader 0" …, "maker", "follower"; and which of them were killed."""
+    """The processes of a round by name ("writer 0" …, "reader 0" …, "maker", "follower"), and which were killed."""
 
     def __init__(self, context: Any, root: Path, round_number: int, rng: np.random.Generator) -> None:
         self.root, self.board, self.killed = root, Board(root / "board"), set[str]()
@@ -200,13 +201,13 @@ class Actors:
         self.processes[name].start()
 
     def progress(self) -> dict[str, int]:
-        """What each survivor has done so far."""
+        """Return how much each survivor has done so far."""
         done = [int(n) for n in (*self.board.done.min(axis=1), *self.board.turns)]
         every = dict(zip(self.processes, done, strict=True))
         return {name: n for name, n in every.items() if name not in self.killed}
 
     def failures(self) -> list[str]:
-        """Actors that ended by themselves with an error or a signal of their own."""
+        """Describe the actors that ended with an error or by a signal other than the kill of the test."""
         codes = {name: process.exitcode for name, process in self.processes.items()}
         wanted = {name: (None, 0, -signal.SIGKILL) if name in self.killed else (None, 0) for name in codes}
         wrong = [name for name in codes if codes[name] not in wanted[name]]
@@ -241,7 +242,7 @@ class Actors:
 
 
 def counters(path: Path, keys: Counts) -> Counts:
-    """The whole numbers that a table of either kind holds for these keys."""
+    """Return the whole numbers that a table of either kind holds for these keys."""
     with hashemb.open(path) as table:
         values = table.state["accumulator"][table.rows(keys)] if table.state else -table.lookup(keys)
     whole = np.round(values).astype(np.int64)
@@ -250,7 +251,7 @@ def counters(path: Path, keys: Counts) -> Counts:
 
 
 class Ledger:
-    """What a round's batches add to the counters of one table."""
+    """The increments of the counters of one table by the batches of a round."""
 
     def __init__(self, table: int, round_number: int, before: Counts, before_step: int) -> None:
         self.table, self.round, self.before, self.before_step = table, round_number, before, before_step
@@ -262,8 +263,9 @@ class Ledger:
         return total**2 if TABLES[self.table] == "own" else total
 
     def check(self, path: Path, keys: Counts, done: Counts, cut_short: set[int], *, is_cut: bool) -> None:
-        """Every counter is what whole batches make of it; those of `cut_short` writers may be one batch further, or
-        partly there. `is_cut`: the table is a moment of the round, which the clocks tell; else it is its end."""
+        """Check that every counter is the sum of whole batches; those of `cut_short` writers may contain one more
+        batch, in whole or in part. With `is_cut` the table is from a moment of the round, which the clocks tell,
+        otherwise from its end."""
         found = counters(path, keys)
         counts = [int(n) for n in done]
         if is_cut:
@@ -285,9 +287,9 @@ class Ledger:
 
 
 def check_own_to_the_bit(root: Path, round_number: int, keys: Counts, done: Counts, cut_short: set[int]) -> None:
-    """Weights and accumulators of `own` are those of its copy from before the round, `own-before`, in which every
-    writer's batches are replayed; elements of a batch that was cut short are as before it, as after, or new state
-    beside the old weight."""
+    """Check the weights and accumulators of `own` against its copy from before the round, `own-before`, on which the
+    batches of every writer are replayed. Elements of an interrupted batch are as before it, as after it, or have new
+    state and the old weight."""
     with hashemb.open(root / "own-before", "r+") as replay, hashemb.open(root / "own") as own:
         for writer, count in enumerate(done.tolist()):
             mine = own.rows(np.append(keys[writer * NUM_KEYS : (writer + 1) * NUM_KEYS], keys[writer - NUM_WRITERS]))
@@ -310,5 +312,5 @@ def same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> npt.NDArray[np.bo
 
 
 def what_is_left(root: Path) -> list[str]:
-    """Hidden directories of killed makers; each goes when the next one makes something of the same name."""
+    """Return the hidden directories of killed makers; each is removed when something of the same name is made again."""
     return sorted(entry.name for entry in os.scandir(root) if entry.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Clicks on three kinds of columns, for tests of the estimators."""
+"""Clicks with three kinds of columns, for tests of the estimators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def clicks(n: int, seed: int = 0) -> tuple[dict[str, Any], np.ndarray]:
-    """A table of users, sites and prices whose labels all three have a part in, and a pair of them."""
+    """Return a table of users, sites and prices, and labels that depend on all three and on a pair of them."""
     random = np.random.default_rng(seed)
     user, site = random.integers(0, 30, n), random.integers(0, 10, n)
     price = np.exp(random.normal(size=n))

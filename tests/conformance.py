@@ -1,12 +1,12 @@
-"""What every table must do, whatever stores it: inherit `Conformance`, say how to make one, and the kit runs.
+"""A conformance kit for tables, whatever their storage. Inherit `Conformance` and define `make` to run it.
 
     class TestMine(Conformance):
         def make(self, tmp_path, **options):
             return MyTable(**options)
 
-A table here is anything with `lookup`, `update`, `rows`, `lr`, `step`, `weight` and `state`. What a table should hold
-is said by `DictTable`, which shares no code with any of them; storage in half precision is compared to the
-width of its steps.
+A table is anything with `lookup`, `update`, `rows`, `lr`, `step`, `weight` and `state`. The expected contents come from
+`DictTable`, which shares no code with the tables under test. Half-precision storage is compared to within the width of
+its steps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from strategies import EXTREME_KEYS, POOLINGS, Batch, colliding_keys
 from hashemb import SGD, Adagrad, Normal, RowWiseAdagrad, Uniform, Zeros, reference
 
 INTEGER_DTYPES = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">i4", ">i8", ">u8"]
-#: Relative width of one step of each storage, and so of what one update may be off by.
+#: The relative width of one step of each storage, which bounds the error of one update.
 STORAGE_STEP = {"float32": 2e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def random_batch(
     seed: int, dim: int, *, num_keys: int = 40, pooling: str | None = None, weighted: bool = False
 ) -> Batch:
-    """Keys with borders and repeats; with `pooling`, 12 bags of which some are empty."""
+    """Return keys that include extreme values and repeats; with `pooling`, 12 bags, some of them empty."""
     rng = np.random.default_rng(seed)
     keys = rng.choice(np.array([*EXTREME_KEYS, *range(12)], np.int64), num_keys)
     assert len(np.unique(keys)) < num_keys, "no key repeats"
@@ -43,7 +43,7 @@ def random_batch(
 
 
 class Conformance:
-    """The kit. `make` and, where a table is slow or narrow, `options` are what a subclass says."""
+    """The kit. A subclass defines `make` and, if its table is slow or limited, `options`."""
 
     options: dict[str, Any] = {}  # noqa: RUF012
 
@@ -51,7 +51,7 @@ class Conformance:
         raise NotImplementedError
 
     def make_both(self, tmp_path: Path, **changes: Any) -> tuple[Any, DictTable]:
-        """The table under test and its model, made with the same arguments."""
+        """Make the table under test and its model with the same arguments."""
         options: dict[str, Any] = {"num_embeddings": 101, "embedding_dim": 5, "seed": 7, "init": Uniform(0.5)}
         options |= {"optimizer": Adagrad(lr=0.25)} | self.options | changes
         table = self.make(tmp_path, **options)
@@ -64,7 +64,7 @@ class Conformance:
 
     def assert_equal(self, table: Any, model: DictTable, batch: Batch) -> None:
         step = STORAGE_STEP[self.options.get("dtype", "float32")]
-        size = 20.0 if batch.call else 1.0  # a bag adds up to some 20 vectors
+        size = 20.0 if batch.call else 1.0  # a bag sums up to about 20 vectors
         np.testing.assert_allclose(
             table.lookup(batch.keys, **batch.call),
             model.lookup(batch.keys, **batch.call),
@@ -72,7 +72,7 @@ class Conformance:
             atol=8 * step * size,
         )
 
-    # -- rows and their first values --
+    # -- rows and their initial values --
 
     @pytest.mark.parametrize("num_hashes", [1, 3])
     def test_rows_are_the_formula(self, both: Any, num_hashes: int) -> None:
@@ -151,7 +151,7 @@ class Conformance:
         assert table.step == model.step == 4
 
     def test_repeated_and_colliding_keys_are_summed_first(self, both: Any) -> None:
-        """Adagrad's first step has size lr whatever the gradient; two steps in place of one would be 1.7 lr."""
+        """Adagrad's first step has size lr for any gradient; two steps instead of one would have 1.7 lr."""
         table, _ = both(init=Zeros())
         twins = colliding_keys(2, num_embeddings=101, seed=7)
         grads = np.array([[1.0], [2.0], [4.0]], np.float32) * np.ones((1, 5), np.float32)
@@ -178,7 +178,7 @@ class Conformance:
         np.testing.assert_array_equal(table.lookup([3]), np.zeros((1, 5), np.float32))
         assert table.weight[table.rows([3])].tobytes().strip(b"\0") != b""
 
-    # -- rates, decay --
+    # -- learning rates, decay --
 
     def test_the_rate_of_the_moment_is_used(self, both: Any) -> None:
         table, model = both(optimizer=SGD(lr=0.5))

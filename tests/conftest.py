@@ -1,6 +1,6 @@
-"""Settings that all tests share: hypothesis draws the same examples in every run and prints how to replay a failure.
+"""Common settings of all tests: hypothesis draws the same examples in every run and prints how to replay a failure.
 
-`pytest --hypothesis-profile explore` draws new examples instead, more of them.
+`pytest --hypothesis-profile explore` draws new examples instead, and more of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ settings.load_profile("fixed")
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    """Puts the number of threads back after a test that changes it."""
+    """Restore the number of threads after a test that changes it."""
     before = hashemb.get_num_threads()
     yield
     hashemb.set_num_threads(before)

@@ -1,13 +1,13 @@
-"""Power failures, simulated: what a disk may hold at any moment of an operation, from a record of its calls.
+"""Simulated power failures: the possible contents of a disk at any moment of an operation, from a record of its calls.
 
-`python crash.py DIRECTORY OUT SCENARIO` under fault_shim.c runs an operation and records, before each of its calls to
-the kernel, every file as the page cache has it: stores through mappings are seen that way too. `states` then makes
-disks of it.
+`python crash.py DIRECTORY OUT SCENARIO` under fault_shim.c runs an operation and records the page cache contents of
+every file before each system call, which includes stores through mappings. `states` then derives disk contents from
+the record.
 
-The model: fsync and msync make a file's bytes durable, fsync of a directory its entries. Of what is not durable, each
-page of 4096 bytes is as it was when last durable, or as at any moment since, or torn between two of these at a sector;
-a file has a size it had since then; creations, renames and removals in a directory have happened or not, each on its
-own, or up to some moment.
+The model: fsync and msync make the bytes of a file durable, and fsync of a directory makes its entries durable. Among
+data that is not durable, each page of 4096 bytes is as it was when last durable, or as at any later moment, or torn
+between two of these at a sector boundary. A file has one of the sizes that it had since then. Creations, renames and
+removals in a directory have happened or not, either independently of each other or up to some moment.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ OPTIONS: dict[str, Any] = {
     "seed": 3,
 }
 ROWS = hashemb.reference.rows(np.arange(200, dtype=np.uint64), num_embeddings=1500, seed=3)
-ALL = np.unique(ROWS, return_index=True)[1][:80]  # keys of which no two share a row
+ALL = np.unique(ROWS, return_index=True)[1][:80]  # keys that share no row
 OLD, NEW = ALL[:12], ALL[12:52]
 GRADS = np.random.default_rng(1).normal(size=(40, 4)).astype(np.float32)
 
-Entries = dict[str, int]  # of a directory: inodes by name
+Entries = dict[str, int]  # a directory: inodes by name
 
 
 # ---- recording ----
@@ -47,7 +47,7 @@ Entries = dict[str, int]  # of a directory: inodes by name
 
 @dataclass
 class Moment:
-    """Before a call: its kind and path, every file's bytes and every directory's entries, by inode, and a mark."""
+    """The moment before a call: its kind and inode, the bytes of every file, the entries of every directory, a mark."""
 
     kind: str
     inode: int | None
@@ -58,7 +58,7 @@ class Moment:
 
 @dataclass
 class Recorder:
-    """Its inodes are held open, so that no number is given to another file."""
+    """Records moments. It keeps the inodes open, so that no inode number is reused for another file."""
 
     root: str
     moments: list[Moment] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Recorder:
         return inode
 
     def _inode(self, kind: str, path: str) -> int | None:
-        """Of what is synced; an msync has an address."""
+        """Return the inode that the call syncs, if any; an msync is given an address."""
         if kind == "msync":
             path = mapped_at(int(path[1:], 16))
         return os.stat(path).st_ino if kind in ("msync", "fsync") else None
@@ -105,17 +105,17 @@ def mapped_at(address: int) -> str:
 
 
 class Disk:
-    """What is durable, and what may be, at one moment of the record."""
+    """The data that is durable, and the data that may be, at one moment of the record."""
 
     def __init__(self, first: Moment, root: int) -> None:
         self.root = root
-        self.versions = {inode: [data] for inode, data in first.files.items()}  # the durable one, then later ones
+        self.versions = {inode: [data] for inode, data in first.files.items()}  # the durable version, then later ones
         self.entries = {inode: dict(entries) for inode, entries in first.directories.items()}
         self.pending: dict[int, list[dict[str, int | None]]] = {}
         self.latest = first
 
     def advance(self, moment: Moment) -> None:
-        """Takes in what happened until `moment`, then what its call makes durable."""
+        """Add the changes up to `moment`."""
         for inode, data in moment.files.items():
             versions = self.versions.setdefault(inode, [b""])
             if versions[-1] is not data:
@@ -160,7 +160,8 @@ class Disk:
         return entries
 
     def _choose_bytes(self, inode: int, seed: int, rng: random.Random) -> bytes:
-        """Seeds 0 and 2 lose all that is not durable, 1 and 3 keep it (2 keeps the entries, 3 loses them)."""
+        """Choose the bytes of a file. Seeds 0 and 2 lose all that is not durable; 1 and 3 keep it (2 keeps the entries
+        of directories, 3 loses them)."""
         versions = self.versions[inode]
         if seed <= 3 or len(versions) == 1:
             return versions[0] if seed in (0, 2) else versions[-1]
@@ -169,7 +170,7 @@ class Disk:
 
 
 def changes(before: Entries, after: Entries) -> Iterator[dict[str, int | None]]:
-    """What happened to a directory between two calls, at most one thing: names and their inodes, None for gone."""
+    """Yield the change of a directory between two calls, at most one: names and their inodes, None if removed."""
     names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if names:
         yield {name: after.get(name) for name in sorted(names)}
@@ -185,7 +186,7 @@ def choose_page(versions: list[bytes], at: int, size: int, rng: random.Random) -
 
 
 def states(record: list[Moment], root: int, target: Path, seeds: range, stride: int = 1) -> Iterator[tuple[str, Path]]:
-    """(the mark at that moment, a directory as a power failure could leave it) for every call and seed."""
+    """Yield (mark, directory) for every call and seed: a directory as a power failure at that moment could leave it."""
     disk = Disk(record[0], root)
     for number, moment in enumerate(record):
         disk.advance(moment)
@@ -196,7 +197,7 @@ def states(record: list[Moment], root: int, target: Path, seeds: range, stride: 
         disk.sync(moment)
 
 
-# ---- what is recorded ----
+# ---- the recorded operations ----
 
 
 def create(root: Path, recorder: Recorder) -> None:
@@ -237,7 +238,7 @@ def export(root: Path, recorder: Recorder) -> None:
 
 
 def apply(root: Path, recorder: Recorder) -> None:
-    """To a replica that was the snapshot `base`."""
+    """Apply a delta to a replica that was the snapshot `base`."""
     export(root, recorder)
     recorder.moments.clear()
     recorder.mark = ""
@@ -246,7 +247,7 @@ def apply(root: Path, recorder: Recorder) -> None:
 
 
 def restore(root: Path, recorder: Recorder) -> None:
-    """A table is replaced by a snapshot of what it was."""
+    """Replace a table by an earlier snapshot of it."""
     snapshot(root, recorder)
     recorder.moments.clear()
     recorder.mark = ""

@@ -1,4 +1,4 @@
-"""Lines in Criteo's format for tests: made, written, read back, and hashed by the documented rule."""
+"""Helpers for tests of Criteo's format: make, write and read lines, and hash them by the documented rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CATEGORIES = [f"C{i}" for i in range(1, 27)]
 
 
 def criteo_rows(num_rows: int, seed: int = 0) -> list[list[str]]:
-    """Rows of Criteo's shape: some integers negative or huge, some values missing."""
+    """Make rows of Criteo's shape, with some integers negative or huge and some values missing."""
     rng = np.random.default_rng(seed)
     counts = np.floor(np.exp(rng.normal(2, 2, (num_rows, 13)))).astype(int) - 2
     ids = rng.integers(0, 2**32, (num_rows, 26)) >> rng.integers(0, 28, 26)
@@ -36,7 +36,7 @@ def tsv(rows: Iterable[Sequence[str]]) -> bytes:
 
 
 def expected_keys(rows: Sequence[Sequence[str]]) -> npt.NDArray[np.uint64]:
-    """By the documented rule, a value at a time, from the public hash alone."""
+    """Compute the keys by the documented rule, one value at a time, with the public hash only."""
     out = np.empty((len(rows), 39), np.uint64)
     for i, row in enumerate(rows):
         for j, (name, text) in enumerate(zip(CRITEO_SCHEMA, row[1:], strict=True)):
@@ -50,7 +50,7 @@ def expected_keys(rows: Sequence[Sequence[str]]) -> npt.NDArray[np.uint64]:
 
 
 def read_all(paths: Any, **options: Any) -> tuple[Batch, Reader]:
-    """All batches as one, and the reader at its end."""
+    """Read all batches as one; return it and the exhausted reader."""
     with open_reader(paths, **options) as reader:
         batches = list(reader)
         assert all(batch.keys.flags.c_contiguous and batch.keys.dtype == np.uint64 for batch in batches)

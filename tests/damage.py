@@ -1,7 +1,7 @@
-"""Ways to damage the files of a directory, as values: drawn from a seed, applied anywhere, printed when one is missed.
+"""Ways to damage the files of a directory, as values that are drawn from a seed and printed if damage goes undetected.
 
-Run as a program, it applies each line of JSON on standard input to a copy of a directory, opens and uses what came of
-it in both modes, and prints what happened: for a parent that wants to see whether the process lives.
+As a program, it applies each line of JSON on standard input to a copy of a directory, opens and uses the result in both
+modes, and prints what happened, for a parent that checks whether the process survives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADER_BYTES = 4096
 
 @dataclass(frozen=True)
 class Damage:
-    """`kind` done to `file`: at byte or to size `a`, with byte, size or mask `b`, or with `other`."""
+    """A damage of the given kind to `file`: at byte or to size `a`, with byte, size or mask `b`, or with `other`."""
 
     kind: str
     file: str
@@ -36,7 +36,7 @@ class Damage:
     other: str = ""
 
     def apply(self, directory: Path) -> bool:
-        """Whether it has changed anything."""
+        """Apply the damage; return whether it has changed anything."""
         path = directory / self.file
         before = path.read_bytes()
         getattr(self, f"_{self.kind}")(path)
@@ -55,7 +55,7 @@ class Damage:
         path.write_bytes(data)
 
     def _fill(self, path: Path) -> None:
-        """512 bytes of one value, as a lost sector leaves them."""
+        """Overwrite 512 bytes with one value, like a lost sector."""
         data = bytearray(path.read_bytes())
         end = min(self.a + 512, len(data))
         data[self.a : end] = bytes([self.b]) * (end - self.a)
@@ -74,7 +74,7 @@ class Damage:
         shutil.copyfile(self.other, path)
 
     def _exchange(self, path: Path) -> None:
-        """Two pages of the file for each other."""
+        """Exchange two pages of the file."""
         data = bytearray(path.read_bytes())
         a, b = (slice(at, min(at + 4096, len(data))) for at in (self.a, self.b))
         data[a], data[b] = data[b], data[a]
@@ -82,7 +82,7 @@ class Damage:
 
 
 def drawn(directory: Path, file: str, seed: int, *, flips: int) -> Iterator[Damage]:
-    """Damages of one file: its ends, and flips in header, middle and tail."""
+    """Draw damages of one file: of its ends, and bit flips in its header, middle and tail."""
     size, rng = (directory / file).stat().st_size, random.Random(f"{seed} {file}")
     yield Damage("remove", file)
     for extra in (1, 8, 4096):
@@ -101,7 +101,7 @@ def drawn(directory: Path, file: str, seed: int, *, flips: int) -> Iterator[Dama
 
 
 def outcome(directory: Path, mode: str) -> str:
-    """What comes of opening and using a table: "opened", or the name of the error."""
+    """Open and use a table; return "opened", or the name of the error."""
     keys, grads = np.arange(40), np.ones((40, 16), np.float32)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Sources that are trained a little between deltas, and what a replica has to look like then."""
+"""Source tables that are trained a little between deltas, and comparisons of replicas with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERY_KEY = np.arange(-50, 3000)
 
 
 def train(table: hashemb.EmbeddingTable, seed: int, *, steps: int = 3, keys: Any = None) -> None:
-    """Some steps on random keys of `EVERY_KEY`, or on `keys`."""
+    """Take some steps on random keys from `EVERY_KEY`, or on `keys`."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         batch = rng.choice(EVERY_KEY, 40) if keys is None else keys
@@ -24,7 +24,7 @@ def train(table: hashemb.EmbeddingTable, seed: int, *, steps: int = 3, keys: Any
 
 
 def chain(source: hashemb.EmbeddingTable, directory: Path, count: int, **export: Any) -> list[hashemb.DeltaInfo]:
-    """Deltas 0.delta, 1.delta … of a source that is trained before each; the first holds everything."""
+    """Export deltas 0.delta, 1.delta … of a source that is trained before each; the first contains everything."""
     infos: list[hashemb.DeltaInfo] = []
     for number in range(count):
         train(source, seed=number)
@@ -38,13 +38,13 @@ def files_of(directory: Path, count: int) -> list[Path]:
 
 
 def contents(table: hashemb.EmbeddingTable, *, state: bool = True) -> dict[str, npt.NDArray[Any]]:
-    """Copies of a table's arrays by name; without `state` those that look-ups need."""
+    """Return copies of the arrays of a table by name; without `state`, only those that look-ups need."""
     arrays = {"weight": table.weight, **table.state}
     return {name: array.copy() for name, array in arrays.items() if state or name in ("weight", "paid")}
 
 
 def assert_same(left: dict[str, npt.NDArray[Any]], right: dict[str, npt.NDArray[Any]]) -> None:
-    """Bit for bit."""
+    """Assert that both are equal, bit for bit."""
     assert left.keys() == right.keys()
     for name, array in left.items():
         assert array.dtype == right[name].dtype
@@ -52,7 +52,7 @@ def assert_same(left: dict[str, npt.NDArray[Any]], right: dict[str, npt.NDArray[
 
 
 def snapshot_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file of a table, but for what opening it for writing changes: the boot id and the check sum."""
+    """Yield every file of a table, without the parts that opening it for writing changes: boot id and checksum."""
     for file in sorted(path.iterdir()):
         data = file.read_bytes()
         yield file.name, data[:48] + data[56:128] if file.name == "control" else data

@@ -1,8 +1,8 @@
 """A table as a dict from row to vector, in plain Python and float64: the textbook, and the model of the state machine.
 
-It knows no batch, no thread, no file and nothing lazy: weight decay multiplies every row at every step. Gradients
-are combined in float32 in batch order, as the format says, because Adagrad turns the difference between a sum
-that is 0 and one that is 1e-9 into a whole step; everything after that is float64.
+It has no batches, threads, files or lazy computation: weight decay multiplies every row at every step. Gradients are
+combined in float32 in batch order, as the format specifies, because Adagrad turns the difference between a sum of 0 and
+one of 1e-9 into a whole step; everything after that is float64.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def splitmix64(seed: int, index: int) -> int:
 
 
 class DictTable:
-    """The table that the others are compared with. Arguments as for `hashemb.create`; float32 storage only."""
+    """The table that the others are compared with. Arguments are those of `hashemb.create`; float32 storage only."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class DictTable:
         return [fmix64((key & MASK) ^ salt) * self.num_embeddings >> 64 for salt in self.salts]
 
     def read(self, row: int) -> F64:
-        """A row as it is now; one that was never written has its initial value, less the decay of all steps."""
+        """Return the current value of a row; if it was never written, its initial value less the decay of all steps."""
         if row in self.vectors:
             return self.vectors[row]
         initial = reference.initial_rows(
@@ -98,7 +98,7 @@ class DictTable:
             self._step_row(row, grad.astype(np.float64))
 
     def _contributions(self, keys: Any, grads: F32, offsets: Any, pooling: str, weights: Any) -> list[tuple[int, F32]]:
-        """(key, what it adds to the gradient of its rows) in batch order."""
+        """Return (key, contribution to the gradient of its rows) in batch order."""
         if offsets is None:
             return [(int(key), grad) for key, grad in zip(keys, grads, strict=True)]
         weights = np.ones(len(keys), np.float32) if weights is None else weights
@@ -128,7 +128,7 @@ class DictTable:
             self.vectors[row] = w - lr * g / (np.sqrt(state["a"]) + optimizer.eps)
 
     def _ftrl(self, state: dict[str, F64], w: F64, g: F64) -> F64:
-        """McMahan et al. 2013, Algorithm 1; z starts where the initial weight is its solution."""
+        """Take a step of McMahan et al. 2013, Algorithm 1; z starts where the initial weight is the solution."""
         o, alpha = self.optimizer, self.lr
         n = state.get("n", np.zeros_like(w))
         z = state.get("z", -w * (o.beta / alpha + o.l2) - np.sign(w) * o.l1)
@@ -140,7 +140,7 @@ class DictTable:
 
 
 def bag_scale(weights: npt.NDArray[Any], pooling: str) -> np.float32:
-    """What a bag's weighted sum is multiplied by: 1, one over its weight, or one over the root of its squares."""
+    """Return the factor for the weighted sum of a bag: 1, 1 / sum of weights, or 1 / sqrt(sum of squared weights)."""
     if pooling == "sum":
         return np.float32(1.0)
     total = np.float32(0.0)

@@ -12,7 +12,7 @@ import pytest
 
 
 def mounted(kind: str, mib: int, tmp_path: Path) -> Iterator[Path]:
-    """A mounted file system of so many MiB, until it is unmounted."""
+    """Mount a file system of `mib` MiB, and unmount it at the end."""
     target = tmp_path / "disk"
     target.mkdir()
     if kind == "tmpfs":
@@ -34,7 +34,7 @@ def mounted(kind: str, mib: int, tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(directory: Path) -> Path:
-    """Takes all space that is left; returns the file to remove."""
+    """Fill all remaining space; return the file to remove."""
     ballast = directory / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         for size in (1 << 20, 4096):

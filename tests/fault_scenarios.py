@@ -1,4 +1,4 @@
-"""What the fault sweep sweeps: operations on a table, what they find before, and what has to hold after."""
+"""The scenarios of the fault sweep: operations on a table, their initial states, and the checks after them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ shim = ctypes.CDLL(None)
 
 
 def reference_vectors(*updates: tuple[Any, Any]) -> Any:
-    """What the slow twin holds after these updates."""
+    """Return the contents of the slow twin after these updates."""
     table = hashemb.reference.ReferenceTable(**OPTIONS)
     for keys, grads in updates:
         table.update(keys, grads)
@@ -45,18 +45,18 @@ def same(found: Any, expected: Any) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-# ---- what is swept ----
+# ---- scenarios ----
 
 
 class Scenario:
-    """One operation. `self.root` holds a copy of the template, a closed table `t` after the first update."""
+    """One operation. `self.root` has a copy of the template, a closed table `t` after the first update."""
 
-    updates = 1  # of those in AFTER, before `act`
+    updates = 1  # number of updates (see AFTER) before `act`
 
     def __init__(self, root: Path) -> None:
         self.root, self.table = root, None
-        self.dead = False  # whether removing what is half made was made to fail, too
-        self.lasting = False  # whether other calls than the first failed
+        self.dead = False  # whether the removal of unfinished files was made to fail too
+        self.lasting = False  # whether later calls failed as well
 
     def prepare(self) -> None:
         self.table = hashemb.open(self.root / "t", "r+")
@@ -65,19 +65,19 @@ class Scenario:
         raise NotImplementedError
 
     def check_failed(self) -> None:
-        """After an error: nothing has changed."""
+        """Check, after an error, that nothing has changed."""
         same(self.table.lookup(ALL), AFTER[self.updates])
         assert self.table.step == self.updates
 
     def check_done(self) -> None:
-        """After `act` has succeeded, at once or again."""
+        """Check the table after `act` has succeeded, at once or on the second attempt."""
         same(self.table.lookup(ALL), AFTER[self.updates])
 
     def again(self) -> None:
         self.act()
 
     def finish(self) -> None:
-        """The table closes, and is whole when opened again."""
+        """Check that the table can be closed and is intact when reopened."""
         if self.table is not None:
             expected = self.table.lookup(ALL)
             self.table.close()
@@ -92,11 +92,11 @@ class Create(Scenario):
         pass
 
     def act(self) -> None:
-        options = {**OPTIONS, "num_embeddings": 2**18}  # files above 2 MiB are mapped otherwise
+        options = {**OPTIONS, "num_embeddings": 2**18}  # files above 2 MiB are mapped differently
         self.table = hashemb.create(self.root / "new", **options)
 
     def check_failed(self) -> None:
-        """Nothing is left, unless taking it back was made to fail as well."""
+        """Check that nothing is left, unless the clean-up was made to fail as well."""
         if (self.root / "new").exists():
             assert self.lasting, "made, but then it could not be opened, and it was not removed"
             hashemb.open(self.root / "new").close()
@@ -132,7 +132,7 @@ class OpenToWrite(OpenToRead):
 
 
 class FirstUpdate(Scenario):
-    """Of rows whose blocks have no space yet."""
+    """The first update of rows whose blocks have no disk space yet."""
 
     def act(self) -> None:
         self.table.update(*SECOND)
@@ -143,7 +143,7 @@ class FirstUpdate(Scenario):
 
 
 class FirstUpdateByFallocate(FirstUpdate):
-    """On a kernel that cannot populate."""
+    """The same on a kernel that cannot populate pages."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -190,7 +190,7 @@ class Rate(Scenario):
 
 
 class Close(Flush):
-    """A close that fails lets go of the table, which is then not marked clean."""
+    """A failing close still releases the table, which is then not marked clean."""
 
     def act(self) -> None:
         self.table.close()
@@ -217,7 +217,7 @@ class Snapshot(Scenario):
         super().check_failed()
 
     def check_absent(self) -> None:
-        """Or whole, where even taking it back has failed."""
+        """Check that the snapshot is absent, or complete if even the clean-up has failed."""
         if self.dead and (self.root / "s").exists():
             hashemb.open(self.root / "s").close()
             shutil.rmtree(self.root / "s")
@@ -245,7 +245,7 @@ class ExportDelta(Scenario):
         self.table.export_delta(self.root / "base", self.root / self.name, state=True)
 
     def check_failed(self) -> None:
-        """The file is not there, or whole where even taking it back has failed."""
+        """Check that the file is absent, or complete if even the clean-up has failed."""
         if self.dead:
             (self.root / self.name).unlink(missing_ok=True)
         assert not (self.root / self.name).exists()
@@ -261,7 +261,7 @@ class ExportDelta(Scenario):
 
 
 class ApplyDelta(ExportDelta):
-    """To a replica, which is then as it was, or says that it has a part of the delta and takes it again."""
+    """Apply a delta to a replica. After a fault it is unchanged, or reports a partial delta and accepts it again."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -281,7 +281,7 @@ class ApplyDelta(ExportDelta):
         try:
             self.act()
         except DeltaError as error:
-            if error.reason != "applied":  # all of it was there before the fault
+            if error.reason != "applied":  # it was applied completely before the fault
                 raise
 
     def check_done(self) -> None:
@@ -290,7 +290,7 @@ class ApplyDelta(ExportDelta):
 
 
 class Restore(Scenario):
-    """A table is replaced by a snapshot of what it was: it is the one or the other, always."""
+    """Replace a table by an earlier snapshot: it is one or the other at any time."""
 
     def prepare(self) -> None:
         with hashemb.open(self.root / "t", "r+") as table:
@@ -312,7 +312,7 @@ class Restore(Scenario):
 
 
 class SnapshotBesideWriter(Snapshot):
-    """A thread that adds the same to every row, again and again: a point in time has every row alike."""
+    """A snapshot while a thread adds the same gradient to every row in a loop: in a snapshot all rows are equal."""
 
     def prepare(self) -> None:
         options = {**OPTIONS, "optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros(), "num_embeddings": 30000}
@@ -335,7 +335,7 @@ class SnapshotBesideWriter(Snapshot):
             try:
                 self.writer.update(self.keys, self.grads)
             except (OSError, HashembError):
-                pass  # faults hit whoever calls; nothing of that batch may be there
+                pass  # faults hit any caller; no part of that batch may be applied
             except BaseException as error:
                 self.failed.append(error)
 
@@ -356,7 +356,7 @@ class SnapshotBesideWriter(Snapshot):
             self.check_whole(copy)
 
     def check_whole(self, table: Any) -> None:
-        """Every row has been through the same whole number of batches, which is the table's step."""
+        """Check that every row contains the same whole number of batches, which is the step of the table."""
         same(table.lookup(self.keys), self.per_row * np.float32(table.step))
 
     def finish(self) -> None:
@@ -366,7 +366,7 @@ class SnapshotBesideWriter(Snapshot):
 
 
 class Canary(Scenario):
-    """Two operations taken for one, of which a fault leaves half: the sweep has to see it."""
+    """Two operations presented as one, of which a fault leaves half: the sweep has to detect it."""
 
     def act(self) -> None:
         self.table.update(*SECOND)

@@ -1,7 +1,7 @@
-/* Stands between a process and the kernel, by LD_PRELOAD: makes the N-th call that concerns a directory fail, or tells a
- * callback of each such call before it is made. Linux with 64-bit file offsets; calls the kernel directly.
+/* Intercepts system calls by LD_PRELOAD: makes the N-th call that concerns a directory fail, or notifies a callback
+ * before each such call. Requires Linux with 64-bit file offsets; calls the kernel directly.
  *
- * A call concerns the directory if its path, or the path of its open file, lies below it; msync and the populating
+ * A call concerns the directory if its path, or the path of its open file, is below it; msync and the populating
  * madvise have neither and always count. Nothing counts before shim_arm or shim_watch. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -76,7 +76,7 @@ static const char *path_of(int fd, const char *name, char *buffer, size_t size) 
     return buffer;
 }
 
-/* 1, with errno set, where this call is to fail; -1 where it is to be short. */
+/* Returns 1, with errno set, if this call is to fail, and -1 if it is to be short. */
 static int fails_at(int kind) {
     const long number = atomic_fetch_add(&counted, 1) + 1, at = nth;
     if (mode == SHORT) {
@@ -175,7 +175,7 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 /* ---- bytes ---- */
 
-/* n, half of it where the call is to be short, or -1. */
+/* Returns n, half of it if the call is to be short, or -1. */
 static int64_t allowed(int kind, int fd, size_t n) {
     const int answer = stopped(kind, fd, NULL, NULL);
     return answer > 0 ? -1 : answer < 0 && n > 1 ? (int64_t)(n / 2) : (int64_t)n;

@@ -1,12 +1,12 @@
-"""The fault sweep: each operation on a table again and again, its first, second, … call to the kernel failing.
+"""The fault sweep: repeat each operation on a table with its first, second, … system call failing.
 
-Run under fault_shim.c (LD_PRELOAD), each attempt in a forked child:
+It runs under fault_shim.c (LD_PRELOAD), with each attempt in a forked child:
 
     python faults.py DIRECTORY STRIDE VARIANTS [NAME …]
 
-An attempt is legal if the operation gives the right answer, or raises an OSError or HashembError after which the table
-holds what it held before (or, whole, what the operation makes of it), and the same call succeeds once faults are over.
-Prints a line of JSON: how many attempts by scenario and by kind of call, and what was found wrong.
+An attempt passes if the operation gives the right answer, or if it raises an OSError or HashembError after which the
+table is unchanged (or has the complete result of the operation), and the same call succeeds once the faults are over.
+The program prints a line of JSON: the number of attempts by scenario and by kind of call, and the failures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIMIT_S = 30
 
 
 def attempt(scenario: Scenario, n: int, mode: int, variant: int) -> int:
-    """One operation with the n-th call failing. Returns the kind of that call, -1 if there was no n-th."""
+    """Run one operation with the n-th call failing. Return the kind of that call, or -1 if there was no n-th call."""
     scenario.prepare()
     shim.shim_arm(os.fsencode(scenario.root), ctypes.c_long(n), mode, variant)
     error = None
@@ -59,13 +59,13 @@ def attempt(scenario: Scenario, n: int, mode: int, variant: int) -> int:
         scenario.again()
     scenario.check_done()
     scenario.finish()
-    if error is not None or kind < 0 or KINDS[kind] != "open":  # a removal begins by opening
+    if error is not None or kind < 0 or KINDS[kind] != "open":  # a removal begins with an open
         check_leftovers(scenario.root, KINDS[kind] if kind >= 0 else "", MODES[mode] if kind >= 0 else "")
     return kind
 
 
 def check_leftovers(root: Path, kind: str, mode: str) -> None:
-    """Nothing half made is left, unless its removal was made to fail."""
+    """Check that no unfinished file is left, unless its removal was made to fail."""
     if kind == "unlink" or mode == "dead" or (mode == "persistent" and kind == "open"):
         return
     found = [str(path.relative_to(root)) for path in root.rglob("*") if path.name.endswith((".tmp", "saving.json"))]
@@ -73,7 +73,7 @@ def check_leftovers(root: Path, kind: str, mode: str) -> None:
 
 
 def attempt_in_child(name: str, root: Path, n: int, mode: int, variant: int) -> tuple[int, str]:
-    """(kind, what went wrong); a hang ends by SIGALRM, a fault of memory by its own signal."""
+    """Run an attempt in a child; return (kind, failure). A hang ends by SIGALRM, a memory fault by its own signal."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -98,7 +98,7 @@ def attempt_in_child(name: str, root: Path, n: int, mode: int, variant: int) -> 
 
 
 def sweep(name: str, work: Path, mode: int, variant: int, stride: int, found: dict[str, Any]) -> None:
-    """n = 1, 1 + stride, … until no call is left to fail."""
+    """Try n = 1, 1 + stride, … until no call is left to fail."""
     n, wrong_before = 1, len(found["wrong"])
     while len(found["wrong"]) < wrong_before + 3:
         root = work / "attempt"

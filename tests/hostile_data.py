@@ -65,7 +65,7 @@ _SOURCES: dict[str, bytes] = {
 
 
 def cases(directory: Path) -> Case:
-    """Mutations of a file of each format, read to the end; one of forty is also learned by the command line."""
+    """Return a case that reads a mutated file of some format to its end; one in forty also trains the command line."""
     return _case
 
 

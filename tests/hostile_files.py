@@ -1,8 +1,9 @@
-"""Files that nobody would write, and what comes of reading them: for readers and for saved models.
+"""A fuzzer for readers and saved models: read hostile files and check the outcome.
 
-Each case is a function of (kind, seed, number), so that one that fails is found again by its number. Run as a program
-it makes as many as it is told to, and ends with status 1 after what is not a documented error that names the file, a
-warning, or more than a quarter GiB of memory for one of these small files; with a traceback after 20 seconds on one::
+Each case is a function of (kind, seed, number), so that a failing case can be replayed by its number. The program
+makes as many cases as requested. It ends with status 1 on anything but a documented error that names the file, on a
+warning, and on more than a quarter GiB of memory for one of these small files; with a traceback if a case takes more
+than 20 seconds::
 
     python tests/hostile_files.py readers --count 20000
     python tests/hostile_files.py models --count 20000 --seed 7
@@ -29,23 +30,23 @@ from pathlib import Path
 KINDS = {"readers": "hostile_data", "models": "hostile_models"}
 MAX_SECONDS, MAX_GROWTH_BYTES = 20.0, 1 << 28
 
-#: One case: makes its file or files in the directory, uses them, and returns what came of it in a word.
+#: One case: make its files in the directory, use them, and return the outcome as a word.
 Case = Callable[[Path, random.Random], str]
 
 
 class WrongError(AssertionError):
-    """An outcome that is not documented."""
+    """Raised for an undocumented outcome."""
 
 
 def changed(data: bytes, rng: random.Random, words: list[bytes]) -> bytes:
-    """The data after a few changes of the kinds that files suffer, and those that a fuzzer likes."""
+    """Return the data after a few changes: some that files suffer in practice, some that are typical of fuzzers."""
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
         data = _changed_once(data, rng, words)
     return data
 
 
 def overwritten(data: bytes, rng: random.Random) -> bytes:
-    """The data with a few bytes changed, and no other moved."""
+    """Return the data with a few bytes overwritten, and none moved."""
     content = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 4])):
         at = rng.randrange(len(content))
@@ -84,7 +85,7 @@ def packed(data: bytes) -> bytes:
 
 
 def run_case(case: Case, kind: str, seed: int, number: int, place: Path) -> str:
-    """The outcome of one case; raises where it is not to be."""
+    """Return the outcome of one case; raise an error if it is wrong."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
     try:
@@ -100,7 +101,7 @@ def run_case(case: Case, kind: str, seed: int, number: int, place: Path) -> str:
 
 
 def run(kind: str, seed: int, count: int, *, first: int = 0, patience: int = 1) -> collections.Counter[str]:
-    """Run so many cases, and count what came of them; the first `patience` that fail are printed."""
+    """Run `count` cases and count their outcomes; the first `patience` failures are printed."""
     cases: Callable[[Path], Case] = importlib.import_module(KINDS[kind]).cases
     outcomes: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,7 +1,7 @@
-"""Saved models whose cards anybody may have written, through everything that opens a model; see hostile_files.py.
+"""Saved models with hostile cards, passed to everything that opens a model; see hostile_files.py.
 
-Half of the cases change bytes of a card, half change its values: other types, numbers far outside, keys that are
-missing or new, deep nesting, halves of characters, histograms of other sizes.
+Half of the cases change bytes of a card, half change its values: other types, numbers far out of range, missing or
+unknown keys, deep nesting, lone surrogates, histograms of other sizes.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _VALUES: list[Any] = [
     "string", "count", "vw", "csv", "field_aware_fm", "field_weighted_fm", "<U999999", "O", "<i8", "|b1", "M8[s]",
     "i4,i4",
 ]  # fmt: skip
-#: What a model says of keys that it does not take: the data is in order, and so is the card by itself.
+#: The message of a model for keys that it does not accept: the data is valid, and so is the card by itself.
 _OF_THE_MODEL = re.compile(r"the model has \d+ fields|fields must be|users can't be told apart")
 _ESTIMATORS = {"HashedFMClassifier": HashedFMClassifier, "HashedFwFMClassifier": HashedFwFMClassifier}
 
 
 def cases(directory: Path) -> Case:
-    """Models of every kind are trained in the directory; each case damages a copy of one."""
+    """Train models of every kind in the directory, and return a case that damages a copy of one."""
     data = _write_data(directory)
     models = {}
     for name, options in {
@@ -109,7 +109,7 @@ def _resealed(text: bytes, rng: random.Random) -> bytes:
 
 
 def _change(values: Any, rng: random.Random) -> None:
-    """One change of a value somewhere below."""
+    """Change one value at any depth."""
     while True:
         keys = list(values) if isinstance(values, dict) else list(range(len(values)))
         if not keys:
@@ -166,7 +166,7 @@ def _train(place: Path, data: Path, content: bytes) -> None:
         status = cli.main(["train", str(data), "-t", str(place), "--passes", "3", "--progress", "50"])
     if status:
         raise ValueError(errors.getvalue())
-    read_card(place)  # what has been read and written once can be read again
+    read_card(place)  # a card that was read and written can be read again
 
 
 def _estimate(place: Path, data: Path, content: bytes) -> None:
@@ -181,7 +181,7 @@ def _estimate(place: Path, data: Path, content: bytes) -> None:
 
 
 def _resume(place: Path, data: Path, content: bytes) -> None:
-    """The card as a checkpoint's, of a model that was killed."""
+    """Use the card as that of a checkpoint of a model whose training was killed."""
     try:
         card = json.loads(content)
     except (ValueError, RecursionError):
@@ -193,7 +193,7 @@ def _resume(place: Path, data: Path, content: bytes) -> None:
         try:
             table.snapshot(snapshots / "step-000000000000001", extra={"model": card, "delta": None})
         except (ValueError, TypeError, RecursionError):
-            return  # is no snapshot: NaN and the like
+            return  # not a valid snapshot: NaN and the like
         table.update([1], np.ones((1, table.embedding_dim), np.float32))
     try:
         Checkpoints(snapshots).resume(place)

@@ -2,8 +2,8 @@
 
     $ python tests/memory_limited.py PATH SECONDS GROUP
 
-Joins the group (the file to write its number to), creates the table, and until the time is over looks up and updates
-keys from all over it, takes snapshots and exports deltas. Prints what it has done, as JSON.
+It joins GROUP (the file to write its process id to), creates the table, and until the time is over looks up and updates
+keys from the whole table, takes snapshots and exports deltas. It prints its counts as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 import hashemb
 
-NUM_ROWS, DIM, BATCH = 1 << 20, 64, 1000  # 256 MiB of weights, and as much of state
+NUM_ROWS, DIM, BATCH = 1 << 20, 64, 1000  # 256 MiB of weights, and as much state
 
 
 def train(path: Path, seconds: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Processes for tests of sharing: the same function in several at once, forks that must not hang, waiting."""
+"""Processes for tests of sharing: run a function in several at once, fork children that must not hang, and wait."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TIMEOUT_S = 120.0
 def in_processes(
     work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, method: str = "forkserver"
 ) -> list[Any]:
-    """`work(*args)` for each tuple in a process of its own, all begun at the same moment; what they return.
+    """Call `work(*args)` for each tuple in its own process, all starting at the same moment; return the results.
 
-    An exception over there fails the test here, and so does a process that is killed or hangs.
+    An exception in a process fails the test, and so does a process that is killed or hangs.
     """
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -32,7 +32,7 @@ def in_processes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_answer, args=(theirs, barrier, work, args), daemon=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the subject
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads: tested here
                 process.start()
             theirs.close()
             started.append((process, ours))
@@ -76,7 +76,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 def in_forked_child(work: Callable[[], None], timeout_s: float = 60.0) -> None:
     """Run `work` in a fork of this process; its exceptions fail the test, and so does a child that hangs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads: ours
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
         pid = os.fork()
     if pid == 0:
         try:

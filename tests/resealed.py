@@ -1,7 +1,8 @@
-"""Hostile files: one value of a table's, snapshot's or delta's files changed, and the check sums made right again.
+"""Hostile files: change one value in the files of a table, snapshot or delta, and correct the checksums.
 
-A SHA-256 is no secret: whoever edits a file can seal it, so that no value may be believed for its check sum.
-Everything is drawn from a seeded generator, and a `Mutation` is a value that prints, and that goes through JSON.
+A SHA-256 is no secret: anyone who edits a file can recompute it, so a matching checksum does not make a value
+trustworthy. Everything is drawn from a seeded generator, and a `Mutation` is a value that can be printed and serialized
+as JSON.
 
     rng = random.Random(7)
     for mutation in mutations(directory, rng, 1000, seal="all"):
@@ -9,8 +10,8 @@ Everything is drawn from a seeded generator, and a `Mutation` is a value that pr
         if mutation.apply(copy):
             assert set(outcomes(copy).values()) <= DOCUMENTED, mutation
 
-`directory` is a table, a snapshot, or any directory that holds *.delta files. The module knows docs/format.md, and of
-the package only where the fields of the control page are.
+`directory` is a table, a snapshot, or any directory with *.delta files. The module relies on docs/format.md, and uses
+the package only for the layout of the control page.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ import hashemb
 from hashemb._files.format import CONTROL_DTYPE
 from hashemb.errors import HashembError
 
-#: "": check sums stay as they were. "sum": the file's is made right. "all": and what follows from the value in other
-#: places of the table too: the list of files, their sizes and their headers.
+#: "": leave the checksums. "sum": correct the checksum of the file. "all": also correct everything that follows from
+#: the value elsewhere in the table: the list of files, their sizes and their headers.
 Seal = Literal["", "sum", "all"]
 Where = tuple[str | int, ...]
 
@@ -47,7 +48,7 @@ _DEEP = 900
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DESCR = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
-#: JSON texts to put in the place of any value.
+#: JSON texts that replace a value.
 TEXTS = [
     *("null", "true", "false", '""', '"x"', "[]", "{}", "[1]", '{"kind": []}', '{"kind": "sgd"}', '["float32"]'),
     *("0", "-0", "-0.0", "1", "-1", "2", "3", "16", "17", "0.5", "1.0", "1023", "1e999", "-1e999"),
@@ -66,9 +67,9 @@ _DOUBLES = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1.0, 5e-324, 1e-320,
 class Mutation:
     """One change of one file.
 
-    `kind` is "set" (the value at `where` of the JSON becomes `text`, as JSON writes it), "raw" (as it stands),
-    "remove", "add" (an unknown key), "twice" (a key again, with `text`), "field" (of the control page: `where` is its
-    name, `text` the bytes in hexadecimal), or one of `damage.Damage` (`where` is its a and b).
+    `kind` is "set" (replace the value at `where` of the JSON by `text`, serialized again), "raw" (the same, verbatim),
+    "remove", "add" (an unknown key), "twice" (a duplicate key, with `text`), "field" (a field of the control page:
+    `where` is its name, `text` its bytes in hexadecimal), or a kind of `damage.Damage` (`where` is its a and b).
     """
 
     kind: str
@@ -78,7 +79,7 @@ class Mutation:
     seal: Seal = "sum"
 
     def apply(self, directory: Path) -> bool:
-        """Whether it has changed anything."""
+        """Apply the mutation; return whether it has changed anything."""
         path = directory / self.file
         if self.kind in ("flip", "fill", "truncate", "extend", "exchange"):
             return Damage(self.kind, self.file, *(int(n) for n in self.where)).apply(directory)
@@ -125,7 +126,7 @@ class Mutation:
         elif self.kind == "raw":
             owner[last] = marker
         raw = self.text if self.kind == "raw" else None
-        if self.kind == "twice":  # Python's parser keeps the last
+        if self.kind == "twice":  # Python's parser keeps the last one
             raw = f"{json.dumps(owner[last])}, {json.dumps(last)}: {self.text}"
             owner[last] = marker
         if self.seal == "all" and self.file == "meta.json" and raw is None:
@@ -135,7 +136,7 @@ class Mutation:
 
 @contextmanager
 def _without_limits() -> Iterator[None]:
-    """Of this module's own parser and writer: what the package does with such files is for the test to see."""
+    """Lift Python's limits for the parser and writer of this module; the package itself is tested with the limits."""
     depth, digits = sys.getrecursionlimit(), getattr(sys, "get_int_max_str_digits", lambda: 0)()
     sys.setrecursionlimit(max(depth, 12 * _DEEP))
     if hasattr(sys, "set_int_max_str_digits"):
@@ -152,7 +153,7 @@ def _without_limits() -> Iterator[None]:
 
 
 def content_of(data: bytes) -> dict[str, Any]:
-    """The JSON of a file, or of a delta's header."""
+    """Return the JSON of a file, or of the header of a delta."""
     if data[:8] == b"hashembD":
         data = data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]]
     content: dict[str, Any] = json.loads(data)
@@ -164,7 +165,7 @@ def _sha(content: Any) -> str:
 
 
 def _packed(data: bytes, content: dict[str, Any], stored: Any, raw: tuple[str, str] | None, seal: bool) -> bytes:
-    """The file with this content, its check sum made right if `seal`; `raw` is a text to replace, and by what."""
+    """Return the file with this content, and a correct checksum if `seal`; `raw` is a text and its replacement."""
     is_delta, meant = data[:8] == b"hashembD", content
     if raw:
         meant = json.loads(json.dumps(content).replace(*raw))
@@ -181,7 +182,7 @@ def _packed(data: bytes, content: dict[str, Any], stored: Any, raw: tuple[str, s
 
 
 def _conform(directory: Path, content: dict[str, Any]) -> None:
-    """Lists, sizes and headers as the geometry in a meta.json has them, if it is one at all and not too large."""
+    """Adapt lists, sizes and headers to the geometry in a meta.json, if it is valid and not too large."""
     rows, dim, per_block = (content.get(name) for name in ("num_embeddings", "embedding_dim", "block_rows"))
     dtype = content.get("dtype")
     files = content.get("files")
@@ -212,7 +213,7 @@ def _conform(directory: Path, content: dict[str, Any]) -> None:
 
 
 def places(content: Any, at: Where = ()) -> Iterator[Where]:
-    """Where every value of an object is; of long lists the first and the last."""
+    """Yield the path of every value of an object; of long lists only the first and last entries."""
     keys = list(content) if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
     for key in list(keys) if len(keys) < 40 else [*keys][:3] + [*keys][-3:]:
         if (*at, key) != ("checksum",):
@@ -221,13 +222,13 @@ def places(content: Any, at: Where = ()) -> Iterator[Where]:
 
 
 def files_with_numbers(directory: Path) -> list[str]:
-    """The files in which a value can be changed."""
+    """Return the files in which a value can be changed."""
     names = {"meta.json", "history.json", "snapshot.json", "saving.json", "control"}
     return sorted(path.name for path in directory.iterdir() if path.name in names or path.suffix == ".delta")
 
 
 def every_field(directory: Path, texts: list[str] | None = None, *, seal: Seal = "sum") -> Iterator[Mutation]:
-    """Each value of each file in turn replaced by each text; each field of the control page by extreme numbers."""
+    """Replace each value of each file in turn by each text, and each field of the control page by extreme numbers."""
     for file in files_with_numbers(directory):
         if file == "control":
             for name in CONTROL_DTYPE.names or ():
@@ -240,7 +241,7 @@ def every_field(directory: Path, texts: list[str] | None = None, *, seal: Seal =
 
 
 def mutations(directory: Path, rng: random.Random, count: int, *, seal: Seal = "sum") -> list[Mutation]:
-    """So many changes of the directory as it is now; with `seal` "" every second is of bytes rather than values."""
+    """Draw `count` mutations of the current directory; with `seal` "" every second one changes bytes, not values."""
     contents = {
         file: None if file == "control" else content_of((directory / file).read_bytes())
         for file in files_with_numbers(directory)
@@ -273,7 +274,7 @@ def _of_values(file: str, content: Any, spots: list[Where], rng: random.Random, 
 
 
 def _neighbours(value: Any, rng: random.Random) -> list[str]:
-    """Texts near a value: what is a little wrong gets further than what is absurd."""
+    """Return texts close to a value: slightly wrong values get further than absurd ones."""
     near: list[Any] = [[value], str(value)[:50], {"kind": str(value)[:50]}]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         near += [value + 1, value - 1, value * 2, -value, float(value), value + 0.5, value * 1000, rng.randrange(2**34)]
@@ -309,9 +310,9 @@ def _of_bytes(directory: Path, rng: random.Random) -> Mutation:
 
 
 def outcomes(directory: Path, *, write: bool = True) -> dict[str, str]:
-    """What comes of every way to read the directory, by name: "ok", "problems" (of `verify`), or an error's class.
+    """Read the directory in every way; return outcomes by name: "ok", "problems" (of `verify`), or an error class.
 
-    With `write` a table is also opened "r+" and updated, and deltas are followed by a new replica beside the directory.
+    With `write`, a table is also opened "r+" and updated, and a new replica next to the directory follows the deltas.
     """
     found: dict[str, str] = {}
     with warnings.catch_warnings():

@@ -1,13 +1,13 @@
-"""The extension under sanitizers: hostile files under AddressSanitizer and UndefinedBehaviorSanitizer, threads under
-ThreadSanitizer.
+"""Run the extension under sanitizers: hostile files with AddressSanitizer and UndefinedBehaviorSanitizer, and threads
+with ThreadSanitizer.
 
-    $ python tests/sanitize.py address --cases 20000     # so many resealed mutations, and as many of any bytes
+    $ python tests/sanitize.py address --cases 20000     # resealed mutations, and as many of arbitrary bytes
     $ python tests/sanitize.py thread --minutes 10
 
-Builds the extension out of tree with gcc's sanitizers, and runs sanitize_fuzz.py or sanitize_threads.py with it.
-Reports of a sanitizer, crashes, hangs and undocumented exceptions are printed, with what replays them, and are
-failures. `--build DIR` keeps the build for the next run; it is not made again when sources change. Python itself is
-not instrumented: what it does is seen where it calls the C library.
+The program builds the extension out of tree with gcc's sanitizers, and runs sanitize_fuzz.py or sanitize_threads.py
+with it. Sanitizer reports, crashes, hangs and undocumented exceptions are failures; they are printed with the means to
+replay them. `--build DIR` keeps the build for the next run; it is not rebuilt when sources change. Python itself is
+not instrumented: only its calls of the C library are checked.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ROOT = HERE.parent
 FLAGS = {"address": "address,undefined", "thread": "thread"}
 RUNTIMES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
 KINDS = ("table", "snapshot", "deltas", "model")
-PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()  # no disk to wait for
+PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()  # avoids waiting for a disk
 CASES_PER_PROCESS = 500
 PATIENCE_S = 60.0  # for one case, under a sanitizer, on a machine with other work
 
 
 class Unavailable(Exception):
-    """There is no compiler, or not with this sanitizer; the message says which."""
+    """Raised if there is no compiler, or if it lacks this sanitizer; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Build:
     runtimes: tuple[str, ...]
 
     def environment(self, log: Path) -> dict[str, str]:
-        """To run Python with the runtimes before all else; reports go to files that begin with `log`."""
+        """Return variables that preload the sanitizer runtimes in Python; reports go to files that begin with `log`."""
         options = {
             "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=1:log_path={log}",
             "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={log}",
@@ -67,12 +67,12 @@ class Build:
 
 
 def without_randomised_addresses(sanitizer: str) -> list[str]:
-    """ThreadSanitizer of gcc 12 knows fewer places for mappings than kernels choose from."""
+    """Return a command prefix: gcc 12's ThreadSanitizer supports fewer mapping addresses than kernels choose from."""
     return ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
 
 
 def build(sanitizer: str, directory: Path) -> Build:
-    """Builds what is not there yet, in a copy of the sources; `Unavailable` without the means."""
+    """Build what does not exist yet, in a copy of the sources; raise `Unavailable` if that is impossible."""
     runtimes = tuple(runtime(name) for name in RUNTIMES[sanitizer])
     missing = [name for name in ("Cython", "setuptools", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
@@ -95,7 +95,7 @@ def build(sanitizer: str, directory: Path) -> Build:
 
 
 def runtime(name: str) -> str:
-    """Where gcc has the library of a sanitizer."""
+    """Return the path of gcc's runtime library of a sanitizer."""
     if shutil.which("gcc") is None:
         raise Unavailable("no gcc")
     found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -105,7 +105,7 @@ def runtime(name: str) -> str:
 
 
 def reports(log: Path) -> list[str]:
-    """What sanitizers have written."""
+    """Return the reports that the sanitizers have written."""
     return [file.read_text(errors="replace") for file in sorted(log.parent.glob(f"{log.name}*")) if file.stat().st_size]
 
 
@@ -113,7 +113,7 @@ def reports(log: Path) -> list[str]:
 
 
 def fuzz(made: Build, work: Path, *, cases: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[str]:
-    """So many resealed mutations, and as many of any bytes, shared out among the kinds; returns what was wrong."""
+    """Run `cases` resealed mutations and as many of arbitrary bytes, divided among the kinds; return the failures."""
     found: list[str] = []
     for seal in ("resealed", "bytes"):
         for i, kind in enumerate(kinds):
@@ -123,7 +123,7 @@ def fuzz(made: Build, work: Path, *, cases: int, seed: int, kinds: tuple[str, ..
 
 
 def fuzz_kind(made: Build, work: Path, kind: str, seal: str, seed: int, cases: int) -> list[str]:
-    """A process goes on until it has done its cases or dies; the next begins behind the case that it died of."""
+    """Run the cases of one kind in processes; if one dies, the next continues after the case that killed it."""
     at, tally = 0, Tally()
     while at < cases:
         log, progress = work / f"log-{kind}-{seal}-{at}", work / "progress"
@@ -144,7 +144,7 @@ def fuzz_kind(made: Build, work: Path, kind: str, seal: str, seed: int, cases: i
 
 
 class Tally:
-    """Outcomes, in how many cases each; what was wrong, by its text without numbers, with the first case of each."""
+    """Counts of the outcomes, and the failures by their text without numbers, with the first case of each."""
 
     def __init__(self) -> None:
         self.num_wrong, self.outcomes = 0, Counter[str]()
@@ -173,7 +173,7 @@ def replay(case: dict[str, Any]) -> str:
 
 
 def threads(made: Build, work: Path, *, seconds: float, seed: int, kinds: tuple[str, ...] = ()) -> list[str]:
-    """Eight threads on one table after another; returns reports that tsan.supp does not explain, and errors."""
+    """Run eight threads on one table after another; return errors and the reports that tsan.supp does not explain."""
     log, spec = work / "log", {"seconds": seconds, "seed": seed, "place": str(work), "kinds": kinds}
     done = made.run("sanitize_threads.py", [json.dumps(spec)], log, 600 + 20 * seconds)
     print(done.stdout, end="", flush=True)

@@ -1,7 +1,8 @@
-"""The process of sanitize.py that opens hostile files: mutations of a table, a snapshot, deltas or a model, in turn.
+"""The fuzzing process of sanitize.py: it opens mutations of a table, a snapshot, deltas or a model, in turn.
 
-After each it tries every way to read and use what came of it. It notes the mutation before, and the outcomes after: if
-it dies, its notes say of what. A case that takes too long ends it, with the stacks.
+For each mutation it tries every way to read and use the result. It writes down the mutation before and the outcomes
+afterwards, so that its notes name the case if it dies. If a case takes too long, the process prints its stacks and
+ends.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def originals(place: Path, kind: str) -> list[Path]:
-    """Directories of that kind, of three sorts of tables, made as a user makes them."""
+    """Make directories of that kind from three sorts of tables, through the public API."""
     return [make(place / f"{kind}-{name}", kind, dict(options)) for name, options in VARIANTS.items()]
 
 
@@ -60,11 +61,11 @@ def train(table: hashemb.EmbeddingTable, seed: int) -> None:
     table.update(rng.integers(0, 3000, 300), rng.normal(size=(300, table.embedding_dim)).astype(np.float32))
 
 
-# ---- using what came of a mutation ----
+# ---- using the result of a mutation ----
 
 
 def use(copy: Path, kind: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What `resealed.outcomes` leaves out: what writes, in the process and beside the copy."""
+    """Yield the uses that `resealed.outcomes` leaves out: those that write, in the process and next to the copy."""
     beside = copy.with_name(f"{copy.name}-beside")
     if kind == "deltas":
         for file in sorted(copy.glob("*.delta")):
@@ -105,7 +106,7 @@ def outcome_of(call: Callable[[], Any]) -> str:
 
 
 def try_case(original: Path, kind: str, mutation: Mutation, place: Path) -> dict[str, str]:
-    """What came of each way to use a copy with the mutation, by name."""
+    """Use a copy with the mutation in every way; return the outcomes by name."""
     copy, beside = place / "case", place / "case-beside"
     for old in (copy, beside, place / "case.replica"):
         shutil.rmtree(old, ignore_errors=True)
@@ -122,7 +123,7 @@ def try_case(original: Path, kind: str, mutation: Mutation, place: Path) -> dict
 
 
 def drawn(originals: list[Path], spec: dict[str, Any]) -> Iterator[tuple[int, Path, Mutation]]:
-    """Cases `begin` to `end` of a seed: each hundred is of one original, drawn at once."""
+    """Yield cases `begin` to `end` of a seed: each hundred is drawn at once from one original."""
     for draw in range(spec["begin"] // CASES_PER_DRAW, -(-spec["end"] // CASES_PER_DRAW)):
         rng = random.Random(f"{spec['seed']} {spec['kind']} {spec['seal']} {draw}")
         original = originals[draw % len(originals)]

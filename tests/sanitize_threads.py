@@ -1,7 +1,7 @@
-"""The process of sanitize.py for ThreadSanitizer: eight threads do everything at once, on a table of each kind in turn.
+"""The ThreadSanitizer process of sanitize.py: eight threads do everything at once, on a table of each kind in turn.
 
-Errors that calls may meet there: none, except `ClosedTableError` once the table has been closed, which a thread does at
-the end of each kind while the others go on.
+The only error that a call may raise is `ClosedTableError` after the table has been closed, which a thread does at the
+end of each kind while the others continue.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Crowd:
         self.table = hashemb.open(place / "t", "r+", isolation=self.isolation)
         self.names, self.counts, self.errors = itertools.count(), Counter[str](), list[str]()
         self.is_closing = False
-        self.start = threading.Barrier(NUM_THREADS)  # the first calls come at once, as lazy beginnings want it
+        self.start = threading.Barrier(NUM_THREADS)  # the first calls come at once, to test lazy initialization
 
     def actions(self) -> dict[str, Callable[[Any, Any], Any]]:
         table = self.table
@@ -114,7 +114,7 @@ class Crowd:
                 return
 
     def close_amid(self) -> None:
-        """Shortly before the others would end."""
+        """Close the table shortly before the others would end."""
         time.sleep(max(0.0, self.end - time.monotonic()) * 0.9)
         self.is_closing = True
         self.table.close()

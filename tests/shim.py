@@ -1,4 +1,4 @@
-"""Runs tests' programs under fault_shim.c: compiled once a session, loaded by LD_PRELOAD."""
+"""Run test programs under fault_shim.c, which is compiled once per session and loaded by LD_PRELOAD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMIT_S = 900
 
 
 def compiled(directory: Path) -> Path:
-    """The shim as a library; skips the test where there is no compiler."""
+    """Compile the shim to a library; skip the test if there is no compiler."""
     compiler, library = shutil.which("cc"), directory / "fault_shim.so"
     if compiler is None:
         pytest.skip("no C compiler (cc) to build fault_shim.c with")
@@ -30,14 +30,14 @@ def compiled(directory: Path) -> Path:
 
 @contextmanager
 def fast_directory(otherwise: Path) -> Iterator[Path]:
-    """One on tmpfs where there is one, as nothing here needs a disk: synced thousands of times, it would be slow."""
+    """Yield a directory on a tmpfs if there is one: these tests need no disk, and thousands of syncs would be slow."""
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(otherwise)
     with tempfile.TemporaryDirectory(prefix="hashemb-faults-", dir=parent) as name:
         yield Path(name)
 
 
 def run(library: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python PROGRAM ARGUMENTS` under the shim; one thread, since it forks."""
+    """Run `python PROGRAM ARGUMENTS` under the shim, with one thread because it forks."""
     environment = {**os.environ, "LD_PRELOAD": str(library), "OPENBLAS_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "error", str(TESTS / program), *arguments]

@@ -1,15 +1,17 @@
-"""A soak: two exact writers, a reader, snapshots with verify, and deltas with a follower, for hours on one table.
+"""A soak test: two exact writers, a reader, snapshots with verify, and deltas with a follower, for hours on one table.
 
     $ python tests/soak.py --hours 2 --pace 0.3
 
-Every ten seconds the memory (smaps_rollup), open descriptors and threads of each process go to a CSV. At the end
+Every ten seconds the memory (smaps_rollup), open descriptors and threads of each process are written to a CSV file. At
+the end the test checks that
 
-- every process has ended as it should, every snapshot verified, and the replica equalled its source whenever compared;
-- the rows are, bit for bit, the sums of the gradients that the writers know they sent;
-- no process's anonymous memory has grown by more than a bound over the second half, by a straight line through it;
+- every process ended normally, every snapshot verified, and the replica equalled its source at each comparison;
+- the rows are, bit for bit, the sums of the gradients that the writers recorded;
+- the anonymous memory of no process grew by more than a bound over the second half, according to a linear fit;
 - open descriptors and threads were no more in the last quarter than in the second.
 
-The table's history.json grows to 1,000 points, by design, and those who read it with it: it is filled beforehand.
+By design the history.json of the table grows to 1,000 points, and so does the memory of its readers, so the history is
+filled beforehand.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ HISTORY_POINTS = 1000
 
 
 class SoakError(AssertionError):
-    """What the soak has found."""
+    """Raised for a failure of the soak."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how hard, and what is too much. `growth_kib` is the bound on anonymous memory over the second half."""
+    """Duration, load and limits. `growth_kib` bounds the growth of anonymous memory over the second half."""
 
     seconds: float
     pace: float = 0.3
@@ -52,7 +54,7 @@ class Plan:
 
 
 def run_soak(directory: Path, plan: Plan, csv_path: Path | None = None) -> dict[str, Any]:
-    """Runs it in a new directory below `directory`, which is removed unless it fails; returns the figures."""
+    """Run the soak in a new directory below `directory`, which is removed unless it fails; return the figures."""
     root = Path(tempfile.mkdtemp(prefix="soak-", dir=directory))
     prepare(root, prefill=plan.prefill)
     context, board = multiprocessing.get_context("spawn"), Board(root / "board")
@@ -75,7 +77,7 @@ def run_soak(directory: Path, plan: Plan, csv_path: Path | None = None) -> dict[
 
 
 def prepare(root: Path, *, prefill: bool) -> None:
-    """The table, with as many points of history as it ever has."""
+    """Create the table, with as many points of history as it can have."""
     with create(root / "table") as table:
         for _ in range(HISTORY_POINTS if prefill else 0):
             table.export_delta(None, root / "empty.delta")
@@ -86,7 +88,7 @@ def prepare(root: Path, *, prefill: bool) -> None:
 
 
 def watch(processes: dict[str, Any], board: Board, plan: Plan, csv_path: Path | None) -> list[dict[str, Any]]:
-    """Samples every process until the time is over or one of them ends."""
+    """Sample every process until the time is over or one of them ends."""
     samples: list[dict[str, Any]] = []
     with open(csv_path or os.devnull, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -105,7 +107,7 @@ def watch(processes: dict[str, Any], board: Board, plan: Plan, csv_path: Path | 
 
 
 def usage(pid: int) -> dict[str, int]:
-    """Memory in KiB, descriptors and threads; nothing of a process that has just ended."""
+    """Return memory in KiB, descriptors and threads; an empty dict for a process that has just ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
         memory = {line.split(":")[0]: int(line.split()[1]) for line in lines}
@@ -141,7 +143,7 @@ def done(board: Board) -> dict[str, int]:
 
 
 def check_sums(root: Path) -> str:
-    """Every batch is in the table, once: SGD with rate 1 from zeros."""
+    """Check that every batch is in the table exactly once, by SGD with learning rate 1 from zeros."""
     expected = -sum(np.load(root / f"sums-{number}.npy").astype(np.float32) for number in range(2))
     with hashemb.open(root / "table") as table:
         found = table.lookup(soak_keys(table))
@@ -155,7 +157,7 @@ def check_sums(root: Path) -> str:
 
 
 def judge(samples: list[dict[str, Any]], growth_kib: float) -> dict[str, Any]:
-    """Per process: growth over the second half, and the usual least of descriptors and threads in two quarters."""
+    """Judge each process by its growth over the second half and the low quantiles of descriptors and threads."""
     report: dict[str, Any] = {}
     complaints = []
     for role in dict.fromkeys(sample["process"] for sample in samples):
@@ -172,7 +174,7 @@ def judge(samples: list[dict[str, Any]], growth_kib: float) -> dict[str, Any]:
 
 
 def growth_over_second_half(seconds: list[float], kib: list[float]) -> float:
-    """By the straight line of least squares through the second half of the samples."""
+    """Return the growth along a least-squares line through the second half of the samples."""
     x, y = np.array(seconds[len(seconds) // 2 :]), np.array(kib[len(kib) // 2 :], float)
     if x.size < 3:
         return 0.0
@@ -180,10 +182,10 @@ def growth_over_second_half(seconds: list[float], kib: list[float]) -> float:
 
 
 def quarters(values: list[int]) -> tuple[int, int]:
-    """The lowest tenth's end in the second quarter, and in the last.
+    """Return the 10 % quantile in the second quarter and in the last.
 
-    Some descriptors are open for a moment only, and a table that is being opened anew has none; one that is lost raises
-    every value for good.
+    Some descriptors are open only briefly, and a table that is being reopened has none; a leaked descriptor raises all
+    later values.
     """
     n = len(values)
     parts = (values[n // 4 : n // 2] or values, values[3 * n // 4 :])

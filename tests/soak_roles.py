@@ -1,8 +1,8 @@
 """The five processes of the soak (soak.py): two exact writers, a reader, a maker of snapshots and a follower of deltas.
 
-Each runs until the board says stop, sleeps so that it keeps to its share of a processor, and ends with an error as soon
-as something is not as it has to be. Gradients are small whole numbers of either sign, so that with SGD, rate 1 and rows
-that begin at zero every row is the negative sum of its gradients, exact in float32 in any order.
+Each runs until the stop flag of the board is set, sleeps to keep to its share of a processor, and ends with an error as
+soon as a check fails. Gradients are small whole numbers of either sign, so that with SGD, learning rate 1 and zero
+initial rows, every row is the negative sum of its gradients, exact in float32 in any order.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import hashemb
 
 NUM_ROWS, DIM = 1 << 18, 16  # 16 MiB
 NUM_KEYS = 100_000
-SIZES = (30, 1000, 20_000)  # of batches
-LIMIT = 1 << 23  # sums stay below what float32 counts exactly
+SIZES = (30, 1000, 20_000)  # batch sizes
+LIMIT = 1 << 23  # sums stay within the exact integers of float32
 FAILURE = "failure-{}.txt"
 
 
 @dataclass(frozen=True)
 class Board:
-    """Shared memory: stop, pause (of the writers, wanted by the follower), and what each has done."""
+    """Shared memory: stop, pause (requested of the writers by the follower), and the progress of each process."""
 
     path: Path
 
@@ -45,7 +45,7 @@ class Board:
         return np.memmap(self.path, np.int64, "r+")
 
     def __getitem__(self, name: str) -> Any:
-        """A cell, or two, to be read and written in place."""
+        """Return a view of one or two cells, to be read and written in place."""
         names = ("stop", "pause", "lookups", "verified", "compared", "applied", "is_paused", "batches")
         first = 2 * names.index(name)
         return self.cells[first : first + (2 if name in ("is_paused", "batches") else 1)]
@@ -58,14 +58,14 @@ def create(path: Path) -> hashemb.EmbeddingTable:
 
 
 def soak_keys(table: hashemb.EmbeddingTable) -> npt.NDArray[np.int64]:
-    """Keys of which no two share a row."""
+    """Return keys that share no row."""
     candidates = np.arange(2 * NUM_KEYS)
     _, first = np.unique(table.rows(candidates), return_index=True)
     return candidates[np.sort(first)][:NUM_KEYS]
 
 
 def paced(board: Board, pace: float) -> Iterator[int]:
-    """Counts rounds until the board says stop; sleeps after each so that rounds take `pace` of the time."""
+    """Count rounds until the stop flag is set; sleep after each so that rounds take the fraction `pace` of the time."""
     stop = board["stop"]
     for number in itertools.count():
         if stop[0]:
@@ -78,7 +78,7 @@ def paced(board: Board, pace: float) -> Iterator[int]:
 
 
 def write(root: Path, board: Board, pace: float, number: int) -> None:
-    """Updates, and keeps the sums that its own batches should come to; every so often it opens the table anew."""
+    """Update the table and keep the expected sums of the writer's own batches; reopen the table from time to time."""
     rng = np.random.default_rng([1, number])
     hashemb.set_num_threads(1 + number)
     table = hashemb.open(root / "table", "r+", isolation="exact")
@@ -102,7 +102,7 @@ def write(root: Path, board: Board, pace: float, number: int) -> None:
 
 
 def read(root: Path, board: Board, pace: float) -> None:
-    """Looks up; whatever the writers are at, every value is a whole number."""
+    """Look rows up; whatever the writers are doing, every value is a whole number."""
     rng = np.random.default_rng(2)
     table = hashemb.open(root / "table", "r")
     keys, offsets = soak_keys(table), np.arange(0, 10_001, 10)
@@ -121,7 +121,7 @@ def read(root: Path, board: Board, pace: float) -> None:
 
 
 def save(root: Path, board: Board, pace: float) -> None:
-    """Takes snapshots, and verifies each; the last two are kept."""
+    """Take snapshots and verify each; keep the last two."""
     kept: list[Path] = []
     with hashemb.open(root / "table", "r+") as table:
         for turn in paced(board, pace):
@@ -137,7 +137,7 @@ def save(root: Path, board: Board, pace: float) -> None:
 
 
 def follow(root: Path, board: Board, pace: float) -> None:
-    """Exports deltas and follows them; each fifth time the writers pause, and the replica has to equal its source."""
+    """Export deltas and follow them; every fifth time the writers pause and the replica must equal its source."""
     deltas, replica = root / "deltas", root / "replica"
     deltas.mkdir(exist_ok=True)
     last: hashemb.DeltaInfo | None = None
@@ -160,7 +160,7 @@ def follow(root: Path, board: Board, pace: float) -> None:
 
 
 def pause(board: Board) -> None:
-    """Returns when both writers stand between two batches, or the soak ends."""
+    """Wait until both writers are between two batches, or the soak ends."""
     board["pause"][0] = 1
     while not board["is_paused"].all() and not board["stop"][0]:
         time.sleep(0.001)
@@ -173,7 +173,7 @@ def compare(table: hashemb.EmbeddingTable, replica: Path) -> None:
 
 
 def run_role(role: str, root: Path, pace: float) -> None:
-    """The process: what it fails by lies in a file, and ends the soak."""
+    """Run one process; an error is written to a file and ends the soak."""
     roles: dict[str, Callable[[Path, Board, float], None]] = {
         "writer 0": lambda *args: write(*args, number=0),
         "writer 1": lambda *args: write(*args, number=1),

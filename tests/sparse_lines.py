@@ -1,5 +1,5 @@
 """The slow twin of the libsvm, libffm and Vowpal Wabbit tokeniser: one line at a time, in plain Python, by the rules of
-docs/ctr.md. It says of a line what it holds, or that it holds nothing readable, or that it is a comment."""
+docs/ctr.md. A line is an example, an error or a comment."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Example(NamedTuple):
 
 
 class FaultError(Exception):
-    """The line is none."""
+    """Raised for an invalid line."""
 
 
 def parse_line(format: str, line: bytes, *, labelled: bool = True) -> Example | None:
-    """None: a comment. Raises `FaultError`."""
+    """Parse a line; return None for a comment, and raise `FaultError` for an invalid line."""
     if format != "vw" and b"#" in line:
         line = line.partition(b"#")[0]
         if not line.strip(b" \t"):

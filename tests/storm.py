@@ -1,19 +1,19 @@
-"""A storm of signals: four processes work on one table, and the handlers of signals that arrive at any time use it too.
+"""A storm of signals: four processes work on one table, and signal handlers, which may run at any time, use it too.
 
     $ python tests/storm.py --signals 100000 --seed 0
 
-Each process updates, looks up, takes snapshots and brings deltas to a replica of its own (storm_worker.py). Signals
-come from a timer inside and from os.kill outside; their handlers update, look up, take snapshots, export, flush, close
-the table, set its rate, raise, or do nothing. It is a failure where
+Each process updates, looks up, takes snapshots and applies deltas to its own replica (storm_worker.py). Signals come
+from a timer in the process and from os.kill outside; their handlers update, look up, take snapshots, export, flush,
+close the table, set its learning rate, raise, or do nothing. The storm fails if
 
 - a process makes no progress for longer than a generous limit: it is killed, and its stacks are shown;
-- a call ends in anything else than a result, `TableBusyError` in a handler, `ClosedTableError`, or what was raised;
-- the gate or another lock of the table is held when all stand idle, or a process does not end when it is told to;
+- a call ends in anything but a result, `TableBusyError` in a handler, `ClosedTableError`, or a handler's exception;
+- the gate or another lock of the table is held when all processes are idle, or a process does not end when told to;
 - a snapshot, the table or a replica does not verify, or a replica differs from its source;
-- the table's steps are fewer than the updates that returned, or more than those and the interrupted ones together;
-- descriptors are left open when all tables are closed, whatever was raised.
+- the table has fewer steps than updates that returned, or more than those and the interrupted ones together;
+- descriptors are still open when all tables are closed, whatever was raised.
 
-It prints what came of each kind of call, and for how long updates were held up: their time less the processor's.
+It prints the outcomes of each kind of call, and how long updates were held up: their wall time less processor time.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from storm_worker import FINISH, HANDLERS, IDLE, ROLES, SIZES, Board, create, wo
 import hashemb
 from hashemb import _core
 
-PATIENCE_S = 20.0  # on a machine where the largest batch takes USUAL_BATCH_S; more on a slower one
+PATIENCE_S = 20.0  # on a machine where the largest batch takes USUAL_BATCH_S; longer on slower ones
 USUAL_BATCH_S = 0.02
-MEAN_PAUSE_S = 0.002  # between two bursts of signals from outside, to any of the processes
-MOST_PER_CALL = 8  # signals: a call that is interrupted all the time would be the only one ever tried
-#: Places in the file `lock` that nobody may hold when all stand idle.
+MEAN_PAUSE_S = 0.002  # between two bursts of signals from outside, to any process
+MOST_PER_CALL = 8  # signals: a call that is interrupted forever would be the only one tried
+#: Byte ranges of the file `lock` that must be unlocked when all processes are idle.
 PLACES = {
     "gate": _core.LOCK_GATE,
     "turnstile": _core.LOCK_GATE + 1,
@@ -55,13 +55,13 @@ PLACES = {
 
 
 class StormError(AssertionError):
-    """What the storm has found; the message has the stacks, or the errors."""
+    """Raised for a failure of the storm; the message contains the stacks or the errors."""
 
 
 def run_storm(
     directory: Path, *, signals: int, seed: int = 0, workers: int = 4, handlers: Sequence[str] = tuple(HANDLERS)
 ) -> dict[str, Any]:
-    """Runs it in a new directory below `directory`, which is removed unless it fails; returns the figures."""
+    """Run the storm in a new directory below `directory`, which is removed unless it fails; return the figures."""
     root = Path(tempfile.mkdtemp(prefix="storm-", dir=directory))
     storm = Storm(root, signals, seed, workers, list(handlers))
     try:
@@ -73,7 +73,7 @@ def run_storm(
 
 
 class Storm:
-    """The conductor: starts the processes, sends them signals, watches them, and judges what they leave."""
+    """The driver: it starts the processes, sends them signals, watches them, and checks what they leave."""
 
     def __init__(self, root: Path, signals: int, seed: int, num_workers: int, handlers: list[str]) -> None:
         self.root, self.wanted, self.seed, self.num_workers, self.handlers = root, signals, seed, num_workers, handlers
@@ -101,7 +101,7 @@ class Storm:
         self.until(lambda: all(process.exitcode is not None for process in self.processes), "all processes to end")
         return self.judge()
 
-    # -- signals, and the watch --
+    # -- signals and the watchdog --
 
     def send_signals(self) -> None:
         while self.board["signals"].sum() < self.wanted:
@@ -114,7 +114,7 @@ class Storm:
             self.check_progress()
 
     def check_failures(self) -> None:
-        """A process that has met an error it should not ends its loop, and says so."""
+        """Raise the failures of processes: one with an unexpected error ends its loop and reports it."""
         codes = [process.exitcode for process in self.processes]
         if any(codes):
             raise StormError(f"a process died: exit codes {codes}; see {self.root}")
@@ -145,7 +145,7 @@ class Storm:
             time.sleep(0.01)
 
     def stacks(self) -> str:
-        """Where every thread of every process is, in Python and in the kernel."""
+        """Return the stacks of every thread of every process, in Python and in the kernel."""
         shown = []
         for number, process in enumerate(self.processes):
             if process.exitcode is not None:
@@ -164,7 +164,7 @@ class Storm:
     # -- judging --
 
     def check_locks(self) -> None:
-        """Everybody stands idle with the table open: of its locks only that of being a writer may be held."""
+        """Check the locks while all processes are idle with the table open: only the writers' lock may be held."""
         fd = os.open(self.root / "table" / "lock", os.O_RDWR)
         try:
             held = [name for name, place in PLACES.items() if is_held(fd, place, 0 if place >> 32 else 1)]
@@ -220,7 +220,7 @@ class Storm:
 
 
 def largest_batch_s(table: hashemb.EmbeddingTable) -> float:
-    """What an update with the largest batch takes, alone, at best of five."""
+    """Return the time of an update with the largest batch, the best of five without other load."""
     size, times = max(SIZES), []
     keys, grads = np.arange(size), np.zeros((size, table.embedding_dim), np.float32)
     for _ in range(5):
@@ -231,7 +231,7 @@ def largest_batch_s(table: hashemb.EmbeddingTable) -> float:
 
 
 def is_held(fd: int, place: int, length: int) -> bool:
-    """Whether anybody else's lock, shared or not, is on these bytes."""
+    """Return whether another descriptor holds a lock, shared or not, on these bytes."""
     for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK):
         request = struct.pack("hhqqi4x", kind, os.SEEK_SET, place, length, 0)
         try:
@@ -242,7 +242,7 @@ def is_held(fd: int, place: int, length: int) -> bool:
 
 
 def quantile_ms(histogram: Any, fraction: float) -> float:
-    """The upper end of the bucket in which it lies: a fifth above, at most."""
+    """Return the upper end of the bucket that contains the quantile, at most a fifth too high."""
     bucket = int(np.searchsorted(np.cumsum(histogram), fraction * histogram.sum()))
     return float(2 ** ((bucket + 1) / 4) / 1e3)
 

@@ -1,11 +1,11 @@
-"""One process of the storm (storm.py): it works on a table in a loop, while handlers of signals use the table too.
+"""One process of the storm (storm.py): it works on a table in a loop, while signal handlers use the table too.
 
-Whatever a signal interrupts, the loop and the handlers may meet only what is documented: a result, a `TableBusyError`
-where the same thread is inside another call on the table, a `ClosedTableError` after a handler has closed it, or the
-`Interrupt` that a handler raises. Everything else is a failure, with its traceback.
+Whatever a signal interrupts, calls in the loop and the handlers may only have documented outcomes: a result, a
+`TableBusyError` if the same thread is inside another call on the table, a `ClosedTableError` after a handler has closed
+it, or the `Interrupt` that a handler raises. Everything else is a failure, which is reported with its traceback.
 
-Signals arrive in the loop's own code too. So handlers only append to deques, which is one step of the interpreter, and
-raise only while the loop is armed for it, once.
+Signals also arrive in the code of the loop itself. Handlers therefore only append to deques, which is atomic in the
+interpreter, and raise only while the loop is armed for it, once.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ import hashemb
 from hashemb import errors
 
 DIM = 8
-SIZES = {3: 8, 30: 6, 1000: 4, 10_000: 2, 50_000: 1}  # keys in a batch: how often
-#: What handlers do, and how often.
+SIZES = {3: 8, 30: 6, 1000: 4, 10_000: 2, 50_000: 1}  # number of keys in a batch: weight
+#: The actions of handlers and their weights.
 HANDLERS = {
     "nothing": 14, "raise": 20, "update": 24, "lookup": 16, "lr": 8, "stats": 4, "flush": 3, "close": 4, "snapshot": 2,
     "export": 2,
 }  # fmt: skip
 LOOP = {"update": 70, "lookup": 20, "snapshot": 1, "delta": 3, "flush": 1, "stats": 3, "prefetch": 3, "close": 1}
 STORM, IDLE, FINISH = 0, 1, 2  # phases
-MAX_DEPTH = 3  # of handlers within handlers
-NUM_BUCKETS = 96  # of the histogram of times, four to the octave, from a microsecond
+MAX_DEPTH = 3  # of nested handlers
+NUM_BUCKETS = 96  # of the histogram of times: four per octave, starting at a microsecond
 BUSY: Any = getattr(errors, "TableBusyError", ())
 
 
 class Interrupt(BaseException):
-    """What a handler raises, as KeyboardInterrupt is."""
+    """The exception that a handler raises; like KeyboardInterrupt it is a BaseException."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one worker is: its table's isolation, the library's threads, and whether a second Python thread works."""
+    """The setup of a worker: the isolation of its table, the library's threads, and whether it has a second thread."""
 
     isolation: str
     num_threads: int
@@ -67,7 +67,7 @@ ROLES = [Role("hogwild", 1), Role("exact", 1), Role("hogwild", 3, has_thread=Tru
 
 
 class Board:
-    """Shared memory: the phase, and what each worker reports of itself."""
+    """Shared memory: the phase, and the reports of each worker."""
 
     FIELDS = ("signals", "beats", "last_beat_ns", "is_idle", "has_failed", "longest_held_ns", "signals_before")
 
@@ -106,13 +106,13 @@ class Worker:
         self.batches = self.make_batches()
         self.table: Any = None
         self.replica: Any = None
-        self.last: Any = None  # the delta that the replica stands at
-        self.pending: Path | None = None  # a delta that it has yet to take
+        self.last: Any = None  # the last delta applied to the replica
+        self.pending: Path | None = None  # a delta that was exported but not yet applied
         self.chains = itertools.count()
         self.replica_path = self.place("replica")
 
     def make_batches(self) -> list[tuple[Any, Any]]:
-        """Keys with repeats, some of all workers and some of this one; small whole numbers as gradients."""
+        """Make batches with repeated keys, shared by all workers or only for this one, and small whole gradients."""
         batches = []
         for size, often in SIZES.items():
             for _ in range(often):
@@ -123,13 +123,13 @@ class Worker:
         return batches
 
     def place(self, kind: str) -> Path:
-        """A name in the root that nobody has had."""
+        """Return an unused name in the root."""
         return self.root / f"{kind}-{self.number}-{next(self.names)}"
 
     # -- outcomes --
 
     def attempt(self, where: str, what: str, operation: Callable[[], Any], *, armed: bool = False) -> str:
-        """Runs an operation, and books what came of it. With `armed` a handler may end it by an exception, once."""
+        """Run an operation and record its outcome. With `armed`, a handler may end it by an exception, once."""
         outcome = "ok"
         try:
             self.armed = armed
@@ -145,14 +145,14 @@ class Worker:
         if isinstance(error, Interrupt) and where == "loop":
             return "interrupted"
         if isinstance(error, BUSY) and where == "handler":
-            return "busy"  # elsewhere nothing of this thread's is under way
+            return "busy"  # outside handlers this thread is in no other call
         if isinstance(error, errors.ClosedTableError):
             return "closed"
         self.failures.append(f"{where}, {what}:\n{''.join(traceback.format_exception(error))}")
         self.board["has_failed"][self.number] = 1
         return "other"
 
-    # -- what the loop and the handlers do --
+    # -- actions of the loop and the handlers --
 
     def batch(self) -> tuple[Any, Any]:
         return self.random.choice(self.batches)
@@ -213,7 +213,7 @@ class Worker:
             raise Interrupt
 
     def attempt_in_handler(self, what: str) -> None:
-        """The loop stays armed as it was: an exception that comes now would be raised in the handler."""
+        """Run an action in a handler without changing `armed`: an exception now would be raised in the handler."""
         try:
             getattr(self, what)()
             outcome = "ok"
@@ -222,7 +222,7 @@ class Worker:
         self.events.append(("handler", what, outcome))
 
     def set_alarm(self) -> None:
-        """For some time from now, if none is pending: from the length of the smallest update to that of a snapshot."""
+        """Set a timer, if none is pending, to a time between the duration of the smallest update and of a snapshot."""
         if not self.has_alarm:
             self.has_alarm = True
             signal.setitimer(signal.ITIMER_REAL, 10 ** self.random.uniform(-5.3, -1.5))
@@ -246,7 +246,7 @@ class Worker:
             self.tidy()
 
     def reopen(self) -> None:
-        """What handlers, or an interrupted call, have closed."""
+        """Reopen what handlers, or an interrupted call, have closed."""
         isolation: Any = self.role.isolation
         if self.table is None or is_closed(self.table):
             self.table = hashemb.open(self.root / "table", "r+", isolation=isolation)
@@ -256,7 +256,7 @@ class Worker:
             self.replica = hashemb.open(self.replica_path, "r+")
 
     def timed_update(self) -> None:
-        """How long it waited is known where no handler ran meanwhile: its time less the processor's."""
+        """Update, and record the time it waited, which is known if no handler ran: wall time less processor time."""
         handled, began_ns, cpu_ns = self.handled, time.monotonic_ns(), time.thread_time_ns()
         outcome = self.attempt("loop", "update", self.update, armed=True)
         held_ns = time.monotonic_ns() - began_ns - (time.thread_time_ns() - cpu_ns)
@@ -266,7 +266,7 @@ class Worker:
             longest[self.number] = max(longest[self.number], held_ns)
 
     def delta(self) -> None:
-        """One link of the chain to the replica: exported, or applied where it was exported before."""
+        """Export the next delta of the chain to the replica, or apply it if it has been exported."""
         if self.pending is None:
             path = self.place("link.delta")
             self.attempt("loop", "export", lambda: self.table.export_delta(self.last, path), armed=True)
@@ -281,11 +281,11 @@ class Worker:
         try:
             hashemb.apply_delta(self.replica, self.pending)  # type: ignore[arg-type]
         except errors.DeltaError as error:
-            if error.reason != "applied":  # by a call that was interrupted when it was through
+            if error.reason != "applied":  # by a call that was interrupted after it had finished
                 raise
 
     def tidy(self) -> None:
-        """Books the events; verifies a sample of the snapshots, and removes them."""
+        """Record the events; verify a sample of the snapshots, and remove them."""
         while self.events:
             self.counts[self.events.popleft()] += 1
         for _ in range(len(self.discarded)):
@@ -298,7 +298,7 @@ class Worker:
                 path.unlink()
 
     def work_beside(self) -> None:
-        """The second thread: it uses whatever table is open, and may find it closed by the first one's handlers."""
+        """Run the second thread: it uses the open table, which handlers of the first thread may close."""
         rng = random.Random(self.number)
         while self.board.phase[0] == STORM and not self.failures:
             table, (keys, grads) = self.table, rng.choice(self.batches)
@@ -316,10 +316,10 @@ class Worker:
     # -- the end --
 
     def finish(self) -> None:
-        """With nobody at work: the replica equals its source."""
+        """Check, after all processes have stopped, that the replica equals its source."""
         self.tidy()
         self.reopen()
-        self.replica.close()  # what was interrupted is completed
+        self.replica.close()  # complete what was interrupted
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             self.replica = hashemb.open(self.replica_path, "r+")
@@ -360,23 +360,23 @@ def expect_clean(path: Path) -> None:
 
 
 def descriptors() -> Counter[str]:
-    """What this process has open, by name."""
+    """Count the open descriptors of this process by name."""
     names: Counter[str] = Counter()
     for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # of the listing itself
+        with suppress(OSError):  # the descriptor of the listing itself
             names[os.readlink(f"/proc/self/fd/{number}")] += 1
     return names
 
 
 def left_open(opened: Counter[str]) -> list[str]:
-    """What is open beside what was; what an exception's cycle of references holds is let go of first."""
+    """Return the descriptors opened since `opened`, after releasing those in reference cycles of exceptions."""
     gc.collect()
     return sorted((descriptors() - opened).elements())
 
 
 def work(root: Path, number: int, seed: int, num_workers: int, handlers: list[str]) -> None:
-    """The process: works until it is told to stand idle, then finishes; its results lie in `root`."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # of a replica that an interrupted delta was applied to
+    """Run the process: work until it is told to be idle, then finish, and write the results to `root`."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # about a replica with an interrupted delta
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(root / f"stacks-{number}", "w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -395,7 +395,7 @@ def work(root: Path, number: int, seed: int, num_workers: int, handlers: list[st
 
 
 def storm(worker: Worker) -> None:
-    """The loop, and beside it a second thread if the role has one, until the phase changes."""
+    """Run the loop, and a second thread if the role has one, until the phase changes."""
     for which in (signal.SIGUSR1, signal.SIGALRM):
         signal.signal(which, worker.on_signal)
     second = threading.Thread(target=worker.work_beside)

@@ -1,7 +1,7 @@
-"""Generators of batches: keys at every border of an integer type, duplicates, collisions, bags with nothing in them.
+"""Generators of batches: keys at the limits of every integer type, duplicates, collisions, empty bags.
 
-Gradients and weights are multiples of 1/8 and 1/4: a float32 holds them exactly, so that a sum that cancels is 0
-in every arithmetic and a model in float64 stays comparable. test_strategies.py asserts that the draws spread.
+Gradients and weights are multiples of 1/8 and 1/4: float32 represents them exactly, so that a sum that cancels is 0
+in every arithmetic and a model in float64 stays comparable. test_strategies.py asserts that the draws are diverse.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hashemb import FTRL, SGD, Adagrad, Normal, RowWiseAdagrad, Uniform, Zeros, reference
 
-#: 0, -1, and both sides of where float32, int32, uint32, float64 and int64 end; -2**63 is 2**63 as a uint64.
+#: 0, -1, and both sides of the limits of float32, int32, uint32, float64 and int64; -2**63 is 2**63 as a uint64.
 EXTREME_KEYS = [
     *(0, 1, -1, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1),
     *(2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1, -(2**63)),
@@ -36,7 +36,7 @@ INITIALIZERS = [Uniform(0.5), Normal(0.25), Zeros()]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one pooled or plain call: `call` are its keywords, `grads` the gradient of its result."""
+    """The arguments of one pooled or plain call: `call` has its keywords, `grads` the gradient of its result."""
 
     keys: npt.NDArray[np.int64]
     grads: npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class Batch:
 
 
 def colliding_keys(count: int, *, num_embeddings: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Different keys that share row number 0 of a table; needs a small table, found by trying keys in turn."""
+    """Return different keys that share row 0 of a small table, found by trying keys in turn."""
     tried = np.arange(10_000, 10_000 + 40 * count * num_embeddings, dtype=np.int64)
     found = tried[reference.rows(tried, num_embeddings=num_embeddings, seed=seed)[:, 0] == 0][:count]
     assert len(found) == count, f"{len(found)} of {count} keys share a row of {num_embeddings}"
@@ -55,7 +55,7 @@ def colliding_keys(count: int, *, num_embeddings: int, seed: int = 0) -> npt.NDA
 
 
 def keys() -> st.SearchStrategy[int]:
-    """A key as a signed 64-bit integer: often small (so repeated), often extreme, sometimes anything."""
+    """Draw a key as a signed 64-bit integer: often small (hence repeated), often extreme, sometimes arbitrary."""
     return st.one_of(
         st.integers(-3, 12),
         st.sampled_from(EXTREME_KEYS),
@@ -75,7 +75,7 @@ def gradients(shape: tuple[int, int]) -> st.SearchStrategy[npt.NDArray[np.float3
 
 @st.composite
 def bag_calls(draw: st.DrawFn, num_keys: int) -> dict[str, Any]:
-    """offsets, pooling and per_sample_weights for `num_keys` keys, with empty bags and with no bag at all."""
+    """Draw offsets, pooling and per_sample_weights for `num_keys` keys, with empty bags and with no bag at all."""
     cuts = sorted(draw(st.lists(st.integers(0, num_keys), max_size=6)))
     offsets = np.array([0, *cuts, num_keys] if num_keys or draw(st.booleans()) else [0], np.int64)
     weights = None
@@ -94,7 +94,7 @@ def batches(draw: st.DrawFn, dim: int, *, pooled: bool, max_size: int = 24) -> B
 
 
 def table_options() -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments of a small table, from one row (where all keys collide) to more rows than keys."""
+    """Draw the arguments of a small table, from one row (where all keys collide) to more rows than keys."""
     return st.fixed_dictionaries(
         {
             "num_embeddings": st.sampled_from([1, 2, 13, 257, 5000]),
@@ -110,7 +110,7 @@ def table_options() -> st.SearchStrategy[dict[str, Any]]:
 def random_stream(
     num_batches: int, batch_size: int, dim: int, *, seed: int, num_embeddings: int
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Batches of keys and gradients from a fixed seed, which hold every border: asserted, not hoped for."""
+    """Yield batches of keys and gradients from a fixed seed; they are asserted to contain every extreme key."""
     rng = np.random.default_rng(seed)
     pool = np.concatenate([EXTREME_KEYS, colliding_keys(4, num_embeddings=num_embeddings), rng.integers(0, 60, 60)])
     stream = []

@@ -1,4 +1,4 @@
-"""Every benchmark runs at smoke size and judges its results, so that none rots; peers that are absent are skipped."""
+"""Every benchmark runs at smoke size and checks its results, so that none rots; absent peers are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.harness import Clock, Mismatch, Settings
 from bench.sides import HashembSide, NumpySide
 from bench.workload import Case
 
-# Peers deprecate things in their own imports; that is not ours to fail on.
+# Deprecations in the imports of peers must not fail our tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -38,7 +38,7 @@ def test_smoke(name: str, tmp_path: pathlib.Path, keep_threads: None) -> None:
         assert ours["median_ratio"] == 1.0
         assert all(side["median_ns"] > 0 for side in result["sides"])
         assert result["checks"] or result["case"]["what"] == "create and open"
-    if name not in ("roofline", "hash", "kv", "out_of_core"):  # the others need nothing but ourselves
+    if name not in ("roofline", "hash", "kv", "out_of_core"):  # the others need only hashemb
         assert written["results"]
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"], "tables left behind"
 
@@ -76,7 +76,7 @@ def test_zipf_ranks_follow_the_power_law() -> None:
 
 
 class _Wrong(NumpySide):
-    """Leaves the last vector of the batch, or the last distinct row of an update, as it is."""
+    """A side with a fault: it skips the last vector of the batch, or the last distinct row of an update."""
 
     def __init__(self, *args: Any, spoil: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The benchmarks of models: what they charge, what they hand to whom, and that wrong counts fail them."""
+"""The benchmarks of models: what they measure, the data that each tool gets, and failures on wrong counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_a_process_is_charged_for_its_own_memory() -> None:
-    ballast = np.ones(40 << 20, np.uint8)  # of this process, which the child must not inherit
+    ballast = np.ones(40 << 20, np.uint8)  # memory of this process, which the child must not inherit
     peak = {}
     for name, mib in (("small", 0), ("large", 200)):
         command = [sys.executable, "-S", "-c", f"x = b'1' * ({mib} << 20); print(len(x))"]
@@ -71,7 +71,7 @@ def test_every_format_has_the_same_rows(rows: Rows) -> None:
     assert [label for label, _ in found] == rows.labels().tolist()
     missing = keys[".tsv"] == null_keys()
     assert [len(tokens) for _, tokens in found] == (39 - missing.sum(axis=1)).tolist()
-    for field, letter in enumerate(ctr_data.NAMESPACES):  # as many distinct values, each where the other has it
+    for field, letter in enumerate(ctr_data.NAMESPACES):  # as many distinct values, at the same places
         ours = [key for key, absent in zip(keys[".tsv"][:, field], missing[:, field], strict=True) if not absent]
         theirs = [token for _, tokens in found for token in tokens if token[0] == letter]
         assert len(set(zip(ours, theirs, strict=True))) == len(set(ours)) == len(set(theirs))
@@ -158,7 +158,7 @@ def test_scikit_learn_is_scored_before_it_learns(rows: Rows, tmp_path: pathlib.P
     assert np.array_equal(np.load(target), np.full(500, 0.5, np.float32)), "a chunk is 1,000 rows"
 
 
-# ---- memory against quality ----
+# ---- memory versus quality ----
 
 
 @pytest.mark.parametrize("data", ["Frappe", "generated"])

@@ -1,4 +1,4 @@
-"""The command line, in process where only its answers matter, as a process where signals and pipes do."""
+"""The command line: called in process for its output, and as a process for signals and pipes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ["--rows", "2^14", "--rank", "3"]
 
 
 def criteo_lines(n: int, seed: int = 0, *, labelled: bool = True) -> list[str]:
-    """Lines in Criteo's format whose labels depend on the first categories."""
+    """Make lines in Criteo's format whose labels depend on the first categories."""
     rng = np.random.default_rng(seed)
     integers = rng.integers(0, 30, (n, CRITEO_COLUMNS[0]))
     categories = rng.integers(0, 20, (n, CRITEO_COLUMNS[1]))
@@ -283,7 +283,7 @@ def test_help_and_version(capsys: Any) -> None:
 
 @pytest.mark.parametrize("package", ["typer", "rich", "pyarrow"])
 def test_without_the_extra(package: str, clicks: Path, tmp_path: Path) -> None:
-    """In a process of its own, in which the package cannot be imported."""
+    """Run in a child process in which the package cannot be imported."""
     program = f"import sys; sys.modules[{package!r}] = None; from hashemb.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "train", str(clicks), "--table", str(tmp_path / "T")]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -293,7 +293,7 @@ def test_without_the_extra(package: str, clicks: Path, tmp_path: Path) -> None:
 
 
 def test_output_in_a_pipe_is_plain(clicks: Path, tmp_path: Path) -> None:
-    """No bar, no escape codes, no wrapping at 80 columns, whatever the environment says about colours."""
+    """There are no bars, no escape codes and no wrapping at 80 columns, whatever the environment sets for colours."""
     long_name = tmp_path / ("T" * 120)
     child = run("train", clicks, "--table", long_name, *SMALL, env={**os.environ, "TERM": "xterm-256color"})
     assert child.returncode == 0, child.stderr
@@ -320,7 +320,7 @@ def test_predict_into_a_pipe_that_closes(trained: Path, tmp_path: Path) -> None:
 
 
 def test_train_into_a_pipe_that_closes(tmp_path: Path) -> None:
-    """The run stops, but what it has learned is saved."""
+    """The run stops, but what it has learned so far is saved."""
     path = write_lines(tmp_path / "clicks.tsv", criteo_lines(12_000))
     child = start_training(path, tmp_path / "T")
     read_until_row(child)
@@ -342,7 +342,7 @@ def start_training(path: Path, directory: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    """Ctrl-C finishes the batch, saves, says how to go on; going on ends with the same bits."""
+    """Ctrl-C finishes the batch, saves, and prints how to resume; the resumed run ends with the same bits."""
     path = write_lines(tmp_path / "clicks.tsv", criteo_lines(12_000))
     whole = start_training(path, tmp_path / "whole")
     expected, _ = whole.communicate(timeout=120)
@@ -366,7 +366,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, number: si
 
 
 def read_until_row(child: subprocess.Popen[str]) -> str:
-    """What the child prints up to and with the first row of its table."""
+    """Return the output of the child up to and including the first row of its table."""
     assert child.stdout is not None
     text = ""
     while not _figures(text):
@@ -377,7 +377,7 @@ def read_until_row(child: subprocess.Popen[str]) -> str:
 
 
 def rest_of(child: subprocess.Popen[str]) -> tuple[str, str]:
-    """What is still to come. Not `communicate`, which would skip lines that readline has already buffered."""
+    """Return the remaining output. `communicate` would skip lines that readline has already buffered."""
     assert child.stdout is not None
     assert child.stderr is not None
     with child.stdout, child.stderr:
@@ -387,12 +387,12 @@ def rest_of(child: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def _figures(output: str) -> list[list[str]]:
-    """The rows of the progressive tables, without the rates."""
+    """Return the rows of the progressive validation tables, without the rates."""
     return [line.split()[:5] for line in output.splitlines() if re.match(r" +[\d,]+ +0\.", line)]
 
 
 def test_killed_and_resumed_says_so(tmp_path: Path) -> None:
-    """SIGKILL can't be caught: the table is ahead of its card, and the next run says what that means."""
+    """SIGKILL can't be caught: the table is ahead of its card, and the next run explains what that means."""
     path = write_lines(tmp_path / "clicks.tsv", criteo_lines(12_000))
     child = start_training(path, tmp_path / "T")
     read_until_row(child)
@@ -422,7 +422,7 @@ def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
 
 
 def test_scoring_while_training(tmp_path: Path, clicks: Path) -> None:
-    """Readers attach to a table that is being trained, and see it learn."""
+    """Readers open a table that is being trained and see it learn."""
     path = write_lines(tmp_path / "clicks.tsv", criteo_lines(12_000))
     child = start_training(path, tmp_path / "T")
     read_until_row(child)

@@ -1,4 +1,4 @@
-"""Nothing that a file or its name holds reaches the terminal, or a page, other than as text."""
+"""Contents and names of files reach the terminal or an HTML page only as plain text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = [f"a{TITLE}", f"b{CLEAR}", f"c{TURNED}", f"d{SPACELESS}", "<b>$x$", "ün
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of such a name, with clicks whose columns have such names."""
+    """Make a directory with such a name, with clicks whose columns have such names."""
     directory = tmp_path_factory.mktemp("escapes") / f"dir{TITLE}{CLEAR}{TURNED} é"
     directory.mkdir()
     header = ",".join(["label", *NAMES])
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(capsys: Any) -> str:
-    """What was printed since the last time, after a look at it."""
+    """Return what was printed since the last call, after checking that all of it is printable."""
     out, err = capsys.readouterr()
     raw = {character for character in out + err if not (character.isprintable() or character == "\n")}
     assert not raw, f"{raw} in {out + err!r}"
@@ -88,7 +88,7 @@ def test_errors_and_warnings(place: Path, capsys: Any) -> None:
 
 
 def test_names_that_are_no_text(tmp_path: Path, capsys: Any) -> None:
-    """Bytes of a path that are not UTF-8 stand in it as halves of characters, which no output can encode."""
+    """Bytes of a path that are not UTF-8 become lone surrogates, which no output can encode."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")
     Path(path).write_text("label,a\n" + "1,x\n0,y\n" * 20)
     table = os.fsdecode(os.fsencode(tmp_path) + b"/\xfe")
@@ -110,7 +110,7 @@ def test_output_of_another_encoding(place: Path) -> None:
 
 
 def test_the_page_of_a_report(place: Path, capsys: Any) -> None:
-    """Names are escaped for HTML too, in the pictures as well, and dollars in them are no formulas."""
+    """Names are escaped for HTML too, also in the figures, and dollar signs in them start no formulas."""
     page = place / "page.html"
     assert cli.main(["report", str(place / "T"), str(place / "x.csv"), "-o", str(page), "--user", NAMES[0]]) == 0
     seen(capsys)

@@ -1,4 +1,4 @@
-"""The command line's choice of models."""
+"""The choice of models on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hashemb verify` and `hashemb repair`: lines, statuses, and a model that works again afterwards."""
+"""`hashemb verify` and `hashemb repair`: their output and exit codes, and a model that works again afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = ["--rows", "2^14", "--rank", "3", "--batch-size", "128"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and beside it a snapshot of its table before the last update."""
+    """Make a model, and next to it a snapshot of its table before the last update."""
     place = tmp_path_factory.mktemp("model")
     (place / "clicks.tsv").write_bytes(tsv(criteo_rows(500)))
     assert cli.main(["train", str(place / "clicks.tsv"), "-t", str(place / "T"), *SMALL]) == 0
@@ -68,7 +68,7 @@ def test_problems_are_lines_and_a_status(model: Path, capsys: Any) -> None:
 
 
 def test_repaired(trained: Path, model: Path, capsys: Any) -> None:
-    """The model predicts again, and the damaged one is where the command says."""
+    """The model predicts again, and the damaged table is at the path that the command prints."""
     step = hashemb.info(model).step
     damage(model)
     assert cli.main(["predict", str(trained / "clicks.tsv"), "-t", str(model)]) == 1

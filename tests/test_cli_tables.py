@@ -1,4 +1,4 @@
-"""`hashemb train` on tables that nobody has prepared, and on libsvm, libffm and Vowpal Wabbit text."""
+"""`hashemb train` on arbitrary tables, and on libsvm, libffm and Vowpal Wabbit text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = ["--rows", "2^16"]
 
 
 def people(n: int, seed: int) -> tuple[dict[str, list[Any]], np.ndarray[Any, Any]]:
-    """A table of people: text with commas, quotes and line breaks, integers, floats, missing values; label."""
+    """Make a table of people and labels: text with commas, quotes and line breaks, integers, floats, missing values."""
     rng = np.random.default_rng(seed)
     age, hours = rng.integers(17, 90, n), rng.integers(1, 99, n)
     gain = np.where(rng.random(n) < 0.1, np.exp(rng.normal(8.5, 1, n)), 0).astype(int)
@@ -54,7 +54,7 @@ def held_out_auc(directory: Path, path: Path, truth: np.ndarray[Any, Any]) -> fl
 def test_one_command_and_no_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, rows: int
 ) -> None:
-    """The model goes beside, what was decided is said, and its AUC is close to scikit-learn's on one-hot columns."""
+    """The model is saved next to the data, what was inferred is printed, and the AUC is close to scikit-learn's."""
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "people.csv", rows, seed=1)
     truth = write_table(tmp_path / "held-out.csv", 2000, seed=2)
@@ -84,7 +84,7 @@ def one_hot_auc(rows: int, truth: np.ndarray[Any, Any]) -> float:
 
 
 def test_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Nothing is learned twice; more of the same kind goes on with what the model was made with."""
+    """Nothing is learned twice; more data of the same kind is learned with the options the model was created with."""
     monkeypatch.chdir(tmp_path)
     write_table(tmp_path / "people.csv", 300, seed=1, classes=("no", "yes"))
     command = ["train", "people.csv", "--label", "income", *ROWS]
@@ -143,7 +143,7 @@ SPARSE = {
 
 @pytest.mark.parametrize("format", list(SPARSE))
 def test_sparse_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, format: str) -> None:
-    """From file to probabilities; a refused line is reported; field-aware models take it where there are fields."""
+    """Files give probabilities, bad lines are reported, and field-aware models accept formats with fields."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 5, 1500), rng.integers(0, 5, 1500)

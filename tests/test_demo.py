@@ -1,4 +1,4 @@
-"""The demonstration, at a size and with a table that a test has time for."""
+"""The demonstration, at a size and with a table that are small enough for a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = ("best constant", "model  ", "true probabilities")
 
 
 def test_demo(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice: the second run reuses the data, learns anew, and comes to the same figures."""
+    """A second run reuses the data, trains a new model, and gets the same figures."""
     monkeypatch.setattr("hashemb.ctr.demo.OPTIONS", ModelOptions(rank=15, rows=2**15))
     figures = []
     for said in ("generated", "from an earlier run"):
@@ -39,7 +39,7 @@ def test_demo(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_comparison_of_known_predictors() -> None:
-    """A model that is the truth gains all there is to gain, one that is the constant nothing."""
+    """The true model gains everything that can be gained, a constant model nothing."""
     rng = np.random.default_rng(0)
     truth = rng.random(20_000).astype(np.float32)
     labels = (rng.random(20_000) < truth).astype(np.float32)

@@ -1,7 +1,7 @@
-"""What the documentation says is run: Python blocks of README.md and docs/, and the doctests of every module.
+"""Run the examples of the documentation: Python blocks of README.md and docs/, and the doctests of every module.
 
 The ``python`` blocks of a page run in order, in one namespace and in an empty directory; blocks with prompts
-(``>>>``) are compared with the output they show. A page that needs a package which is not there is skipped.
+(``>>>``) are compared with the output they show. A page that needs a package which is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def python_blocks(page: str) -> list[tuple[int, str]]:
-    """(line number, code) of every block of a page that is fenced as ``python``."""
+    """Return (line number, code) for every block of a page that is fenced as ``python``."""
     pattern = re.compile(r"^```python *\n(.*?)^``` *$", re.MULTILINE | re.DOTALL)
     return [(page.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in pattern.finditer(page)]
 
@@ -39,19 +39,19 @@ def run_page(name: str, page: str) -> int:
             doctest.DebugRunner(optionflags=OPTIONS).run(examples, clear_globs=False)
             namespace.update(examples.globs)
         else:
-            # The newlines put the page's own line numbers into a traceback.
+            # The newlines make tracebacks show the line numbers of the page.
             exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
     return len(blocks)
 
 
 def broken_links(page: str, folder: Path) -> list[str]:
-    """Relative links of a page that lead nowhere, or into the package: the tests of a release have it elsewhere."""
+    """Return relative links of a page that lead nowhere, or into the package, which release tests have elsewhere."""
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)", page)
     return [link for link in links if link.startswith("../hashemb/") or not (folder / link).exists()]
 
 
 def is_missing_extra(error: BaseException) -> bool:
-    """Whether an import failed for want of a package that is not ours."""
+    """Return whether an import failed because a third-party package is missing."""
     name = getattr(error, "name", None)
     return isinstance(error, ImportError) and not (name or "").startswith("hashemb")
 
@@ -127,7 +127,7 @@ def test_blocks_share_names_and_other_languages_are_left_alone() -> None:
 
 
 def test_canary_missing_extra() -> None:
-    """A module of ours that is missing is an error; a package of others is an extra that is not installed."""
+    """A missing module of hashemb is an error; a missing third-party package is an extra that is not installed."""
     for module, expected in (("hashemb.no_such_module", False), ("no_such_package", True)):
         with pytest.raises(ImportError) as caught:
             importlib.import_module(module)

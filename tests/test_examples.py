@@ -1,7 +1,7 @@
-"""The example programs and the command line on real data, held to the figures the documentation quotes.
+"""The example programs and the command line on real data must reach the figures that the documentation quotes.
 
-The data may not be redistributed, so these tests look for it in $HASHEMB_DATA, else in ../shared/data beside the
-repository, and skip without it.
+The data may not be redistributed, so these tests look for it in $HASHEMB_DATA, or else in ../shared/data next to the
+repository, and are skipped without it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_criteo_on_the_command_line(tmp_path: Path) -> None:
 
 
 def with_torch(script: str, *arguments: str) -> str:
-    """What an example prints."""
+    """Run an example and return its output."""
     pytest.importorskip("torch")
     command = [sys.executable, ROOT / "examples" / script, real("frappe"), *arguments]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -102,7 +102,7 @@ def with_torch(script: str, *arguments: str) -> str:
 
 
 def figures(printed: str, line: str) -> dict[str, float]:
-    """The cells of a line, by the names in the first one."""
+    """Return the cells of a line, by the names in the first line."""
     first, *others = printed.splitlines()
     [cells] = [other.removeprefix(line).split() for other in others if other.startswith(line)]
     return dict(zip(first.split(), map(float, cells), strict=True))
@@ -110,7 +110,7 @@ def figures(printed: str, line: str) -> dict[str, float]:
 
 @needs_script
 def test_frappe_deep_at_smoke_size() -> None:
-    """Two epochs on a tenth of the rows."""
+    """Train two epochs on a tenth of the rows."""
     printed = with_torch("frappe_deep.py", "--smoke", "--seeds", "0")
     for name in ("DeepFM", "DCNv2", "DeepFM-redrawn", "DCNv2-redrawn", "DCNv2-small"):
         found = figures(printed, f"{name} median")
@@ -120,7 +120,7 @@ def test_frappe_deep_at_smoke_size() -> None:
 
 @needs_script
 def test_plain_torch_at_smoke_size() -> None:
-    """Two epochs of five batches: the line is all there is to see."""
+    """Train two epochs of five batches and check only that the line is printed."""
     found = figures(with_torch("frappe_plain.py", "--smoke", "--seeds", "0", "--models", "DCNv2"), "DCNv2 median")
     assert 0.4 < found["test_auc"] < 1.0
     assert 1 <= found["epoch"] <= 2
@@ -128,7 +128,7 @@ def test_plain_torch_at_smoke_size() -> None:
 
 @needs_script
 def test_negatives_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other items in the negatives, none of them positive for the user; nothing else changes, nor does the input."""
+    """Negatives get other items, none of them positive for the user; nothing else changes, nor does the input."""
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(SCRIPT.parent)
     redrawn = importlib.import_module("frappe_deep").redrawn
@@ -149,12 +149,12 @@ def test_negatives_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_script
 def test_a_teacher_is_learned_in_place_of_the_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The labels train the teacher, its probabilities the model that has one."""
+    """The labels train the teacher, and its probabilities train the student."""
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(SCRIPT.parent)
     frappe_deep = importlib.import_module("frappe_deep")
     changes = ["epochs=8", "batch_size=100", 'negatives="file"', "tower_lr=0.01"]
-    changes.append('matmul_precision="highest"')  # torch's own: it is the whole process's
+    changes.append('matmul_precision="highest"')  # torch's default: the setting is global to the process
     models = frappe_deep.read_settings(SCRIPT.parent / "frappe_deep.json", changes)
     seen: list[np.ndarray] = []
     losses = frappe_deep.losses
@@ -171,14 +171,14 @@ def test_a_teacher_is_learned_in_place_of_the_labels(monkeypatch: pytest.MonkeyP
     with frappe_deep.trained(models, "DCNv2-small", data, tmp_path, 0) as (_, found):
         assert found["valid_auc"] > 0.99
     assert len(seen) == 16
-    assert all((targets == labels).all() for targets in seen[:8])  # the teacher's epochs
+    assert all((targets == labels).all() for targets in seen[:8])  # the epochs of the teacher
     assert all(np.unique(targets).size > 2 for targets in seen[8:])
     assert all(((targets > 0.5) == labels).all() for targets in seen[8:])
 
 
 @needs_script
 def test_pieces_have_the_rows_of_their_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each region is used to its last row, by its fields alone, and ten pieces of a value are ten hashes."""
+    """Each region is used up to its last row, by its own fields only, and ten pieces of a value have ten hashes."""
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(SCRIPT.parent)
     split = importlib.import_module("frappe_deep").Split
@@ -195,7 +195,7 @@ def test_pieces_have_the_rows_of_their_field(monkeypatch: pytest.MonkeyPatch, tm
 @needs_script
 @pytest.mark.slow
 def test_frappe_deep() -> None:
-    """What docs/torch.md says; BARS reports .9842 for DeepFM and .9845 for DCN-V2: reached with redrawn negatives."""
+    """The figures of docs/torch.md hold. BARS reports .9842 for DeepFM and .9845 for DCN-V2, with redrawn negatives."""
     printed = with_torch("frappe_deep.py")
     least = {"DeepFM": 0.982, "DCNv2": 0.982, "DeepFM-redrawn": 0.9842, "DCNv2-redrawn": 0.9845, "DCNv2-small": 0.983}
     for name, least_auc in least.items():

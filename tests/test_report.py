@@ -1,4 +1,4 @@
-"""The report: complete, honest about what it knows, readable without pictures, and of one file."""
+"""The report is complete, states what is unknown, is readable without its figures, and is a single file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
-    """What is on a page: elements that are open when they should be, text, attributes."""
+    """The contents of a page: its elements, correctly nested, its text and its attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def write_clicks(path: Path, start: int, stop: int, bad: int = -1) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of the same clicks, one of them with hardly any rows, and clicks to test them on."""
+    """Train two models on the same clicks, one of them with hardly any rows, and make clicks to test them on."""
     directory = tmp_path_factory.mktemp("runs")
     train = str(write_clicks(directory / "train.csv", 0, 6000, bad=17))
     write_clicks(directory / "test.csv", 6000, 9000)
@@ -116,7 +116,7 @@ def test_a_report_on_data(runs: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_report_without_data(runs: Path, tmp_path: Path) -> None:
-    """From the directory alone: what was kept while learning."""
+    """The report is made from the directory alone, with what was recorded while learning."""
     text, page = report(runs, tmp_path)
     assert page.cell("examples") == "5,999"
     rows = next(table for table in page.tables if table[0] == ["examples", "since last", "log loss", "NE", "AUC"])
@@ -155,7 +155,7 @@ def test_the_page_is_complete_and_loads_nothing(runs: Path, tmp_path: Path) -> N
 
 
 def test_the_page_can_be_read_without_seeing_it(runs: Path, tmp_path: Path) -> None:
-    """A language, one h1 and headings in order, a caption for each table, a description for each picture."""
+    """The page has a language, one h1 and headings in order, a caption per table and a description per figure."""
     text, page = report(runs, tmp_path, str(runs / "test.csv"))
     tags = dict(page.tags)
     assert tags["html"]["lang"] == "en"
@@ -170,7 +170,7 @@ def test_the_page_can_be_read_without_seeing_it(runs: Path, tmp_path: Path) -> N
 
 
 def test_pictures_take_the_colours_of_the_page(runs: Path, tmp_path: Path) -> None:
-    """On a dark page black lines would be lost: nothing in a picture is of a colour of its own."""
+    """Figures set no colours of their own: black lines would be invisible on a dark page."""
     text, _ = report(runs, tmp_path, str(runs / "test.csv"), "--compare", str(runs / "small"))
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
         colours = set(re.findall(r"(?:fill|stroke|color): ([^;\"]+)", svg))

@@ -1,4 +1,4 @@
-"""What runs under sanitizers (sanitize.py) runs here without them, for some seconds, with the installed build."""
+"""The programs that run under sanitizers (sanitize.py) run without them for some seconds, with the installed build."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_eight_threads(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_process_that_dies_is_found_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its third case, as if by a sanitizer, which leaves a report."""
+    """The process dies at its third case and leaves a report, as under a sanitizer."""
 
     def run(build: Build, program: str, arguments: list[str], log: Path, timeout_s: float) -> Any:
         spec = json.loads(arguments[0])
@@ -46,7 +46,7 @@ def test_a_process_that_dies_is_found_and_the_others_go_on(tmp_path: Path, monke
 
     monkeypatch.setattr(Build, "run", run)
     found = fuzz(PLAIN, tmp_path, cases=10, seed=0, kinds=("table",))
-    assert len(found) == 2  # resealed, and of bytes
+    assert len(found) == 2  # one resealed, one of bytes
     assert "AddressSanitizer" in found[0]
     assert "--replay m2 table" in found[0]
 

@@ -1,4 +1,4 @@
-"""Style as a test: lengths, the direction of imports, who may touch files, flags, what git tracks, `__all__`.
+"""Style checks: lengths, the direction of imports, access to files, compiler flags, tracked files, `__all__`.
 
 Each check of tidy.py has two tests: the repository passes it, and a canary, a small bad snippet, does not.
 """
@@ -35,7 +35,7 @@ needs_source = pytest.mark.skipif(not PACKAGE.is_dir(), reason="the source of th
 
 
 def source_files() -> Iterator[tuple[str, str]]:
-    """(path from the root, text) of every source file that people wrote."""
+    """Yield (path from the root, text) for every source file that is not generated."""
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     for path in [ROOT / "setup.py", *paths]:
         if path.suffix in SUFFIXES and path.is_file():
@@ -45,7 +45,7 @@ def source_files() -> Iterator[tuple[str, str]]:
 
 
 def package_modules() -> Iterator[tuple[str, str]]:
-    """(name without the leading "hashemb.", text) of every Python and Cython module of the package."""
+    """Yield (name without the leading "hashemb.", text) for every Python and Cython module of the package."""
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in {".py", ".pyx"}:
             name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -53,8 +53,8 @@ def package_modules() -> Iterator[tuple[str, str]]:
 
 
 def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
-    """The Python modules; with `inner`, without those of the storage, `_versions` (which reads what the kernel says of
-    the machine, no table) and those that stand on the public API."""
+    """Yield the Python modules; with `inner`, without the storage, `_versions` (which reads what the kernel reports
+    about the machine, but no table) and the modules on top of the public API."""
     for name, text in package_modules():
         is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_versions"}
         if name not in tidy.CYTHON_MODULES and not (inner and is_outer):
@@ -104,7 +104,7 @@ LONG_BODY = 69
     ],
 )
 def test_canary_long_function(name: str, head: str, line: str, tail: str) -> None:
-    """One line short of the limit passes, two lines more do not, in every language."""
+    """A function one line below the limit passes and one two lines longer fails, in every language."""
     body = LONG_BODY - (name[-1] in "ch")
     assert tidy.functions_too_long(name, head + line * body + tail) == []
     (complaint,) = tidy.functions_too_long(name, head + line * (body + 2) + tail)
@@ -112,7 +112,7 @@ def test_canary_long_function(name: str, head: str, line: str, tail: str) -> Non
 
 
 def test_lengths_by_language() -> None:
-    """The counters agree with lengths counted by hand, around everything that has misled one."""
+    """The counters agree with lengths counted by hand, for every construct that has misled one of them."""
     python = 'def f(\n    a,\n):\n    """Doc.\n\n    More.\n    """\n    return a\n'
     assert tidy.function_lengths("x.py", python) == [("f", 4)]
     cython = (
@@ -242,7 +242,7 @@ def test_canary_output(text: str) -> None:
 def test_flags_name_no_machine() -> None:
     paths = [ROOT / name for name in BUILD_FILES if (ROOT / name).is_file()]
     build = [(path.name, path.read_text(encoding="utf-8")) for path in paths]
-    # tests/ holds the words; bench/ measures what this machine can do, with code that never leaves it.
+    # tests/ contains the flags as text; bench/ measures the limits of this machine, with code that is never shipped.
     sources = ((name, text) for name, text in source_files() if not name.startswith(("tests/", "bench/")))
     assert complaints(tidy.banned_flags, iter([*build, *sources])) == []
 
@@ -283,7 +283,7 @@ def missing_or_extra(found: list[str], pinned: list[str]) -> list[str]:
 
 
 def test_public_names_are_pinned() -> None:
-    """A public name comes or goes on purpose only: with a line here and one in the changelog."""
+    """A public name is added or removed only on purpose: with a line here and one in the changelog."""
     assert missing_or_extra(hashemb.__all__, PUBLIC_NAMES) == []
     assert all(hasattr(hashemb, name) for name in hashemb.__all__)
 

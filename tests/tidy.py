@@ -1,6 +1,6 @@
 """The checks behind test_tidy.py: pure functions from text to complaints, so that each can be shown to fail.
 
-A complaint is a sentence with the place in it; an empty list is approval.
+A complaint is a sentence that names the place; an empty list means that the check passes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 450
 MAX_TRACKED_BYTES = 300_000
 
-#: Folders with a door: other modules import from the folder itself, whose `__init__` has all that they may use.
+#: Folders with a public face: other modules import from the folder itself, whose `__init__` exports all they may use.
 ROOMS = ("_files", "_points")
-#: Which modules of the package a module may import; imports run one way. A module not listed is an error. A room stands
-#: for what its door offers, "_files.format" for one of its modules, which only the room's own modules import.
+#: The modules of the package that a module may import; imports run one way. An unlisted module is an error. "_files" is
+#: the face of that folder; "_files.format" is one of its modules, which only modules of the same folder import.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
@@ -65,14 +65,14 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
-#: These use what every program may use: the public names, and the modules that hold nothing but values.
+#: Modules that use only what every program may use: the public names, and the modules that contain only values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
-#: The slow twin of ctr's maths takes its exponential from the slow twin of the core's.
+#: The slow twin of the maths of ctr takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
     "cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics", "torch"},
 }  # fmt: skip
-#: Loaded by the command line once it has found these extras; and what derives from the classes of an extra.
+#: Modules that the command line loads after finding these extras, and modules that derive from classes of an extra.
 EXTRAS_WHEN_LOADED = {
     "ctr.commands": {"typer", "rich"},
     "ctr.arguments": {"typer"},
@@ -87,26 +87,26 @@ EXTRAS_WHEN_LOADED = {
 
 CYTHON_MODULES = {"_core", "ctr._maths", "ctr._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
-#: Facts about this process, and the path protocol; everything else of `os` reaches for files.
+#: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
 LEXICAL_PATH_NAMES = {"basename", "dirname", "join", "normpath", "splitext"}
 FILE_METHODS = {"read_bytes", "write_bytes", "read_text", "write_text", "mkdir", "unlink", "rmdir", "tofile"}
 FILE_MODULES = {"mmap", "fcntl", "shutil", "tempfile", "io", "glob"}
 NUMPY_FILE_NAMES = {"load", "save", "savez", "memmap", "fromfile", "open_memmap"}
-#: What writes to a terminal, and who may call it.
+#: Names that write to a terminal, and the modules that may call them.
 PRINTING_NAMES = {"print", "echo", "secho"}
 PRINTING_MODULES = {"ctr._printable", "ctr.console"}
 BANNED_FLAGS = re.compile(r"-march=native|-mtune=native|fast-math|-Ofast|-funsafe-math|-fassociative-math")
 
 
 def file_too_long(name: str, text: str) -> list[str]:
-    """Complaints about a source file longer than `MAX_FILE_LINES`."""
+    """Return complaints about a source file longer than `MAX_FILE_LINES`."""
     lines = text.count("\n")
     return [f"{name}: {lines} lines, more than {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
 
 
 def functions_too_long(name: str, text: str) -> list[str]:
-    """Complaints about functions longer than `MAX_FUNCTION_LINES`, docstrings not counted in Python."""
+    """Return complaints about functions longer than `MAX_FUNCTION_LINES`, not counting docstrings in Python."""
     return [
         f"{name}: {function} has {lines} lines, more than {MAX_FUNCTION_LINES}"
         for function, lines in function_lengths(name, text)
@@ -115,7 +115,7 @@ def functions_too_long(name: str, text: str) -> list[str]:
 
 
 def function_lengths(name: str, text: str) -> list[tuple[str, int]]:
-    """(name, lines) of each function of a .py, .pyx, .pxd, .c, .h or .inc file."""
+    """Return (name, lines) for each function of a .py, .pyx, .pxd, .c, .h or .inc file."""
     if name.endswith(".py"):
         return list(_python_functions(text))
     if name.endswith((".pyx", ".pxd")):
@@ -138,7 +138,7 @@ def _end(node: ast.stmt) -> int:
 
 
 def _cython_functions(text: str) -> Iterator[tuple[str, int]]:
-    """By indentation: a function ends before the next line that stands no deeper than its first."""
+    """Find functions by indentation: one ends before the next line that is not indented deeper than its first line."""
     lines = text.splitlines()
     head = re.compile(r"^(\s*)(?:def|cpdef|cdef(?!\s+(?:extern|class|struct|enum|union)))\b[^=#]*?(\w+)\s*\(")
     for start, line in enumerate(lines):
@@ -157,7 +157,7 @@ def _cython_functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _c_functions(text: str) -> Iterator[tuple[str, int]]:
-    """By braces: a block at depth 0 after a closing parenthesis. A long macro counts as a function."""
+    """Find functions by braces: a block at depth 0 after a closing parenthesis. A long macro counts as a function."""
     code = _without_c_comments(text)
     for match in re.finditer(r"^[ \t]*#[ \t]*define[ \t]+(\w+)(?:.*\\\n)+.*", code, re.MULTILINE):
         yield match.group(1), match.group(0).count("\n") + 1
@@ -184,7 +184,7 @@ def _only_newlines(match: re.Match[str]) -> str:
 
 
 def _c_signature_start(code: str, brace: int) -> int:
-    """Where the signature before `brace` begins; -1 when the block is not a function (a struct, an array)."""
+    """Return where the signature before `brace` begins; -1 if the block is not a function (a struct, an array)."""
     before = code[:brace].rstrip()
     if not before.endswith(")"):
         return -1
@@ -198,7 +198,7 @@ def _c_name(code: str, start: int) -> str:
 
 
 def wrong_imports(module: str, text: str) -> list[str]:
-    """Complaints about imports against the one direction. `module` is "table", "ctr.metrics", "_core"…"""
+    """Return complaints about imports in the wrong direction. `module` is "table", "ctr.metrics", "_core"…"""
     top = module.split(".")[0]
     if top in OUTER_MODULES:
         allowed = {top} | PUBLIC_MODULES | MAY_ALSO_IMPORT.get(top, set())
@@ -216,7 +216,7 @@ def wrong_imports(module: str, text: str) -> list[str]:
 
 
 def _package_imports(module: str, text: str) -> Iterator[str]:
-    """The package's modules that `text` imports; `from hashemb import Adagrad` names none, being public."""
+    """Yield the modules of the package that `text` imports; `from hashemb import Adagrad` is public and yields none."""
     statements = _cython_imports(text) if module in CYTHON_MODULES else python_imports(text, module)
     for source, name in statements:
         parts = source.split(".")
@@ -251,7 +251,7 @@ def _cython_imports(text: str) -> Iterator[tuple[str, str]]:
 
 
 def needs_extra(module: str, text: str) -> list[str]:
-    """Complaints about an import, when the module is loaded, of anything beyond the required packages."""
+    """Return complaints about imports, when the module is loaded, of anything beyond the required packages."""
     found = []
     allowed = REQUIRED_PACKAGES | EXTRAS_WHEN_LOADED.get(module, set())
     for node in _loaded_statements(ast.parse(text).body):
@@ -276,7 +276,7 @@ def _loaded_statements(body: list[ast.stmt]) -> Iterator[ast.Import | ast.Import
 
 
 def touches_files(module: str, text: str) -> list[str]:
-    """Complaints about what reaches files, mappings or locks, which is for the rooms of STORAGE_MODULES alone."""
+    """Return complaints about access to files, mappings or locks, which is left to the modules in STORAGE_MODULES."""
     tree = ast.parse(text)
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     return [f"hashemb.{module}: {what}; only _files and _points do" for what in _file_uses(tree, own)]
@@ -305,7 +305,7 @@ def _file_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def prints_raw(module: str, text: str) -> list[str]:
-    """Complaints about output of the command line that passes by `_printable`, with whatever names hold."""
+    """Return complaints about output of the command line that bypasses `_printable`, which escapes names."""
     if module.split(".")[0] not in {"cli", "ctr"} or module in PRINTING_MODULES:
         return []
     calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
@@ -314,12 +314,12 @@ def prints_raw(module: str, text: str) -> list[str]:
 
 
 def banned_flags(name: str, text: str) -> list[str]:
-    """Complaints about compiler flags that make results or binaries depend on the machine."""
+    """Return complaints about compiler flags that make results or binaries depend on the machine."""
     return [f"{name}: {found}" for found in BANNED_FLAGS.findall(text)]
 
 
 def unfit_for_git(name: str, content: bytes) -> list[str]:
-    """Complaints about a tracked file that is generated, large, or binary outside tests/golden/."""
+    """Return complaints about a tracked file that is generated, large, or binary outside tests/golden/."""
     found = []
     if len(content) > MAX_TRACKED_BYTES:
         found.append(f"{name}: {len(content)} bytes, more than {MAX_TRACKED_BYTES}")

@@ -1,4 +1,4 @@
-"""A second process that does to tables what it is told: for tests of sharing. Spawned, so it inherits no state.
+"""A second process that calls tables on request, for tests of sharing. It is spawned, so it inherits no state.
 
 with Worker() as other:
     other.call("t.emb", "r+", "update", keys, grads)      # opens, calls, closes
@@ -20,7 +20,7 @@ TIMEOUT_S = 60.0
 
 
 class Worker:
-    """The process and the pipe to it; an exception over there is raised here."""
+    """The process and the pipe to it; an exception in the process is raised in the caller."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -30,7 +30,7 @@ class Worker:
         theirs.close()
 
     def call(self, path: os.PathLike[str] | str, mode: str, method: str, *args: Any, **kwargs: Any) -> Any:
-        """`getattr(hashemb.open(path, mode), method)(*args, **kwargs)`; the value itself where it is no method."""
+        """Return `getattr(hashemb.open(path, mode), method)(*args, **kwargs)`, or the attribute if it is no method."""
         return self.request("call", str(path), mode, method, args, kwargs)
 
     def open(self, path: os.PathLike[str] | str, mode: str) -> None:
@@ -67,7 +67,7 @@ class Worker:
 
 
 def serve(pipe: Connection) -> None:
-    """Answer until the other end is closed."""
+    """Answer requests until the other end is closed."""
     tables: dict[str, hashemb.EmbeddingTable] = {}
     while True:
         try:
@@ -109,7 +109,7 @@ def apply(table: hashemb.EmbeddingTable, method: str, args: tuple[Any, ...], kwa
 
 
 def mapped_bytes(path: str, *kinds: str) -> dict[str, int]:
-    """Bytes of this process's mappings of files below `path`, by kind ("Rss", "Shared_Dirty"…), from smaps."""
+    """Return the bytes of this process's mappings of files below `path` by kind ("Rss", …), according to smaps."""
     totals = dict.fromkeys(kinds, 0)
     inside = False
     with open("/proc/self/smaps", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""New directories: made beside the place where they will be, and put there in one step, durably, or not at all."""
+"""New directories: they are built next to their destination and renamed to it in one durable step, or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hashemb._files.format import FileSpec, TableMeta, encode_control, encode_me
 from hashemb._files.locks import Lock
 from hashemb.errors import HashembError
 
-ABANDONED_S = 10.0  # older than any directory that its maker has not locked yet
+ABANDONED_S = 10.0  # older than any directory that its process has created but not locked yet
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FICLONE = 0x40049409  # the same on x86-64 and aarch64
@@ -30,9 +30,9 @@ def sync_directory(path: str) -> None:
 
 
 def check_free(path: str, aside: str | None = None) -> str:
-    """The directory that something new at `path` will be in; `FileExistsError`, `FileNotFoundError` if it cannot.
+    """Return the parent of a new `path`; raise `FileExistsError` or `FileNotFoundError` if `path` cannot be created.
 
-    What is at `path` is in nobody's way if it may be moved to `aside`.
+    With `aside`, `path` may exist, as it can be moved there.
     """
     parent = os.path.dirname(os.path.abspath(path))
     if aside is None and os.path.lexists(path):
@@ -44,10 +44,10 @@ def check_free(path: str, aside: str | None = None) -> str:
 
 @contextmanager
 def new_directory(path: str, *, aside: str | None = None) -> Iterator[Directory]:
-    """A directory to fill, beside `path`: renamed to it at the end, durably; removed if anything fails.
+    """Yield a directory to fill next to `path`. It is durably renamed to `path` at the end, or removed on failure.
 
-    `FileExistsError` if there is something at `path`, unless it may be moved to `aside`; `FileNotFoundError` if its
-    parent does not exist.
+    `FileExistsError` is raised if `path` exists, unless it may be moved to `aside`; `FileNotFoundError` if its parent
+    does not exist.
     """
     parent = check_free(path, aside)
     with building_directory(path) as building:
@@ -62,14 +62,14 @@ def new_directory(path: str, *, aside: str | None = None) -> Iterator[Directory]
         except BaseException:
             with suppress(OSError):
                 if aside is None:
-                    os.rename(path, building.path)  # to be removed there: from `path` it goes in one step
+                    os.rename(path, building.path)  # removed under that name, so that `path` vanishes in one step
                 else:
                     give_place_back(building.path, path, aside)
             raise
 
 
 def _rename_to_free(directory: str, path: str) -> None:
-    """Somebody may have made something at `path` since it was free; if so, `FileExistsError`."""
+    """Rename to a free `path`; raise `FileExistsError` if another process has created it meanwhile."""
     try:
         os.rename(directory, path)
     except OSError as error:
@@ -80,9 +80,9 @@ def _rename_to_free(directory: str, path: str) -> None:
 
 @contextmanager
 def building_directory(path: str) -> Iterator[Directory]:
-    """An empty directory beside `path`, to make in it what will stand there; what is left of it at the end is removed.
+    """Yield an empty directory next to `path`, in which to build what will be at `path`; remove it at the end.
 
-    Its maker holds a lock on it, which goes with the maker: what others were killed at is removed by the next.
+    The process holds a lock on it, which ends with the process: the directories of killed ones are removed by the next.
     """
     remove_abandoned(*_hidden(path))
     with space_errors(path):
@@ -96,12 +96,12 @@ def building_directory(path: str) -> Iterator[Directory]:
 
 
 def _hidden(path: str) -> tuple[str, str]:
-    """What is made, or removed, for `path`: the directory that it lies in, and how its name begins."""
+    """Return the parent and the name prefix of the building directories for `path`."""
     return os.path.dirname(os.path.abspath(path)), f".{os.path.basename(path)}."
 
 
 def _make_hidden(path: str) -> str:
-    """With the rights that the kernel gives new directories: to ask for the umask is to change it for all threads."""
+    """Create a building directory with the kernel's default mode: reading the umask changes it for all threads."""
     parent, prefix = _hidden(path)
     while True:
         name = os.path.join(parent, f"{prefix}{os.urandom(4).hex()}.tmp")
@@ -111,10 +111,10 @@ def _make_hidden(path: str) -> str:
 
 
 def take_place(new: str, path: str, aside: str) -> None:
-    """Puts `new` at `path`, and what was there at `aside`: all beside each other.
+    """Move `path` to `aside` and `new` to `path`; all three are in one directory.
 
-    In one step where the file system can exchange two names: then `new` waits at `aside` for it, so that a kill never
-    leaves what was at `path` under a name that looks temporary. Elsewhere nothing is at `path` for a moment.
+    This is one step where the file system can exchange two names: `new` is first moved to `aside`, so that a kill never
+    leaves the old `path` under a name that looks temporary. Elsewhere nothing is at `path` for a moment.
     """
     os.rename(new, aside)
     try:
@@ -132,7 +132,7 @@ def take_place(new: str, path: str, aside: str) -> None:
 
 
 def give_place_back(new: str, path: str, aside: str) -> None:
-    """The inverse of `take_place`, in steps of which each leaves a table at `path` where names can be exchanged."""
+    """Undo `take_place`, in steps that each leave a table at `path` where names can be exchanged."""
     try:
         exchange(aside, path)
         os.rename(aside, new)
@@ -144,7 +144,7 @@ def give_place_back(new: str, path: str, aside: str) -> None:
 
 
 def exchange(one: str, other: str) -> None:
-    """Swaps two names of a file system in one step; `OSError` with EINVAL or ENOSYS where it cannot."""
+    """Exchange two names of a file system in one step; raise `OSError` with EINVAL or ENOSYS where it cannot."""
     if not hasattr(_libc, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), one)
     if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
@@ -153,8 +153,8 @@ def exchange(one: str, other: str) -> None:
 
 
 def remove_abandoned(parent: str, prefix: str) -> None:
-    """Removes directories begun by `new_directory` in processes that are dead: nobody holds a lock on them."""
-    with suppress(OSError):  # a courtesy: what is in the way of it is in nobody's way
+    """Remove building directories of killed processes: those that no process has locked."""
+    with suppress(OSError):  # best effort: leftovers are harmless
         for entry in os.scandir(parent):
             is_ours = entry.name.startswith(prefix) and entry.name.endswith(".tmp")
             if is_ours and entry.is_dir(follow_symlinks=False) and time.time() - entry.stat().st_mtime > ABANDONED_S:
@@ -168,32 +168,32 @@ def _remove_if_unlocked(path: str) -> None:
 
 
 def remove_directory(path: str) -> None:
-    """Removes a directory with all that is in it, as far as that is possible.
+    """Remove a directory and its content as far as possible.
 
-    Not by `shutil.rmtree`, which closes a descriptor twice where a signal's handler raises between the close and the
-    note of it: by then the number may be that of another file.
+    This avoids `shutil.rmtree`, which closes a descriptor twice if a signal handler raises after the close and before
+    it is recorded: by then the number may belong to another file.
     """
     with suppress(OSError), Directory(path) as directory:
         for entry in list(directory.entries()):
             with suppress(OSError):
-                if entry.is_dir(follow_symlinks=False):  # a user's: the library makes none
+                if entry.is_dir(follow_symlinks=False):  # the user's, as the library creates none
                     shutil.rmtree(directory.filename(entry.name), ignore_errors=True)
                 else:
                     directory.remove(entry.name)
         os.rmdir(path)
 
 
-# ---- what is in them ----
+# ---- their content ----
 
 
 def create_arrays(directory: Directory, files: dict[str, FileSpec]) -> None:
-    """Array files that are holes behind their headers: O(1) in their size."""
+    """Create array files that are holes after their headers, in O(1) time and space whatever their size."""
     for name, spec in files.items():
         directory.create(f"{name}.npy", encode_npy_header(spec), spec.file_bytes)
 
 
 def clone_files(source: Directory, target: Directory, filenames: Iterable[str]) -> bool:
-    """Copies files that share their space until one of two is written; False, and none, where that is not possible."""
+    """Clone files, which share space until written; return False, without any copy, where that is not possible."""
     made: list[str] = []
     try:
         for filename in filenames:
@@ -215,7 +215,7 @@ def _clone_file(source: Directory, target: Directory, filename: str, made: list[
 
 
 def finish_table(building: Directory, meta: TableMeta, control: bytes) -> None:
-    """What a table's directory holds beside its arrays."""
+    """Create the files of a table's directory other than its arrays."""
     building.create("control", control)
     building.create("lock", b"")
     building.create("meta.json", encode_meta(meta))
@@ -225,16 +225,17 @@ def finish_table(building: Directory, meta: TableMeta, control: bytes) -> None:
 
 
 def create_table(path: str, meta: TableMeta) -> None:
-    """Makes the directory `path` in one step. O(1) in the size of the table."""
+    """Create the directory `path` in one step, in O(1) time whatever the size of the table."""
     with new_directory(path) as building:
         create_arrays(building, meta.files)
         finish_table(building, meta, encode_control(meta, boot_id()))
 
 
 def take_table_back(path: str, meta: TableMeta) -> None:
-    """Removes a table that `create_table` made for somebody who cannot use it. Never fails.
+    """Remove a table that `create_table` created but the caller could not open. This never fails.
 
-    It stays if another process has it open for writing, or has written to it; from `path` it goes in one step.
+    The table is kept if another process has it open for writing or has written to it. It vanishes from `path` in one
+    step.
     """
     with suppress(OSError, HashembError), table_directory(path) as directory:
         lock = Lock(directory.open("lock", os.O_RDWR))
@@ -250,4 +251,4 @@ def take_table_back(path: str, meta: TableMeta) -> None:
             finally:
                 remove_directory(doomed)
         finally:
-            lock.close()  # who waits for it finds that the table is gone
+            lock.close()  # a process that waits for it finds that the table is gone

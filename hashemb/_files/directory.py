@@ -1,8 +1,8 @@
-"""A table at rest: its directory, held open, and the files in it read and written as a whole, never mapped.
+"""A table at rest: its directory is held open, and the files in it are read and written as a whole, never mapped.
 
-Invariants: a file is found in the directory that was opened, wherever its path leads by now; only regular files are
-opened, without waiting; a small file appears complete, synced, or not at all; what is damaged is named, with what was
-expected and what was found.
+Invariants: files are accessed in the directory that was opened, even if its path leads elsewhere by now; only regular
+files are opened, without waiting; a small file appears complete and synced, or not at all; errors name the damaged
+file, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnl
 
 HISTORY_FILE = "history.json"
 
-_AT_ONCE = os.O_NONBLOCK | os.O_NOCTTY  # a FIFO would wait for somebody at its other end
+_AT_ONCE = os.O_NONBLOCK | os.O_NOCTTY  # opening a FIFO would wait for a process at its other end
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -35,7 +35,7 @@ _KINDS = {
 
 
 def boot_id() -> str:
-    """Identifies the running kernel: pages written before it changed may not have reached the disk."""
+    """Return the id of this boot of the machine: pages written in another may not have reached the disk."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
@@ -45,7 +45,7 @@ def boot_id() -> str:
 
 @contextmanager
 def space_errors(filename: str) -> Iterator[None]:
-    """ENOSPC and EDQUOT as `NoSpaceError`, a file too large for the file system as a plain `OSError`."""
+    """Raise ENOSPC and EDQUOT as `NoSpaceError`; a file too large for the file system stays a plain `OSError`."""
     try:
         yield
     except OSError as error:
@@ -58,10 +58,11 @@ def space_errors(filename: str) -> Iterator[None]:
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY, *, directory: Directory | None = None) -> OpenFile:
-    """Opens a file, below `directory` if there is one, and never waits: every file that is not new is opened by this.
+    """Open a file, relative to `directory` if given, without ever waiting. Every existing file is opened by this.
 
-    What is no regular file is a `CorruptTableError` that says what it is. A symbolic link is followed by readers, as
-    caches of models are made of links; for writing it is a `ReadOnlyTableError`, as others may rely on its target.
+    Anything but a regular file raises `CorruptTableError`, which names its type. A symbolic link is followed for
+    reading, as model caches consist of links; for writing it raises `ReadOnlyTableError`, as others may rely on its
+    target.
     """
     filename, place = (os.path.join(directory.path, path), directory.file) if directory else (path, None)
     writes = flags & os.O_ACCMODE != os.O_RDONLY
@@ -91,8 +92,9 @@ def _not_regular(filename: str, found: os.stat_result) -> CorruptTableError:
 
 
 class Directory:
-    """A directory, held open: a context manager. Its files stay within reach when it is moved, and nobody else's come
-    in their place; `path` is where it was, for messages.
+    """Context manager of an open directory. Its own files remain accessible when it is moved or replaced at its path.
+
+    `path` is where it was when it was opened, for messages.
     """
 
     def __init__(self, path: str) -> None:
@@ -112,18 +114,18 @@ class Directory:
         self.close()
 
     def filename(self, name: str) -> str:
-        """For messages."""
+        """Return the path of a file, for messages."""
         return os.path.join(self.path, name)
 
     def identity(self) -> list[int]:
-        """Which directory it is, of all that exist on this machine."""
+        """Return the device and inode numbers, which identify the directory on this machine."""
         found = os.fstat(self.fd)
         return [found.st_dev, found.st_ino]
 
     # -- its files --
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> OpenFile:
-        """See `open_regular`."""
+        """Open a file of the directory; see `open_regular`."""
         return open_regular(name, flags, directory=self)
 
     def read(self, name: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
@@ -138,12 +140,12 @@ class Directory:
         return True
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
-        """Opened once more for it: threads and forked children share the place in the list where `fd` is."""
+        """Yield the entries, from a new descriptor: threads and forked children share the read position of `fd`."""
         with OpenFile(".", os.O_DIRECTORY, directory=self.file) as file, os.scandir(file.fd) as found:
             yield from found
 
     def create(self, name: str, data: bytes, size_bytes: int | None = None, *, sync: bool = True) -> None:
-        """Creates a file of `size_bytes` (default: of the data) that begins with `data` and is otherwise a hole."""
+        """Create a file of `size_bytes` (default: the data's size) that begins with `data` and is otherwise a hole."""
         with space_errors(self.filename(name)), self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
             _resize(file.fd, self.filename(name), len(data) if size_bytes is None else size_bytes)
             view = memoryview(data)
@@ -153,9 +155,9 @@ class Directory:
                 os.fsync(file.fd)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Puts a small file in the place of another in one step, durably."""
+        """Replace a small file in one durable step."""
         temporary = _temporary_name(name)
-        self.remove(temporary)  # of a process of the same number that was killed, or could not remove it
+        self.remove(temporary)  # left by a process with the same id that was killed or could not remove it
         try:
             self.create(temporary, data)
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -165,12 +167,12 @@ class Directory:
         os.fsync(self.fd)
 
     def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
+        """Remove a file if it exists."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
     def sync(self, name: str | None = None) -> None:
-        """Makes a file durable, or the names of all."""
+        """Make a file durable, or without `name` the directory's entries."""
         with space_errors(self.path if name is None else self.filename(name)):
             if name is None:
                 os.fsync(self.fd)
@@ -194,13 +196,13 @@ def _temporary_name(name: str) -> str:
 
 
 def _is_temporary(found: str, names: tuple[str, ...]) -> bool:
-    """Whether `_temporary_name` has made the name `found`, in any process, of one of these."""
+    """Return whether `found` is the `_temporary_name` of one of these names in any process."""
     parts = found.rsplit(".", 2)
     return len(parts) == 3 and parts[0] in names and parts[1].isdecimal() and parts[2] == "tmp"
 
 
 def remove_leftovers(directory: Directory, *names: str) -> None:
-    """Removes these files, and what others were killed at while replacing one or the history. Alone with the table."""
+    """Remove these files, and temporaries left by killed processes. The caller must be the only writer."""
     for entry in directory.entries():
         ours = entry.name in names or _is_temporary(entry.name, (HISTORY_FILE, *names))
         if ours and entry.is_file(follow_symlinks=False):
@@ -208,7 +210,7 @@ def remove_leftovers(directory: Directory, *names: str) -> None:
 
 
 def table_directory(path: str) -> Directory:
-    """The directory of a table, open; `FileNotFoundError` or `FormatError` if there is none."""
+    """Open the directory of a table; raise `FileNotFoundError` or `FormatError` if it does not exist."""
     try:
         return Directory(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -219,7 +221,7 @@ def table_directory(path: str) -> Directory:
 
 @contextmanager
 def opened(place: str | Directory) -> Iterator[Directory]:
-    """A directory that is open already, or the one at a path, for the time being."""
+    """Yield a directory that is open already, or open the one at a path for the duration of the block."""
     if isinstance(place, Directory):
         yield place
         return
@@ -236,7 +238,7 @@ def read_file(path: str, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
 
 
 def read_meta(place: str | Directory) -> TableMeta:
-    """The table's metadata; `FileNotFoundError`, `FormatError` or `CorruptTableError` if there is none."""
+    """Return the table's metadata, or raise `FileNotFoundError`, `FormatError` or `CorruptTableError`."""
     with opened(place) as directory:
         try:
             data = directory.read("meta.json")
@@ -249,7 +251,7 @@ def read_meta(place: str | Directory) -> TableMeta:
 
 
 def read_control(place: str | Directory, meta: TableMeta | None = None) -> Any:
-    """A copy of the control page, as a record with the fields of `_format.CONTROL_DTYPE`; held to `meta` if given."""
+    """Return a copy of the control page as a record of `_format.CONTROL_DTYPE`, checked against `meta` if given."""
     with opened(place) as directory:
         filename = directory.filename("control")
         for attempt in range(3):
@@ -260,16 +262,16 @@ def read_control(place: str | Directory, meta: TableMeta | None = None) -> Any:
             try:
                 check_control(data, filename, meta)
                 break
-            except CorruptTableError:  # or read while a writer came or went
+            except CorruptTableError:  # possibly read while a writer opened or closed the table
                 if attempt == 2:
                     raise
     return np.frombuffer(data, CONTROL_DTYPE)[0]
 
 
 def read_history(place: str | Directory, table: str = "") -> History:
-    """The points in the table's past; none where nothing has been taken of it yet.
+    """Return the points in the table's past; an empty history if no point was taken yet.
 
-    `CorruptTableError` if they are those of another table than the one with the id `table` ("": of any).
+    Raise `CorruptTableError` if the history belongs to a table with an id other than `table` ("" accepts any).
     """
     with opened(place) as directory:
         filename = directory.filename(HISTORY_FILE)
@@ -290,7 +292,7 @@ def write_history(directory: Directory, history: History) -> None:
 
 
 def read_snapshot_info(place: str | Directory) -> SnapshotInfo | None:
-    """What was said of the table when it was made as a snapshot; None if it was not."""
+    """Return the description of a snapshot, or None if the table was not made as one."""
     with opened(place) as directory:
         try:
             return SnapshotInfo.decode(directory.read("snapshot.json"), directory.filename("snapshot.json"))
@@ -299,17 +301,17 @@ def read_snapshot_info(place: str | Directory) -> SnapshotInfo | None:
 
 
 def disk_bytes(place: str | Directory) -> int:
-    """Bytes that the table's files take up on disk (holes take none)."""
+    """Return the bytes that the table's files take on disk (holes take none)."""
     total = 0
     with opened(place) as directory:
         for entry in directory.entries():
-            with suppress(FileNotFoundError):  # a snapshot's announcement comes and goes
+            with suppress(FileNotFoundError):  # files of a snapshot in progress come and go
                 total += entry.stat().st_blocks * 512 if entry.is_file() else 0
     return total
 
 
 def data_extents(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """The ranges of bytes of [begin, end) that are not holes, ascending."""
+    """Yield the ranges of bytes in [begin, end) that are not holes, ascending."""
     while begin < end:
         try:
             begin = os.lseek(fd, begin, os.SEEK_DATA)

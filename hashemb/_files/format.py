@@ -1,4 +1,4 @@
-"""Format 1: bytes <-> metadata. Pure functions and values, no I/O; `directory.py` reads and writes.
+"""Format 1: conversion between bytes and metadata by pure functions. `directory.py` and `table_files.py` do the I/O.
 
 A table is a directory of plain `.npy` files, a `meta.json` that never changes and a `control` page that does.
 See docs/format.md. Invariants: array data starts at byte 4096; everything is little-endian; a file's size follows
@@ -44,7 +44,7 @@ from hashemb.errors import CorruptTableError, FormatError
 FORMAT = 1
 DATA_OFFSET_BYTES = 4096
 CONTROL_BYTES = 4096
-SMALL_FILE_BYTES = 1 << 21  # more than any of the JSON files can have
+SMALL_FILE_BYTES = 1 << 21  # larger than any of the JSON files can be
 CONTROL_MAGIC = b"hashemb\x01"
 HASH_SCHEME = "murmur3-x64-128, fmix64, mulhi64"
 
@@ -56,7 +56,7 @@ INITIALIZERS: dict[str, Any] = {
     c.kind: c for c in (initializers.Uniform, initializers.Normal, initializers.Zeros)
 }
 
-#: What the fields of meta.json may be. `create` has its limits from here.
+#: Rules for the fields of meta.json. The limits of `create` are these.
 META_RULES: dict[str, Rule | Whole] = {
     "format": Whole(1, FORMAT),
     "num_embeddings": Whole(1, MAX_BYTES),
@@ -73,7 +73,7 @@ META_RULES: dict[str, Rule | Whole] = {
     "files": OBJECT,
 }
 
-#: What the fields of the control page may be; any bytes are an id, and a boot id means something to its machine only.
+#: Rules for the fields of the control page. Ids may be any bytes, and a boot id is meaningful on its machine only.
 CONTROL_RULES: dict[str, Rule | Whole] = {
     "step": COUNTER,
     "epoch": EPOCH,
@@ -88,7 +88,7 @@ CONTROL_RULES: dict[str, Rule | Whole] = {
     "opened": FLAG,
 }
 
-#: What the fields of saving.json may be.
+#: Rules for the fields of saving.json.
 SAVING_RULES: dict[str, Rule | Whole] = {
     "directory": Rule("an absolute path", lambda v: type(v) is str and v.startswith("/") and "\0" not in v),
     "names": list_of(8, "names of arrays"),
@@ -127,7 +127,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class TableMeta:
-    """What `meta.json` says: everything about a table that never changes."""
+    """Content of `meta.json`: everything about a table that never changes."""
 
     num_embeddings: int
     embedding_dim: int
@@ -150,7 +150,7 @@ class TableMeta:
 
     @property
     def row_files(self) -> dict[str, FileSpec]:
-        """The files with one entry per row, by name without `.npy`."""
+        """Specs of the files with one entry per row, by name without `.npy`."""
         rows, dim = self.num_embeddings, self.embedding_dim
         specs = {"weight": FileSpec((rows, dim), STORAGE_DTYPES[self.dtype])}
         for name, kind in self.optimizer.state_files.items():
@@ -161,7 +161,7 @@ class TableMeta:
 
     @property
     def files(self) -> dict[str, FileSpec]:
-        """All arrays of the table, by name without `.npy`."""
+        """Specs of all arrays of the table, by name without `.npy`."""
         return {**self.row_files, "blocks": FileSpec((self.num_blocks,), "<u4")}
 
     @property
@@ -171,9 +171,9 @@ class TableMeta:
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """Rows in a block: the largest power of two of them that fits a 4096-byte page, at least 1.
+    """Return the rows of a block: the largest power of two that fits a 4096-byte page, at least 1.
 
-    docs/decisions/0001-block-size.md has the measurement behind the size.
+    docs/decisions/0001-block-size.md has the measurements behind the size.
     """
     return 1 << max(0, (4096 // row_bytes).bit_length() - 1) if row_bytes <= 4096 else 1
 
@@ -185,7 +185,7 @@ _MASK = (1 << 64) - 1
 
 
 def splitmix64(seed: int, i: int) -> int:
-    """Output number `i`, from 0, of SplitMix64 started at `seed` (Steele, Lea, Flood, OOPSLA 2014)."""
+    """Return output number `i`, counted from 0, of SplitMix64 started at `seed` (Steele, Lea, Flood, OOPSLA 2014)."""
     z = (seed + (i + 1) * _GOLDEN) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -193,17 +193,17 @@ def splitmix64(seed: int, i: int) -> int:
 
 
 def salts(seed: int, num_hashes: int) -> list[int]:
-    """One salt per hash function."""
+    """Return one salt per hash function."""
     return [splitmix64(seed, h) for h in range(num_hashes)]
 
 
 def init_key(seed: int) -> int:
-    """Key of the generator of initial values, far from the salts in the same stream."""
+    """Return the key of the generator of initial values, far from the salts in the same stream."""
     return splitmix64(seed, 1 << 32)
 
 
 def rounding_key(seed: int) -> int:
-    """Key of the generator of stochastic rounding."""
+    """Return the key of the generator for stochastic rounding."""
     return splitmix64(seed, (1 << 32) + 1)
 
 
@@ -211,18 +211,18 @@ def rounding_key(seed: int) -> int:
 
 
 def encode_npy_header(spec: FileSpec) -> bytes:
-    """A version-1.0 `.npy` header padded so that the data starts at byte 4096."""
+    """Return a version-1.0 `.npy` header, padded so that the data starts at byte 4096."""
     text = f"{{'descr': '{spec.dtype}', 'fortran_order': False, 'shape': {spec.shape!r}, }}".encode()
     length = DATA_OFFSET_BYTES - 10
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", length) + text.ljust(length - 1) + b"\n"
 
 
 def check_npy_header(data: bytes, spec: FileSpec, filename: str) -> None:
-    """Raises `CorruptTableError` unless `data` is the header that `spec` asks for."""
+    """Raise `CorruptTableError` unless `data` is the header for `spec`."""
     if data == encode_npy_header(spec):
         return
     found = "no .npy header"
-    if data[:6] == b"\x93NUMPY":  # read by a pattern: a parser of Python can be made to exhaust the stack
+    if data[:6] == b"\x93NUMPY":  # matched by patterns, as input can make a Python parser exhaust the stack
         header = data[10:].decode("latin1")
         descr = re.search(r"'descr': '([!-~]{1,20})'", header)
         shape = re.search(r"'shape': (\([0-9, ]{0,60}\))", header)
@@ -242,12 +242,12 @@ def _tagged(value: Any) -> dict[str, Any]:
 
 
 def encode_meta(meta: TableMeta) -> bytes:
-    """`meta.json` as bytes, with its own checksum as the last entry."""
+    """Return `meta.json` as bytes, with its own check sum as the last entry."""
     return dump_checked(meta_content(meta))
 
 
 def meta_content(meta: TableMeta) -> dict[str, Any]:
-    """What `meta.json` says, without the checksum."""
+    """Return the content of `meta.json` without the check sum."""
     content: dict[str, Any] = {"format": FORMAT}
     for field in fields(meta):
         value = getattr(meta, field.name)
@@ -261,12 +261,12 @@ def meta_content(meta: TableMeta) -> dict[str, Any]:
 
 
 def decode_meta(data: bytes, filename: str) -> TableMeta:
-    """The inverse of `encode_meta`; any other bytes are a `FormatError` or a `CorruptTableError`."""
+    """Decode the result of `encode_meta`; raise `FormatError` or `CorruptTableError` for any other bytes."""
     return meta_of_content(load_checked(data, filename, FORMAT), filename)
 
 
 def meta_of_content(content: dict[str, Any], filename: str, where: str = "") -> TableMeta:
-    """The inverse of `meta_content`; `FormatError` where this version lacks what it names."""
+    """Invert `meta_content`; raise `FormatError` if the content names something that this version lacks."""
     check_fields(content, META_RULES, filename, where)
     values = {field.name: content[field.name] for field in fields(TableMeta)}
     values["optimizer"] = _untag("optimizer", content, OPTIMIZERS, filename)
@@ -302,7 +302,7 @@ def _untag(name: str, content: dict[str, Any], classes: dict[str, Any], filename
 
 
 def check_size(meta: TableMeta) -> None:
-    """`ValueError` if a file of the table would be larger than a file can be."""
+    """Raise `ValueError` if a file of the table would exceed the largest possible file size."""
     largest = max(spec.file_bytes for spec in meta.files.values())
     if largest > MAX_BYTES:
         rows, dim = meta.num_embeddings, meta.embedding_dim
@@ -313,7 +313,7 @@ def check_size(meta: TableMeta) -> None:
 
 
 def decode_saving(data: bytes, filename: str, meta: TableMeta) -> dict[str, Any]:
-    """What the owner of a snapshot in progress asks of writers of the table; `FormatError` if it is no such thing."""
+    """Return the request that the owner of a snapshot makes to writers; raise `FormatError` if it is invalid."""
     content = load_json(data, filename)
     expect(OBJECT.holds(content), filename, OBJECT.words, content)
     check_fields(content, SAVING_RULES, filename)
@@ -328,7 +328,7 @@ def decode_saving(data: bytes, filename: str, meta: TableMeta) -> dict[str, Any]
 
 
 def encode_control(meta: TableMeta, boot_id: str) -> bytes:
-    """The page of a table to which no update has been applied."""
+    """Return the page of a table to which no update has been applied."""
     data = bytearray(CONTROL_BYTES)
     page = np.frombuffer(data, CONTROL_DTYPE)
     page["magic"], page["format"], page["epoch"], page["lr"] = CONTROL_MAGIC, FORMAT, 1, meta.optimizer.lr
@@ -337,18 +337,18 @@ def encode_control(meta: TableMeta, boot_id: str) -> bytes:
 
 
 def id_bytes(id: str) -> np.void:
-    """The id of a table or snapshot as the control page holds it; "" is none."""
+    """Return the id of a table or snapshot as stored in the control page; "" means no id."""
     return np.void(bytes.fromhex(id).ljust(16, b"\0"))
 
 
 def page_id(value: np.void) -> str:
-    """The inverse of `id_bytes`."""
+    """Invert `id_bytes`."""
     data = value.tobytes()
     return data.hex() if any(data) else ""
 
 
 def check_control(data: bytes, filename: str, meta: TableMeta | None = None) -> None:
-    """Raises `CorruptTableError` unless `data` can be a control page, of the table `meta` if that is given."""
+    """Raise `CorruptTableError` unless `data` is a valid control page, of the table `meta` if that is given."""
     if len(data) != CONTROL_BYTES:
         raise CorruptTableError(f"{filename}: expected {CONTROL_BYTES} bytes, found {len(data)}")
     page = np.frombuffer(data, CONTROL_DTYPE)[0]
@@ -371,7 +371,7 @@ def check_control(data: bytes, filename: str, meta: TableMeta | None = None) -> 
 
 
 def expect_rate(optimizer: optim.Optimizer, lr: float, filename: str) -> None:
-    """`CorruptTableError` unless a table with this optimiser can be at this rate."""
+    """Raise `CorruptTableError` unless the rate is valid for a table with this optimiser."""
     try:
         optim.with_rate(optimizer, lr)
     except ValueError as error:
@@ -379,8 +379,8 @@ def expect_rate(optimizer: optim.Optimizer, lr: float, filename: str) -> None:
 
 
 def seal_control(data: bytes) -> bytes:
-    """A control page at rest, as its last writer leaves it: clean, with a check sum in its last eight bytes."""
-    sealed = bytearray(data)  # not a copy of the record, which leaves out the bytes between its fields
+    """Return a control page as its last writer leaves it: clean, with a check sum in its last eight bytes."""
+    sealed = bytearray(data)  # a copy of the record would leave out the bytes between its fields
     page = np.frombuffer(sealed, CONTROL_DTYPE)
     page["clean"] = 1
     page["checksum"] = _page_checksum(bytes(sealed))
@@ -388,5 +388,5 @@ def seal_control(data: bytes) -> bytes:
 
 
 def _page_checksum(data: bytes) -> int:
-    """The first 8 bytes of SHA-256 of all but the last 8 bytes; not 0, which stands for none."""
+    """Return the first 8 bytes of SHA-256 of all but the last 8 bytes; never 0, which means no check sum."""
     return int.from_bytes(hashlib.sha256(data[:-8]).digest()[:8], "little") or 1

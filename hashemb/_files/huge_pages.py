@@ -1,7 +1,7 @@
-"""Huge pages for a table's files: whether to ask the kernel for them, asking, and how many there are.
+"""Huge pages for a table's files: the decision to ask the kernel for them, the request, and their number.
 
-All of this is advice: where the kernel doesn't take it, a table works as it does without. docs/performance.md says
-what is asked for and why; decisions/0006 has the measurements.
+All requests are advice: where the kernel ignores them, a table works as it does without. docs/performance.md describes
+what is requested and why; decisions/0006 has the measurements.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ __all__ = ["Extents", "advise", "free_bytes", "huge_page_bytes", "is_tmpfs", "wr
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 _TMPFS_MAGIC = 0x01021994
-_COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; more where a call has written more extents than that
+_COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; the limit is higher if a call has written more extents
 _LOOKS_PER_EXTENT = 16
-_WORTH_COLLAPSING = 4  # blocks of an extent for each that has been written: the earlier, the fewer pages are copied
+_WORTH_COLLAPSING = 4  # blocks of an extent per written block: collapsing earlier copies fewer pages
 _PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def is_tmpfs(fd: int) -> bool:
-    """Whether the file is in memory: nothing is ever written back, and huge pages have to be collapsed."""
+    """Return whether the file is on tmpfs, where nothing is written back and huge pages have to be collapsed."""
     result = (ctypes.c_long * 64)()  # struct statfs has 120 bytes and begins with f_type
     return _libc.fstatfs(fd, result) == 0 and result[0] == _TMPFS_MAGIC
 
 
 def advise(address: int, num_bytes: int) -> None:
-    """Asks for 2 MiB pages at the first access of each extent. Comes before the first access to be of use."""
+    """Ask for 2 MiB pages at the first access to each extent; this has to precede that access."""
     _libc.madvise(address, num_bytes, _MADV_HUGEPAGE)
 
 
-# ---- what huge pages may take ----
+# ---- limits for huge pages ----
 
 
 def free_bytes(fd: int) -> int:
-    """Space that is left on the file system of a file."""
+    """Return the free space on the file system of a file."""
     status = os.fstatvfs(fd)
     return status.f_bavail * status.f_frsize
 
 
 def write_back_limit_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
-    """Dirty bytes at which the kernel starts to write back, of the machine or of the tightest cgroup around us.
+    """Return the dirty bytes at which the kernel starts to write back, in the machine or our tightest cgroup.
 
-    A table of at most this size is never written behind our back. 0 where it cannot be read.
+    The kernel does not write back a table of at most this size by itself. The result is 0 if it cannot be read.
     """
     try:
         with open(f"{proc}/vmstat", encoding="ascii") as file:
@@ -71,13 +71,13 @@ def write_back_limit_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup")
 
 
 def _memory_limits(proc: str, cgroups: str) -> Iterator[int]:
-    """memory.max of our cgroup (version 2) and of those around it, as far as they are visible and set."""
+    """Yield memory.max of our cgroup (version 2) and of its ancestors, where visible and set."""
     with open(f"{proc}/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
         paths = [line.rstrip("\n")[3:] for line in file if line.startswith("0::")]
     for path in paths:
-        group = os.path.normpath(path)  # begins with /.. where the cgroup lies outside our cgroup namespace
+        group = os.path.normpath(path)  # begins with /.. if the cgroup is outside our cgroup namespace
         while True:
-            with suppress(FileNotFoundError):  # the root has none
+            with suppress(FileNotFoundError):  # the root has no such file
                 text = _text(f"{cgroups}/{group}/memory.max")
                 if text != "max":
                     yield int(text)
@@ -91,25 +91,25 @@ def _text(path: str) -> str:
         return file.read().strip()
 
 
-# ---- tmpfs: collapsing what is there ----
+# ---- tmpfs: collapsing existing pages ----
 
 
 class Extents:
     """The 2 MiB extents of one row file on tmpfs, each collapsed into a huge page at most once by this process.
 
-    Without `always` an extent's turn comes when a quarter of its blocks have been written, so that a sparse table stays
-    sparse.
+    Without `always`, an extent is collapsed when a quarter of its blocks have been written, so that a sparse table
+    remains sparse.
 
     Parameters
     ----------
     address : int
-        Where the file is mapped. Only a multiple of 2 MiB can have huge pages.
+        Address at which the file is mapped. Huge pages are possible only if it is a multiple of 2 MiB.
     file_bytes, block_bytes : int
-        Of the row file.
+        Size of the row file and of a block in it.
     blocks_fd : int
-        Of blocks.npy. It is read, not accessed through its mapping, which would take a page for a hole.
+        Descriptor of blocks.npy, which is read, as access through its mapping would allocate a page for a hole.
     always : bool
-        Collapse what holds any block.
+        Whether to collapse every extent that holds any block.
     """
 
     def __init__(self, address: int, file_bytes: int, block_bytes: int, blocks_fd: int, *, always: bool) -> None:
@@ -117,14 +117,14 @@ class Extents:
         self._block_bytes, self._blocks_fd, self._always = block_bytes, blocks_fd, always
         self._num_extents = file_bytes // HUGE_PAGE_BYTES
         self._tried = np.zeros(self._num_extents + 1, np.bool_)
-        self._tried[-1] = True  # a part of an extent, at the end, cannot be a huge page
+        self._tried[-1] = True  # a partial extent at the end cannot be a huge page
         self._ends = np.zeros(self._num_extents, np.int32)
-        #: First bytes and last bytes of blocks that have to be written before it is worth reading how many are.
+        #: Number of first and last bytes of blocks to be written before it is worth counting the written blocks.
         self._worth_a_look = 2 * HUGE_PAGE_BYTES // block_bytes // _LOOKS_PER_EXTENT
         self._within_block = np.array([*range(0, block_bytes, HUGE_PAGE_BYTES), block_bytes - 1])
 
     def collapse_present(self, fd: int) -> None:
-        """Collapses every extent of the file that has any page."""
+        """Collapse every extent of the file that has any page."""
         extent = 0
         while extent < self._num_extents and self._able:
             try:
@@ -136,7 +136,7 @@ class Extents:
             extent += 1
 
     def collapse_written(self, blocks: npt.NDArray[Any]) -> None:
-        """Collapses what has become worth it with `blocks` (ascending), which have just been written."""
+        """Collapse the extents that are now full enough; `blocks` (ascending) have just been written."""
         if not self._able:
             return
         extents, ends = self._touched(blocks)
@@ -148,7 +148,7 @@ class Extents:
                 self._collapse(extent)
 
     def _touched(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Extents not yet tried in which blocks begin, end, or lie; and how many beginnings and ends are there."""
+        """Return the untried extents that overlap the blocks, and the number of block starts and ends in each."""
         begins = DATA_OFFSET_BYTES + blocks.astype(np.int64) * self._block_bytes
         extents = ((begins[:, None] + self._within_block) // HUGE_PAGE_BYTES).ravel()
         extents = np.minimum(extents, self._num_extents)
@@ -158,7 +158,7 @@ class Extents:
         return extents[first[untried]], ends[untried]
 
     def _due(self, extents: npt.NDArray[Any], ends: npt.NDArray[Any], at_most: int) -> npt.NDArray[Any]:
-        """Those that have grown enough since somebody looked, and of these the ones that grow most."""
+        """Return the extents that have grown enough since they were last counted: the `at_most` with most growth."""
         self._ends[extents] += ends
         due = self._ends[extents] >= self._worth_a_look
         extents, ends = extents[due], ends[due]
@@ -178,14 +178,14 @@ class Extents:
         self._tried[extent] = True
         address = self._address + extent * HUGE_PAGE_BYTES
         if _libc.madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
-            self._able = False  # a kernel before 6.1, or one that has reasons of its own
+            self._able = False  # a kernel before 6.1, or one that declines for other reasons
 
 
-# ---- looking ----
+# ---- counting ----
 
 
 def huge_page_bytes(begin: int, end: int) -> int | None:
-    """Bytes that this process maps by huge pages in a range of its addresses; None on kernels before 6.7."""
+    """Return the bytes in an address range that this process maps with huge pages; None on kernels before 6.7."""
     regions = (ctypes.c_uint64 * (3 * 256))()  # struct page_region: start, end, categories
     total = 0
     try:

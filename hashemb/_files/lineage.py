@@ -1,8 +1,8 @@
-"""Where a table's content comes from: the points in time that were taken of it, by identity. Pure values, no I/O.
+"""Lineage of a table's content: the points in time taken of it, by identity. The module has pure values and no I/O.
 
 Every snapshot and every delta is a *point*: a random id, and the epoch up to which it holds the table's blocks. A table
-keeps the points that lie in its past in `history.json`. A delta names the point it starts from; only a table
-whose last point that is may take it, which is what refuses gaps, repeats, reorderings and deltas of other tables.
+keeps its past points in `history.json`. A delta names the point it starts from and can only be applied to a table whose
+last point is that one; this rejects gaps, repeats, reorderings and deltas of other tables.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["History", "Point", "SnapshotInfo"]
 LINEAGE_FORMAT = 1
 MAX_POINTS = 1000  # kept in a table's history; a delta cannot start from an older one
 MAX_EXTRA_CHARACTERS, MAX_EXTRA_NESTING = 1 << 20, 64
-MAX_EXTRA_DIGITS = 640  # the least that sys.set_int_max_str_digits can be told
+MAX_EXTRA_DIGITS = 640  # the lowest limit that sys.set_int_max_str_digits accepts
 _INTEGER_LIMIT = 10**MAX_EXTRA_DIGITS
 
 
@@ -62,7 +62,7 @@ HISTORY_RULES: dict[str, Rule | Whole] = {
     "source": optional(ID),
     "points": list_of(MAX_POINTS, "points"),
 }
-#: Of every point in time, whatever holds it: the table's counters at that moment.
+#: Fields of every point in time, in whichever file it is: the table's counters at that moment.
 MOMENT_RULES: dict[str, Rule | Whole] = {
     "id": ID,
     "sequence": SEQUENCE,
@@ -87,17 +87,17 @@ SNAPSHOT_RULES: dict[str, Rule | Whole] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A snapshot or delta that was taken of a table, or applied to it.
+    """A snapshot or delta that was taken of a table or applied to it.
 
     Attributes
     ----------
     id : str
-        32 hexadecimal digits, random.
+        Random id of 32 hexadecimal digits.
     kind : {"snapshot", "delta"}
     sequence : int
         Number of points before this one in the same history.
     epoch : int
-        Blocks written in this epoch of the table or before are in it.
+        The point contains blocks written in this epoch of the table or earlier.
     step : int
         The table's `step` at that moment.
     """
@@ -117,9 +117,9 @@ def new_id() -> str:
 class History:
     """The points in a table's past, oldest first.
 
-    `applying` is the id of a delta that is being applied to the table; `table` the id of the table ("": written
-    before it was noted); `source` that of the table whose points these are, where it is another (a replica made by
-    hand).
+    `applying` is the id of a delta that is being applied to the table. `table` is the table's id, or "" in files from
+    before ids were recorded. `source` is the id of the table that the points belong to, if it is another one (as in a
+    replica made by hand).
     """
 
     points: tuple[Point, ...] = ()
@@ -135,7 +135,7 @@ class History:
         return next((point for point in self.points if point.id == id), None)
 
     def next_sequence(self) -> int:
-        """`OverflowError` after the last that can be written: an epoch is used up by each, and there are no more."""
+        """Return the next point's number; raise `OverflowError` after the last, as each point uses up an epoch."""
         if self.points and self.points[-1].sequence >= SEQUENCE.high:
             raise OverflowError(f"points in time are numbered up to {SEQUENCE.high}, and that number was taken")
         return self.points[-1].sequence + 1 if self.points else 0
@@ -186,24 +186,25 @@ def _point(value: Any, filename: str, number: int) -> Point:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """What `snapshot.json` says of the snapshot it lies in.
+    """Description of a snapshot, stored in its `snapshot.json`.
 
     Attributes
     ----------
     id, sequence, epoch, step
-        As of the `Point`.
+        The attributes of its `Point`.
     created : float
-        Seconds since 1970, when the point in time was taken.
+        Time at which the point was taken, in seconds since 1970.
     lr, decay_total : float
     rows_touched : int
         The table's counters at that moment.
     num_blocks : int
-        Blocks that had ever been written.
+        Number of blocks that had ever been written.
     content_hash : str
-        SHA-256 of what `hashemb.verify` checks blocks with: for the written blocks in ascending order, in chunks
-        of 65,536 blocks of the table, their numbers (uint64), their epochs (uint32) and their rows of `checksums.npy`.
+        SHA-256 of the data with which `hashemb.verify` checks blocks: for the written blocks in ascending order, in
+        chunks of 65,536 blocks of the table, their numbers (uint64), their epochs (uint32) and their rows of
+        `checksums.npy`.
     extra : dict
-        The caller's own, as given to `EmbeddingTable.snapshot`.
+        The caller's data, as passed to `EmbeddingTable.snapshot`.
     """
 
     id: str
@@ -232,11 +233,11 @@ class SnapshotInfo:
         return cls(**{f.name: content[f.name] for f in fields(cls)})
 
 
-# ---- the caller's own ----
+# ---- the caller's data ----
 
 
 def check_extra(extra: Any) -> dict[str, Any]:
-    """`extra` as it will be read back; a `TypeError` or `ValueError` if it cannot be, with the limit in it."""
+    """Return `extra` as it will be read back; raise `TypeError` or `ValueError`, with the limit, if it cannot be."""
     if extra is None:
         return {}
     if not isinstance(extra, dict):
@@ -257,7 +258,7 @@ def check_extra(extra: Any) -> dict[str, Any]:
 
 
 def _check_parts(extra: dict[str, Any]) -> None:
-    """Level by level, so that neither depth nor cycles nor parts that are held many times exhaust anything."""
+    """Check level by level, so that depth, cycles and repeated parts cannot exhaust the stack or memory."""
     level: list[Any] = [extra]
     for _ in range(MAX_EXTRA_NESTING + 1):
         below: list[Any] = []

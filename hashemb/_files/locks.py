@@ -1,7 +1,7 @@
-"""Locks and forks: a child that kept its parent's locks open would keep them when the parent is killed.
+"""Locks and forks: a child that kept its parent's lock files open would hold the locks after the parent is killed.
 
-Locks belong to an open file (csrc/locks.c), which a forked child shares. So in the child every one is closed before
-anything else runs, and a table opens its own.
+Locks belong to an open file (csrc/locks.c), which a forked child shares. In the child, therefore, all of them are
+closed before anything else runs, and a table opens its own.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _forkables: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 
 
 def after_fork_in_child(item: _Forkable) -> None:
-    """Has `item.after_fork()` called in every child that is forked while it lives."""
+    """Register `item.after_fork()` to be called in every child that is forked while `item` is alive."""
     _forkables.add(item)
 
 
 class Lock:
-    """A table's lock file, opened for locks of its own; they go when it is closed, and a forked child has none.
+    """A table's lock file, opened for separate locks. Closing it releases them, and a forked child does not have them.
 
     Attributes
     ----------
     fd : int
-        Its descriptor, as long as it is open.
+        File descriptor, valid while the file is open.
     """
 
     def __init__(self, file: OpenFile) -> None:
@@ -51,9 +51,9 @@ class Lock:
 
 
 def open_again(directory: Directory, known: os.stat_result) -> OpenFile:
-    """Opens the lock file of an open table, known by its `os.fstat`, for locks of its own.
+    """Open the lock file of an open table, identified by its `os.fstat`, for separate locks.
 
-    `HashembError` where the directory has another by now, which excludes nobody, or none.
+    Raise `HashembError` if the directory no longer has this lock file: locks on another would not exclude anything.
     """
     with suppress(FileNotFoundError):
         file = directory.open("lock", os.O_RDWR)

@@ -1,8 +1,8 @@
 """Maps files at addresses that the kernel can back with 2 MiB pages: congruent to the file offset modulo 2 MiB.
 
-ext4 aligns a mapping by itself, tmpfs doesn't, and Python's `mmap` takes no address. So address space is
+ext4 aligns a mapping by itself, tmpfs doesn't, and Python's `mmap` takes no address. Address space is therefore
 reserved first, as an anonymous `mmap` object, and the file is mapped over part of it: the object owns the file's
-mapping, unmaps it when it is closed, and refuses that while somebody holds a view.
+mapping, unmaps it when it is closed, and refuses to close while there are views of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["HUGE_PAGE_BYTES", "map_file"]
 
-HUGE_PAGE_BYTES = 1 << 21  # what goes with pages of 4 KiB, on x86-64 and on ARM; elsewhere the alignment does no harm
+HUGE_PAGE_BYTES = 1 << 21  # the huge page for pages of 4 KiB, on x86-64 and ARM; elsewhere the alignment does no harm
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; the mmap module has the second since Python 3.13
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -25,10 +25,10 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 
 
 def map_file(fd: int, size_bytes: int, writable: bool) -> tuple[mmap.mmap, int]:
-    """A shared mapping of the whole file, and where in it the file begins.
+    """Return a shared mapping of the whole file, and the offset in it at which the file begins.
 
     The offset is 0 for files below 2 MiB, and where no address space can be reserved (strict overcommit).
-    `OSError` where the file cannot be mapped; nothing stays mapped then.
+    Raise `OSError` if the file cannot be mapped; nothing remains mapped then.
     """
     prot = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
     space = _reserve_address_space(size_bytes + HUGE_PAGE_BYTES, prot) if size_bytes >= HUGE_PAGE_BYTES else None
@@ -48,7 +48,7 @@ def map_file(fd: int, size_bytes: int, writable: bool) -> tuple[mmap.mmap, int]:
 
 
 def _reserve_address_space(size_bytes: int, prot: int) -> mmap.mmap | None:
-    """`prot` is that of the file's mapping, so that a read-only object gives read-only buffers."""
+    """Reserve address space with the `prot` of the file's mapping, so that a read-only object gives such buffers."""
     try:
         return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, prot)
     except OSError:

@@ -1,7 +1,8 @@
-"""How a table was left, and what the next writer has to put right; the page `control` sealed and unsealed.
+"""Recovery: how the last writer left a table, what the next one has to repair, and sealing of the page `control`.
 
-The page says, durably, that a writer has the table before anything of it is written, and that none has after all is on
-disk: so a table that a power failure may have damaged never looks clean, whichever of its pages survive, whole or torn.
+The page records durably that a writer has the table open before anything is written, and that none has after everything
+is on disk. A table that a power failure may have damaged therefore never looks clean, whichever of its pages survive,
+complete or torn.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ Array = npt.NDArray[Any]
 
 
 def how_left(control: Array) -> str | None:
-    """ "killed" or "rebooted" where the last writer did not close the table, see `TableFiles.recovered`."""
+    """Return "killed" or "rebooted" if the last writer did not close the table; see `TableFiles.recovered`."""
     if control["clean"][0]:
         return None
     return "killed" if control["boot_id"][0].decode("ascii", "replace") == boot_id() else "rebooted"
 
 
 def unseal(control: Array, mapped: mmap.mmap, **fields: Any) -> None:
-    """Takes the check sum back, sets `fields`, and says that a writer has come; each on disk before the next.
+    """Clear the check sum, set `fields`, and mark the table as open for writing, each on disk before the next.
 
-    A kill may come in between, a page may be torn, and a reader look at any time.
+    The order matters: the process may be killed in between, a page may be torn, and others may read it at any time.
     """
     if control["checksum"][0]:
         control["checksum"] = 0
@@ -45,18 +46,19 @@ def unseal(control: Array, mapped: mmap.mmap, **fields: Any) -> None:
 
 
 def seal(page: Array, mapped: mmap.mmap) -> None:
-    """Once everything else is on disk."""
+    """Mark the table as clean, with a check sum. Everything else must be on disk already."""
     sealed = np.frombuffer(seal_control(page.tobytes()), np.uint8)
-    for part in (slice(-8), slice(-8, None)):  # the check sum last: it vouches for the rest
+    for part in (slice(-8), slice(-8, None)):  # the check sum comes last, as it covers the rest
         page[part] = sealed[part]
         mapped.flush()
 
 
 def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: TableMeta, filename: str) -> None:
-    """After a power failure: rows may have reached the disk before their block's mark, and marks before the epoch.
+    """Mark all blocks that hold data, after a power failure.
 
-    Blocks of which any file has data are marked as of the latest epoch; `marks` are the table's blocks.npy, `filename`.
-    Reads the marks and the files' extents, no rows.
+    Rows may have reached the disk before their block's mark, and marks before the epoch. Blocks with data in any file
+    are marked with the latest epoch; `marks` is the table's blocks.npy, at `filename`. The function reads the marks
+    and the files' extents, but no rows.
     """
     epochs = [int(part.max()) for _, part in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks)]
     control["epoch"] = epoch = max([int(control["epoch"][0]), *epochs])
@@ -69,9 +71,9 @@ def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: 
 
 
 def reserve_what_is_marked(blocks_fd: int, meta: TableMeta, allocate: Callable[[str, int, int], None]) -> None:
-    """After a power failure a marked block may lack the space that writers rely on. `NoSpaceError` if there is none.
+    """Reserve space for marked blocks, which may lack it after a power failure; raise `NoSpaceError` on a full disk.
 
-    `allocate(name, begin, num_bytes)` makes room for bytes of an array.
+    `allocate(name, begin, num_bytes)` reserves space for bytes of an array.
     """
     for first, epochs in _blocks.epoch_chunks(blocks_fd, meta.num_blocks):
         for _, block, count in _blocks.runs(first + np.flatnonzero(epochs)):

@@ -1,7 +1,7 @@
-"""Where a snapshot in progress wants rows saved: how its owner and the writers of the table find and fill it.
+"""The target of a snapshot in progress: how its owner and the writers of the table find and fill it.
 
-Its owner writes SAVING_FILE into the table before it begins; it names the half-made directory beside the snapshot's
-place-to-be. The protocol itself is in csrc/save.c.
+The owner writes SAVING_FILE into the table before it begins. The file names the building directory next to the
+snapshot's destination. The protocol itself is in csrc/save.c.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from hashemb._files.locks import Lock
 __all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "bits_bytes", "open_announced"]
 
 SAVING_FILE = "saving.json"  # in the table
-BITS_FILE, LOG_PREFIX = "rows.bits", "rows.log."  # in the half-made directory
+BITS_FILE, LOG_PREFIX = "rows.bits", "rows.log."  # in the building directory
 
 
 class SaveTarget:
-    """The half-made files of a snapshot, open for saving what the table held in the epochs `since` < epoch <= `until`.
+    """The open files of a snapshot in progress, which saves blocks written in the epochs `since` < epoch <= `until`.
 
-    Beside array files for `names` and blocks.npy its directory holds BITS_FILE, a bit per row, and the logs of rows
-    that writers leave there (csrc/save.c), one for each. Only the owner of the snapshot opens the array files: space
-    is free once the last who has a file open lets go of it, and a writer may be long in doing so.
+    In addition to array files for `names` and blocks.npy, its directory holds BITS_FILE, with a bit per row, and one
+    log of rows for each writer (csrc/save.c). Only the owner of the snapshot opens the array files: space is freed when
+    the last descriptor is closed, and a writer may keep one open for long.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class SaveTarget:
         return self._directory.open(filename, flags | os.O_RDWR)
 
     def discard(self) -> None:
-        """For one that came too late: all is saved, and nobody will look for the log."""
+        """Remove the log of a writer that joined too late: everything is saved, and no process will read the log."""
         self._directory.remove(self._log)
 
 
 def open_announced(wanted: dict[str, Any]) -> Directory:
-    """The half-made directory that SAVING_FILE names; `OSError` if another stands at its path by now."""
+    """Open the building directory that SAVING_FILE names; raise `OSError` if another is at its path by now."""
     directory = Directory(wanted["directory"])
-    if wanted.get("identity", directory.identity()) != directory.identity():  # older versions note none
+    if wanted.get("identity", directory.identity()) != directory.identity():  # older versions do not record it
         raise OSError(errno.ESTALE, "the directory of a snapshot in progress has been replaced", directory.path)
     return directory
 
 
 def bits_bytes(meta: TableMeta) -> int:
-    """Size of BITS_FILE: whole stripes."""
+    """Return the size of BITS_FILE, which holds whole stripes."""
     return -(-meta.num_blocks // _core.STRIPE_BLOCKS) * _core.STRIPE_BLOCKS * meta.block_rows // 8

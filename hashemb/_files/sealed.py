@@ -1,7 +1,7 @@
-"""JSON that carries its own check sum: bytes <-> objects. Pure functions, no I/O.
+"""JSON that carries its own check sum: conversion between bytes and objects, by pure functions without I/O.
 
-A check sum finds damage, not forgery: what comes out of `load_checked` is JSON of a bounded depth in exactly the bytes
-that `dump_checked` writes, and nothing more is known of it. Its fields are for `_rules.check_fields`.
+A check sum detects damage, not forgery: the result of `load_checked` is JSON of bounded depth in exactly the bytes that
+`dump_checked` writes, and nothing more is known about it. `_rules.check_fields` checks its fields.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Any
 from hashemb._rules import shown
 from hashemb.errors import CorruptTableError, FormatError
 
-MAX_NESTING = 256  # of lists and objects in a file: deeper ones could exhaust the stack of whoever reads them
-_MAX_DIGITS = 4300  # of an integer, as Python has it: longer ones take time in the square of their length
+MAX_NESTING = 256  # of lists and objects in a file: deeper nesting could exhaust the stack of a reader
+_MAX_DIGITS = 4300  # of an integer, Python's default: parsing longer ones takes time quadratic in their length
 
 
 def checksum_of(content: dict[str, Any]) -> str:
-    """SHA-256 of an object as `json.dumps(..., sort_keys=True)` writes it."""
+    """Return the SHA-256 of an object as `json.dumps(..., sort_keys=True)` writes it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def dump_checked(content: dict[str, Any]) -> bytes:
-    """JSON as bytes, with the SHA-256 of the rest as its last entry."""
+    """Return JSON as bytes, with the SHA-256 of the rest as its last entry."""
     return (json.dumps({**content, "checksum": checksum_of(content)}, indent=2) + "\n").encode()
 
 
 def dump_line(content: dict[str, Any]) -> bytes:
-    """The same on one line."""
+    """Return the same as `dump_checked` on one line."""
     return json.dumps({**content, "checksum": checksum_of(content)}).encode()
 
 
 def load_checked(
     data: bytes, filename: str, newest: int, dump: Callable[[dict[str, Any]], bytes] = dump_checked
 ) -> dict[str, Any]:
-    """The inverse of `dump`, without the check sum.
+    """Invert `dump`, and return the content without the check sum.
 
-    Any other bytes are a `CorruptTableError`; what is no object with a format, or has one above `newest`, is a
-    `FormatError`.
+    Any other bytes raise `CorruptTableError`; JSON that is not an object with a format, or whose format is above
+    `newest`, raises `FormatError`.
     """
     content = load_json(data, filename)
     if type(content) is not dict or type(content.get("format")) is not int:
@@ -58,7 +58,7 @@ def load_checked(
 
 
 def load_json(data: bytes, filename: str) -> Any:
-    """JSON of a bounded depth, and without what only Python calls JSON; else a `CorruptTableError`."""
+    """Load JSON of bounded depth, without Python's extensions of it; raise `CorruptTableError` for anything else."""
     try:
         content = json.loads(data, parse_int=_integer, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ def _refuse(text: str) -> None:
 
 
 def is_nested_deeper(content: Any, limit: int) -> bool:
-    """Whether lists and objects lie in each other more than `limit` deep. Takes no stack."""
+    """Return whether lists and objects are nested more than `limit` deep, without recursion."""
     level = [content] if isinstance(content, (list, dict)) else []
     for _ in range(limit):
         parts = (item.values() if isinstance(item, dict) else item for item in level)

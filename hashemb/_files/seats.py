@@ -1,11 +1,11 @@
-"""The file `inflight`: which row each thread of each writer is writing, so that a killed process leaves a note of it.
+"""The file `inflight`: the row that each thread of each writer is writing, so that a killed process leaves a note.
 
-A writer has a page of the file to itself, its seat, for as long as it holds the lock on that page's number; each of
-its threads notes the row that it writes in a cache line of its own, plus 1, and 0 when it is done. A note whose seat's
-lock is free was left by a process that was killed: at that row, and nowhere else, elements or state from before and
-after an update may stand side by side. Notes last until the last writer closes the table, which removes the file.
+A writer has one page of the file to itself, its seat, for as long as it holds the lock on that page's number. Each of
+its threads notes the row that it writes, plus 1, in a cache line of its own, and 0 when it is done. A note whose seat's
+lock is free was left by a killed process: that row, and no other, may mix elements or state from before and after an
+update. Notes last until the last writer closes the table, which removes the file.
 
-Nothing of a table depends on it: where it cannot be made there are no notes.
+No other part of a table depends on the file: where it cannot be created there are no notes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Lines = npt.NDArray[np.uint64]
 
 
 def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
-    """The lines of a free seat, mapped, uint64 (threads, 8); None where there is none to be had.
+    """Return the mapped lines of a free seat, uint64 (threads, 8), or None if none is available.
 
-    It is this writer's while it has `lock_fd` open. Seats with notes of the dead are taken last.
+    The seat belongs to this writer while it has `lock_fd` open. Seats with notes of killed processes are taken last.
     """
     try:
         file = directory.open(SEATS_FILE, os.O_RDWR | os.O_CREAT)
@@ -45,7 +45,7 @@ def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
         seat = _free_seat(fd, lock_fd)
         if seat is None:
             return None
-        os.pwrite(fd, bytes(_SEAT_BYTES), seat * _SEAT_BYTES)  # takes its space: a store without would be a signal
+        os.pwrite(fd, bytes(_SEAT_BYTES), seat * _SEAT_BYTES)  # allocates space: without it a store is a SIGBUS
         mapped = mmap.mmap(fd, _SEAT_BYTES, offset=seat * _SEAT_BYTES)
         return np.frombuffer(mapped, np.uint64).reshape(-1, _LINE_WORDS)
     except OSError:
@@ -55,7 +55,7 @@ def take_seat(directory: Directory, lock_fd: int) -> Lines | None:
 
 
 def _free_seat(fd: int, lock_fd: int) -> int | None:
-    """Locks a seat and returns its number: the first without notes, or else the first."""
+    """Lock a seat and return its number: the first one without notes, or else the first free one."""
     with_notes: int | None = None
     for seat in range(_NUM_SEATS):
         if not _core.lock(lock_fd, fcntl.F_WRLCK, _core.LOCK_SEATS + seat, False):
@@ -72,7 +72,7 @@ def _free_seat(fd: int, lock_fd: int) -> int | None:
 
 
 def abandoned_rows(directory: Directory, num_embeddings: int) -> npt.NDArray[np.int64]:
-    """The rows that killed processes were writing, ascending int64; those of the living are left out."""
+    """Return the rows that killed processes were writing, ascending int64. Those of live processes are left out."""
     try:
         file = directory.open(SEATS_FILE)
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def abandoned_rows(directory: Directory, num_embeddings: int) -> npt.NDArray[np.
 
 
 def _notes(fd: int, lock_fd: int, seat: int) -> npt.NDArray[np.uint64]:
-    """Of one seat; none where its writer lives."""
+    """Return the notes of one seat, or none if its writer is alive."""
     page = np.frombuffer(os.pread(fd, _SEAT_BYTES, seat * _SEAT_BYTES).ljust(_SEAT_BYTES, b"\0"), np.uint64)
     if not page.any() or not _core.lock(lock_fd, fcntl.F_RDLCK, _core.LOCK_SEATS + seat, False):
         return page[:0]

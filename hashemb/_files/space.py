@@ -1,7 +1,7 @@
-"""Making room in a table's files before anything is written: a store for which there is no space would be a signal.
+"""Reserving space in a table's files before anything is written: a store without space would raise a signal.
 
-Room is first asked for by faulting pages in, which the core does for a batch by itself. What is here comes after that
-has failed: with allocation, on a disk that is nearly full, it tells what fits from what does not.
+Space is first requested by faulting pages in, which the core does for a batch by itself. This module is used after that
+has failed: with allocation, it finds out what fits on a disk that is nearly full.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def block_bytes(meta: TableMeta, name: str) -> int:
-    """Bytes of a block in one of the array files, by name without `.npy`."""
+    """Return the bytes of a block in one of the array files, by name without `.npy`."""
     return 4 if name == "blocks" else _blocks.block_bytes(meta, meta.files[name])
 
 
 class Space:
-    """The room of an open table's array files.
+    """Space of an open table's array files.
 
     Parameters
     ----------
     path : str
-        For messages.
+        Path of the table, for messages.
     meta : TableMeta
     arrays : dict of ndarray
-        The arrays, mapped, by name without `.npy`.
+        The mapped arrays by name without `.npy`.
     files : dict of OpenFile
-        Their files.
+        The files of the arrays.
     """
 
     def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], files: dict[str, _core.OpenFile]) -> None:
         self._path, self._meta, self._arrays, self._files = path, meta, arrays, files
 
     def reserve(self, blocks: Array) -> None:
-        """Makes room for `blocks` (ascending) in every file.
+        """Reserve space for `blocks` (ascending) in every file.
 
-        On `NoSpaceError` no data has changed; the same call may be made again.
+        If it raises `NoSpaceError`, no data has changed and the call can be repeated.
         """
         for name in (*self._meta.row_files, "blocks"):
             self.reserve_array(name, blocks)
 
     def reserve_array(self, name: str, blocks: Array) -> None:
-        """Faults the blocks in for writing, which reserves their space: all together, or else one by one."""
+        """Fault the blocks in for writing, which reserves their space: all together or, if that fails, one by one."""
         size = block_bytes(self._meta, name)
         if _core.populate_blocks(self._arrays[name], blocks, size):
             for i in range(blocks.size):
                 self._reserve_block(name, blocks[i : i + 1], size)
 
     def _reserve_block(self, name: str, block: Array, size: int) -> None:
-        """Allocates space and faults one block in. In a page cache of 2 MiB folios, of this process or another, a fault
-        needs the space of the whole folio."""
+        """Allocate space and fault one block in. If the page cache has 2 MiB folios, from this process or another, a
+        fault needs the space of the whole folio."""
         error = 0
         for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
             self.allocate(name, int(block[0]) * size, size, unit_bytes)
@@ -80,7 +80,7 @@ class Space:
         raise OSError(code, message, self._filename(name))
 
     def allocate(self, name: str, begin: int, num_bytes: int, unit_bytes: int = mmap.PAGESIZE) -> None:
-        """Allocates bytes of the array, rounded out to units of the file."""
+        """Allocate bytes of the array, rounded outwards to units of the file."""
         first = (DATA_OFFSET_BYTES + begin) // unit_bytes * unit_bytes
         end = -(-(DATA_OFFSET_BYTES + begin + num_bytes) // unit_bytes) * unit_bytes
         self._allocate_bytes(name, first, min(end, self._meta.files[name].file_bytes) - first)
@@ -90,7 +90,7 @@ class Space:
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
-            if code == errno.EOPNOTSUPP:  # no promise of space on this file system: docs/durability.md
+            if code == errno.EOPNOTSUPP:  # this file system cannot reserve space: see docs/durability.md
                 return
             with space_errors(self._filename(name)):
                 raise OSError(code, os.strerror(code), self._filename(name))

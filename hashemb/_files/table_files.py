@@ -1,8 +1,8 @@
-"""An open table: its files, mapped, and its locks.
+"""An open table: its mapped files and its locks.
 
-It knows names, sizes and byte ranges; it knows nothing of rows as vectors. Invariants: a page of a table is written
-only after the file system has promised space for it, and after a snapshot in progress has what it held; readers map
-everything read-only.
+The module handles names, sizes and byte ranges, not rows as vectors. Invariants: a page of a table is written only
+after the file system has reserved space for it and a snapshot in progress has saved its content; readers map everything
+read-only.
 """
 
 from __future__ import annotations
@@ -56,30 +56,32 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class TableFiles:
-    """The files of one open table, mapped.
+    """The mapped files of one open table.
 
     Parameters
     ----------
     path : str
     writable : bool
-        Map read-write, and take part in the writers' lock that guards the clean flag.
+        Whether to map read-write, and share the writers' lock that guards the clean flag.
     huge_pages : bool or None
-        Ask for them never (False), always (True), or where they cost nothing that was not asked for (None).
+        Whether to ask for huge pages: never (False), always (True), or where the defaults of `hashemb.open` allow
+        it (None).
 
     Attributes
     ----------
     directory : Directory
-        All files are reached through it: a table that is moved, or replaced at its path, goes on with its own.
+        Open directory through which all files are accessed: a table that is moved, or replaced at its path, continues
+        with its own files.
     meta : TableMeta
     arrays : dict of ndarray
         The table's arrays by file name without `.npy`, and "control" as 4096 bytes.
     control : ndarray of shape (1,)
         The control page as a record.
     recovered : str or None
-        Where the table was not closed cleanly by its last writer: "killed" (the process ended, its pages are
-        all there) or "rebooted" (the machine did, and what was not flushed may be lost).
+        Set if the last writer did not close the table: "killed" (the process ended, and all its pages are present) or
+        "rebooted" (the machine restarted, and unflushed updates may be lost).
     suspects : ndarray of int64
-        Rows that killed processes were writing, see seats.py.
+        Rows that killed processes were writing; see seats.py.
     """
 
     def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:
@@ -156,7 +158,7 @@ class TableFiles:
     # -- huge pages --
 
     def _ask_for_huge_pages(self, *, always: bool) -> None:
-        """Before the first access, which is when a table on disk gets them. One on tmpfs is collapsed as it fills."""
+        """Ask before the first access, when a table on disk gets huge pages; on tmpfs extents are collapsed later."""
         specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
         on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self.fd("weight"))
         if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
@@ -170,7 +172,7 @@ class TableFiles:
                 extents.collapse_present(self.fd(name))
 
     def _may_lose_its_holes(self) -> bool:
-        """Whether the kernel lets the whole table be dirty without writing it, and the disk has room for it."""
+        """Return whether the whole table fits the kernel's limit for dirty pages and the space on the disk."""
         room_bytes = disk_bytes(self.directory) + _huge_pages.free_bytes(self.fd("weight"))
         return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
 
@@ -183,7 +185,7 @@ class TableFiles:
         return data - DATA_OFFSET_BYTES
 
     def huge_page_bytes(self) -> int | None:
-        """Bytes of the arrays that this process maps by huge pages; None where the kernel cannot tell."""
+        """Return the bytes of the arrays that this process maps with huge pages; None if the kernel cannot tell."""
         total = 0
         for name, spec in self.meta.files.items():
             begin = self._address(name)
@@ -209,7 +211,7 @@ class TableFiles:
         self._joined = True
 
     def _check_in_place(self) -> None:
-        """Whoever puts another table in this one's place holds the lock meanwhile: it may come to us only then."""
+        """Check that the table is still at its path: a process that replaces it holds the lock until it is done."""
         try:
             found: os.stat_result | None = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -218,7 +220,7 @@ class TableFiles:
             raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
 
     def _take_over(self) -> None:
-        """Alone with the table: how its last writer left it, and what a killed snapshot left behind."""
+        """Repair what the last writer and a killed snapshot left. The caller must be the only writer."""
         control = self.control
         self.recovered = _recovery.how_left(control)
         if self.recovered == "rebooted":
@@ -228,8 +230,8 @@ class TableFiles:
             _recovery.mark_what_is_there(control, marks, fds, self.meta, filename)
             _recovery.reserve_what_is_marked(fds["blocks"], self.meta, self.space.allocate)
             if not self._is_being_applied():
-                # A block may be newer than its epoch says, so that deltas could miss it. In the middle of applying a
-                # delta only that delta's blocks can be, and it will be applied again.
+                # A block may be newer than its epoch indicates, so that deltas could miss it. While a delta is being
+                # applied this holds only for that delta's blocks, and it will be applied again.
                 self.directory.remove(HISTORY_FILE)
             self.directory.remove(SEATS_FILE)
         self.suspects = abandoned_rows(self.directory, self.meta.num_embeddings)
@@ -239,14 +241,14 @@ class TableFiles:
     def _is_being_applied(self) -> bool:
         try:
             return read_history(self.directory, self.meta.id).applying is not None
-        except FormatError:  # damaged or of another table, and about to be removed
+        except FormatError:  # damaged or from another table, and about to be removed
             return False
 
     def _unseal(self, **fields: Any) -> None:
         _recovery.unseal(self.control, self._maps["control"], **fields)
 
     def _leave_writers(self) -> None:
-        """The last writer to close syncs everything and then, only then, says that the table is clean."""
+        """Leave the writers; the last one to close syncs everything and only then marks the table as clean."""
         with _core.Hold(self._files["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
             if is_last:
                 if self.calls.dirty:
@@ -255,16 +257,16 @@ class TableFiles:
                 _recovery.seal(self.arrays["control"], self._maps["control"])
 
     def fd(self, name: str) -> int:
-        """The open file of an array, by name without `.npy`."""
+        """Return the descriptor of an array's open file, by name without `.npy`."""
         return self._files[name].fd
 
     def tmpfs_fd(self) -> int:
-        """The weights' open file on tmpfs, where also reads take space; -1 elsewhere."""
+        """Return the descriptor of the weights' file on tmpfs, where reads take space too; -1 elsewhere."""
         fd = self.fd("weight")
         return fd if _huge_pages.is_tmpfs(fd) else -1
 
     def join(self, core: _core.Core) -> None:
-        """Gives the core the table's lock, of this process alone, and a seat; a forked child joins the writers then."""
+        """Give the core this process's lock of the table and a seat; a forked child joins the writers first."""
         if "lock" not in self._files:
             self._files["lock"] = open_again(self.directory, self._lock_stat)
         fd = self.fd("lock")
@@ -275,26 +277,26 @@ class TableFiles:
         core.join(fd, take_seat(self.directory, fd))
 
     def new_lock(self) -> Lock:
-        """The same file opened once more: what locks the one excludes the other."""
+        """Open the lock file once more, for locks that exclude those taken through other descriptors."""
         return Lock(open_again(self.directory, self._lock_stat))
 
     def turn(self, call: str) -> _core.Hold:
-        """For a ``with``: one process at a time takes or applies points in time of a table. Its death ends its turn."""
+        """Return a context manager that lets one process at a time take or apply points; its death ends the turn."""
         return _core.Hold(self.new_lock(), self.calls, _core.LOCK_SNAPSHOT, call)
 
     def after_fork(self) -> None:
-        """In the child."""
+        """Reset locks and calls in a forked child."""
         self.calls.after_fork()
         self._joined, self.target = False, None
         if "lock" in self._files:
             self._files.pop("lock").close()
-            with suppress(OSError, HashembError):  # raised when it is asked for
+            with suppress(OSError, HashembError):  # the error is raised when the lock is needed
                 self._files["lock"] = open_again(self.directory, self._lock_stat)
 
     # -- writing --
 
     def claim(self, blocks: Array) -> None:
-        """Makes room for those of `blocks` (ascending) never written before, and marks all as of the current epoch."""
+        """Reserve space for those `blocks` (ascending) never written before, and mark all with the current epoch."""
         marks = self.arrays["blocks"]
         if self.tmpfs_fd() >= 0:  # where reading a hole takes a page too
             self.space.reserve_array("blocks", blocks)
@@ -305,7 +307,7 @@ class TableFiles:
         self.calls.dirty = True
 
     def apply(self, core: _core.Core, plan: _core.Plan, need: int, *, exact: bool) -> None:
-        """Sees to what a batch needs once in a while, with nothing held meanwhile; then applies it."""
+        """Provide what a batch occasionally needs, without holding any lock, and then apply it."""
         saving, has_room = None, False
         with self.calls:
             while need:
@@ -319,31 +321,32 @@ class TableFiles:
                 need = core.apply(plan, exact, saving, has_room)
 
     def after_batch(self, fresh: Array) -> None:
-        """What can wait until a batch has been applied; `fresh` are the blocks (ascending) that it has written first.
+        """Do the work that can wait until a batch has been applied; `fresh` are the blocks (ascending) it wrote first.
 
-        Lets go of a target whose snapshot is done: its space is free only then. On tmpfs, collapses what has filled.
+        This releases the target of a finished snapshot, whose space is freed only then, and on tmpfs collapses extents
+        that are now full enough.
         """
         with suppress(ClosedTableError), self.calls:
-            target = self.target  # which another thread, or a handler, may change at any time
+            target = self.target  # another thread or a signal handler may change it at any time
             if target is not None and int(self.control["saving"][0]) != target.until:
                 self.target = None
             for extents in self._extents.values() if fresh.size else ():
                 extents.collapse_written(fresh)
 
     def saving(self) -> _core.Saving | None:
-        """Where a snapshot in progress wants rows saved, as its owner wrote down before it began; None if none does.
+        """Return where to save rows for the snapshot in progress, as recorded by its owner; None if there is none.
 
-        What is found is kept as `target`, see `after_batch`.
+        The result is kept as `target`; see `after_batch`.
         """
         until, target = int(self.control["saving"][0]), self.target
         if not until or (target is not None and target.until == until):
             return target.saving if until and target else None
         try:
             self.target = target = self._open_target(until)
-            code = 0 if target else errno.ESRCH  # of one who is dead
+            code = 0 if target else errno.ESRCH  # its owner is dead
         except (OSError, HashembError, ValueError, KeyError, TypeError) as error:
             target, code = None, getattr(error, "errno", None) or errno.EIO
-        if target is None:  # the snapshot has failed, which its owner reports; the table goes on
+        if target is None:  # the snapshot has failed, which its owner reports; training continues
             self.control["save_errno"] = code
             self.control["save_failed"] = until
             return None
@@ -351,7 +354,7 @@ class TableFiles:
 
     def _open_target(self, until: int) -> SaveTarget | None:
         wanted = json.loads(self.directory.read(SAVING_FILE))
-        if wanted["until"] != until:  # of the next owner, who is about to begin; the one before it died
+        if wanted["until"] != until:  # written by the next owner, which is about to begin; the previous one died
             return None
         target = self.save_target(open_announced(wanted), wanted["names"], wanted["since"], until, owner=False)
         if int(self.control["saving"][0]) != until:
@@ -360,16 +363,16 @@ class TableFiles:
         return target
 
     def save_target(self, directory: Directory, names: list[str], since: int, until: int, *, owner: bool) -> SaveTarget:
-        """The half-made files of a snapshot of this table, open for saving."""
+        """Open the files of a snapshot of this table in progress, for saving rows."""
         return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until, owner=owner)
 
     def flush(self) -> None:
-        """Syncs all arrays to disk, then the control page. No-op on a read-only table."""
+        """Sync all arrays to disk, then the control page. This does nothing on a read-only table."""
         if self.writable:
             self._sync(self.calls.check)
 
     def _sync(self, before_each: Callable[[], None] = lambda: None) -> None:
-        self.calls.dirty = False  # first: an update meanwhile makes it dirty again
+        self.calls.dirty = False  # comes first: an update meanwhile sets it again
         try:
             for name in (*self.meta.files, "control"):
                 before_each()
@@ -381,7 +384,7 @@ class TableFiles:
     # -- measuring --
 
     def resident_bytes(self) -> int | None:
-        """Bytes of the table's files in the page cache; None where the kernel cannot tell (Linux < 6.5)."""
+        """Return the bytes of the table's files in the page cache; None if the kernel cannot tell (Linux < 6.5)."""
         pages = 0
         for file in self._files.values():
             span, counts = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
@@ -393,9 +396,9 @@ class TableFiles:
     # -- closing --
 
     def close(self) -> None:
-        """Idempotent; waits for other threads. Mappings stay as long as somebody holds a view of them.
+        """Wait for other threads and close; closing again has no effect. Mappings stay as long as there are views.
 
-        Where the table cannot be synced that is raised; it is closed all the same, and not marked clean.
+        An error in syncing the table is raised, but the table is closed all the same and not marked clean.
         """
         if hasattr(self, "calls"):
             self.calls.close()

@@ -1,8 +1,8 @@
-"""Deltas of a table: exporting what changed since a point in time, checking such a file, and applying it to a replica.
+"""Deltas of a table: export the changes since a point in time, check such a file, and apply it to a replica.
 
-A delta is one file that holds whole blocks. It names the point that it starts from, and only a table that stands at
-that point may take it. Applying is atomic by a note in the table's history: from `applying` on, only the same delta is
-accepted, and applying it again from the beginning is how an interrupted one is completed.
+A delta is one file of whole blocks. It names the point that it starts from, and can only be applied to a table that is
+at that point. Applying is atomic by way of the table's history: while it records `applying`, only the same delta is
+accepted, and applying that delta again from the beginning completes an interrupted one.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ _RESERVED_TOGETHER = 1 << 16
 
 
 def delta_info(path: str | os.PathLike[str]) -> DeltaInfo:
-    """What a delta file says of itself. Reads its header only, in microseconds.
+    """Return the description of a delta file. Only the header is read, which takes microseconds.
 
     Raises
     ------
     FileNotFoundError
     FormatError
-        It is no delta, or of a newer format.
+        The file is not a delta, or has a newer format.
     CorruptTableError
-        Its header is damaged, or the file is not all there.
+        The header is damaged, or the file is incomplete.
     """
     with DeltaReader(os.fspath(path)) as delta:
         return delta.info
 
 
 def check_delta(path: str | os.PathLike[str], progress: Progress | None = None) -> list[str]:
-    """What is wrong with a delta file, as sentences; reads all of it. None: every byte is as it was written."""
+    """Read all of a delta file and return its problems as messages; an empty list if every byte is as written."""
     try:
         with DeltaReader(os.fspath(path)) as delta:
             delta.check(progress)
@@ -83,7 +83,7 @@ def check_delta(path: str | os.PathLike[str], progress: Progress | None = None) 
 def export_to(
     files: TableFiles, since: Since, path: str, *, state: bool, dtype: str | None, progress: Progress | None
 ) -> DeltaInfo:
-    """See `EmbeddingTable.export_delta`."""
+    """Implement `EmbeddingTable.export_delta`."""
     dtype = _export_dtype(files.meta, state, dtype)
     start_id, parent = _id_of(since), check_free(path)
     names = arrays_to_export(files.meta, state=state)
@@ -102,7 +102,7 @@ def export_to(
             sync_directory(parent)
         except BaseException:
             with suppress(OSError):
-                os.rename(path, finished)  # to be removed there
+                os.rename(path, finished)  # the building directory is removed
             raise
     return info
 
@@ -116,7 +116,7 @@ def _export_dtype(meta: TableMeta, state: bool, dtype: str | None) -> str:
 
 
 def _id_of(since: Since) -> str | None:
-    """The id of the snapshot or delta that is meant."""
+    """Return the id of the snapshot or delta that `since` refers to."""
     if since is None or isinstance(since, (SnapshotInfo, DeltaInfo)):
         return None if since is None else since.id
     if not isinstance(since, (str, os.PathLike)):
@@ -169,7 +169,7 @@ def _count(blocks_fd: int, meta: TableMeta) -> int:
 
 
 def _saved_groups(fds: dict[str, int], meta: TableMeta, names: list[str], dtype: str) -> Iterator[Group]:
-    """The saved blocks, their weights as the delta stores them."""
+    """Yield the saved blocks, with the weights converted to the delta's dtype."""
     for first, epochs in _blocks.epoch_chunks(fds["blocks"], meta.num_blocks):
         for numbers in _blocks.groups(meta, np.flatnonzero(epochs) + first):
             data = {name: _blocks.read_blocks(fds[name], meta, meta.files[name], numbers) for name in names}
@@ -179,7 +179,7 @@ def _saved_groups(fds: dict[str, int], meta: TableMeta, names: list[str], dtype:
 
 
 def _rows(data: _blocks.Bytes, spec: FileSpec) -> npt.NDArray[Any]:
-    """Blocks of bytes as rows of an array like `spec`."""
+    """Return blocks of bytes as rows of an array like `spec`."""
     return data.reshape(-1).view(spec.dtype).reshape(-1, *spec.shape[1:])
 
 
@@ -187,7 +187,7 @@ def _rows(data: _blocks.Bytes, spec: FileSpec) -> npt.NDArray[Any]:
 
 
 def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = None) -> DeltaInfo:
-    """Applies a delta that has been checked; see `hashemb.apply_delta`. `DeltaError` if the table cannot take it."""
+    """Apply a delta that has been checked; see `hashemb.apply_delta`. Raise `DeltaError` if it does not apply."""
     info = delta.info
     _check_compatible(files.meta, info, files.path)
     _check_conversion(files.meta, delta)
@@ -210,7 +210,7 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
 
 
 def _check_compatible(meta: TableMeta, info: DeltaInfo, path: str) -> None:
-    """What makes the delta's rows mean the same in this table. Dtype and size of blocks may differ."""
+    """Check that the delta's rows mean the same in this table. The dtype and block size may differ."""
     theirs = info.table
     pairs = [
         (name, getattr(meta, name), getattr(theirs, name))
@@ -226,7 +226,7 @@ def _check_compatible(meta: TableMeta, info: DeltaInfo, path: str) -> None:
 
 
 def _check_rate(meta: TableMeta, info: DeltaInfo, path: str) -> None:
-    """A delta without state may be of another optimiser, whose rate this table's need not be able to have."""
+    """Check the rate: a delta without state may come from another optimiser, with a rate invalid for this one."""
     try:
         with_rate(meta.optimizer, info.lr)
     except ValueError as error:
@@ -250,7 +250,7 @@ def _table_rows(meta: TableMeta, info: DeltaInfo, data: dict[str, _blocks.Bytes]
 
 
 def _check_position(history: History, info: DeltaInfo, files: TableFiles) -> None:
-    """`DeltaError` unless the table stands where the delta starts, or has part of this delta already."""
+    """Raise `DeltaError` unless the table is at the delta's start, or this delta has been partly applied."""
     if history.applying == info.id:
         return
     if history.applying:
@@ -304,7 +304,7 @@ def _refuse_by_position(history: History, position: Point, info: DeltaInfo, file
 
 
 def _reserve(files: TableFiles, delta: DeltaReader) -> None:
-    """Room for all of it, before anything of it is written."""
+    """Reserve space for the whole delta before any of it is written."""
     pending: list[npt.NDArray[np.uint64]] = []
     for numbers in delta.numbers():
         pending.append(_table_blocks(files.meta, delta.info.table, numbers))
@@ -316,7 +316,7 @@ def _reserve(files: TableFiles, delta: DeltaReader) -> None:
 
 
 def _table_blocks(meta: TableMeta, theirs: TableMeta, numbers: _blocks.Numbers) -> npt.NDArray[np.uint64]:
-    """The blocks of this table, whose blocks may have more or fewer rows, that hold the delta's."""
+    """Return the blocks of this table that hold the delta's blocks, which may have more or fewer rows."""
     parts = max(1, theirs.block_rows // meta.block_rows)
     firsts = numbers * theirs.block_rows // meta.block_rows
     blocks = (firsts[:, None] + np.arange(parts)).reshape(-1)

@@ -1,7 +1,7 @@
-"""Delta files: what they say of themselves, where things are in them, and reading and writing them in groups of blocks.
+"""Delta files: their header and layout, and reading and writing them in groups of blocks.
 
-The layout is in docs/format.md. Invariants: every byte of a file is covered by a check; whoever reads data has checked
-it; memory stays within a group of blocks.
+The layout is in docs/format.md. Invariants: every byte of a file is covered by a check; data is checked before it is
+returned; memory use stays within a group of blocks.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ DELTA_FORMAT = 1
 ALIGN_BYTES = 4096
 _NO_HASH = "0" * 64
 
-#: What the fields of a delta's header may be.
+#: Rules for the fields of a delta's header.
 DELTA_RULES: dict[str, Rule | Whole] = {
     "format": Whole(1, DELTA_FORMAT),
     **MOMENT_RULES,
@@ -79,31 +79,32 @@ Group = tuple[_blocks.Numbers, dict[str, _blocks.Bytes]]
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta file says of itself.
+    """Description of a delta, stored in the header of its file.
 
     Attributes
     ----------
     id : str
-        32 hexadecimal digits, random.
+        Random id of 32 hexadecimal digits.
     parent : str or None
-        Id of the snapshot or delta that it starts from; None: it holds everything, and starts from an empty table.
+        Id of the snapshot or delta that it starts from. None for a full delta, which starts from an empty table.
     sequence, parent_sequence : int
-        Their numbers in the source's history; `parent_sequence` is -1 where there is no parent.
+        Numbers of the delta and its parent in the source's history; `parent_sequence` is -1 without a parent.
     table : TableMeta
         The source: `num_embeddings`, `embedding_dim`, `dtype`, `optimizer`, `init`, `num_hashes`, `seed`, `id`.
     dtype : {"float32", "float16", "bfloat16"}
-        Of the weights in the delta.
+        Dtype of the weights in the delta.
     state : bool
         Whether it holds the optimiser's state too.
     from_epoch, to_epoch : int
-        It holds the source's blocks written after the one and not after the other.
+        It holds the source's blocks written after `from_epoch`, up to and including `to_epoch`.
     step : int
     lr, decay_total : float
     rows_touched : int
         The source's counters at that moment.
     created : float
-        Seconds since 1970, when the point in time was taken.
+        Time at which the point was taken, in seconds since 1970.
     num_blocks : int
+        Number of blocks in the delta.
     index_hash : str
         SHA-256 of the file's block numbers and of the hashes of its blocks, which cover the rest.
     """
@@ -131,18 +132,18 @@ class DeltaInfo:
 
     @property
     def arrays(self) -> dict[str, FileSpec]:
-        """What the file holds of each block: shape and dtype, by name of the array."""
+        """Shape and dtype of a block in the file, by name of the array."""
         files, rows = self.table.row_files, self.table.block_rows
         specs = {name: FileSpec((rows, *files[name].shape[1:]), files[name].dtype) for name in array_names(self)}
         return {**specs, "weight": FileSpec(specs["weight"].shape, STORAGE_DTYPES[self.dtype])}
 
     @property
     def data_bytes(self) -> int:
-        """Size of the file behind its header."""
+        """Size of the file without its header."""
         return _Layout(self).end
 
     def encode(self) -> bytes:
-        """The header: magic, length, JSON, zeros up to a multiple of 4096 bytes."""
+        """Return the header: magic, length, JSON, and zeros up to a multiple of 4096 bytes."""
         content = {"format": DELTA_FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
         content["table"] = meta_content(self.table)
         content["arrays"] = {n: {"shape": list(s.shape), "dtype": s.dtype} for n, s in self.arrays.items()}
@@ -152,7 +153,7 @@ class DeltaInfo:
 
     @classmethod
     def decode(cls, data: bytes, filename: str) -> DeltaInfo:
-        """The inverse of `encode`; any other bytes are a `CorruptTableError`, a newer format a `FormatError`."""
+        """Invert `encode`; raise `CorruptTableError` for any other bytes, and `FormatError` for a newer format."""
         text = data[16 : 16 + struct.unpack_from("<Q", data, 8)[0]]
         content = load_checked(text, filename, DELTA_FORMAT, dump_line)
         check_fields(content, DELTA_RULES, filename)
@@ -165,7 +166,7 @@ class DeltaInfo:
         return info
 
     def check_values(self, filename: str) -> None:
-        """`CorruptTableError` unless the fields, each of which keeps its rule, go together."""
+        """Raise `CorruptTableError` unless the fields, which are valid one by one, are consistent."""
         num_blocks, sequence = self.table.num_blocks, self.sequence
         if self.state:
             expect(self.dtype == self.table.dtype, filename, f"dtype {self.table.dtype!r} with state", self.dtype)
@@ -186,7 +187,7 @@ def array_names(info: DeltaInfo) -> list[str]:
 
 
 def arrays_to_export(meta: TableMeta, *, state: bool) -> list[str]:
-    """Weights, what look-ups need beside them, and the optimiser's state if asked for."""
+    """Return the names of the arrays that look-ups need, and with `state` those of the optimiser's state."""
     return [name for name in meta.row_files if state or name in ("weight", "paid")]
 
 
@@ -194,7 +195,7 @@ def arrays_to_export(meta: TableMeta, *, state: bool) -> list[str]:
 
 
 class _Layout:
-    """Where things are, in bytes from the end of the header: numbers, hashes, then each array's blocks."""
+    """Offsets in bytes from the end of the header: block numbers, hashes, then each array's blocks."""
 
     def __init__(self, info: DeltaInfo) -> None:
         self.arrays, n = info.arrays, info.num_blocks
@@ -217,9 +218,10 @@ def _padded(data: bytes) -> bytes:
 
 
 class DeltaReader:
-    """A delta file, open: a context manager. Opening checks the header and the size, `check` all the rest.
+    """Context manager of an open delta file. Opening checks the header and the size, `check` everything else.
 
-    `FileNotFoundError`, `FormatError` (no delta, or of a newer format), `CorruptTableError` (damaged or not all there).
+    It raises `FileNotFoundError`, `FormatError` (the file is not a delta, or has a newer format) or `CorruptTableError`
+    (the file is damaged or incomplete).
     """
 
     def __init__(self, path: str) -> None:
@@ -257,7 +259,7 @@ class DeltaReader:
         self.close()
 
     def check(self, progress: Progress | None = None) -> None:
-        """Reads the whole file; `CorruptTableError` unless every byte is the one that was written."""
+        """Read the whole file; raise `CorruptTableError` unless every byte is as written."""
         found = _hash_of(self._file.fd, self._begin, self._layout.index_bytes)
         if found != self.info.index_hash:
             raise CorruptTableError(f"{self.path}: index: expected SHA-256 {self.info.index_hash}, found {found}")
@@ -276,7 +278,7 @@ class DeltaReader:
                 raise CorruptTableError(f"{self.path}: expected zeros behind byte {self._begin + end}, found others")
 
     def numbers(self) -> Iterator[_blocks.Numbers]:
-        """The numbers of the blocks, ascending, in groups that are worked on together; checked each time."""
+        """Yield the numbers of the blocks, ascending, in groups that are processed together; check them each time."""
         per_group, last = _blocks.blocks_per_group(self.info.table), -1
         for first in range(0, self.info.num_blocks, per_group):
             count = min(per_group, self.info.num_blocks - first)
@@ -290,7 +292,7 @@ class DeltaReader:
             yield numbers
 
     def groups(self) -> Iterator[Group]:
-        """(numbers of blocks, {array: (blocks, bytes of a block)}), the data checked."""
+        """Yield (numbers of blocks, {array: (blocks, bytes of a block)}) after checking the data."""
         layout, first = self._layout, 0
         for numbers in self.numbers():
             width = 8 * len(layout.arrays)
@@ -327,7 +329,7 @@ def _hash_of(fd: int, begin: int, size: int) -> str:
 
 
 def write_delta(filename: str, info: DeltaInfo, groups: Iterable[Group], progress: Progress | None = None) -> DeltaInfo:
-    """Creates the file, synced; returns `info` with its hash. The groups hold `info.num_blocks` blocks together."""
+    """Create the file and sync it; return `info` with its hash. The groups hold `info.num_blocks` blocks in total."""
     layout, begin, done = _Layout(info), len(info.encode()), 0
     with space_errors(filename), OpenFile(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
         os.ftruncate(file.fd, begin + layout.end)

@@ -1,6 +1,6 @@
-"""Weights from one storage dtype to another, rounded to nearest even. Pure functions on arrays.
+"""Conversion of weights between storage dtypes, rounded to nearest even, by pure functions on arrays.
 
-The kernels round stochastically, which suits training; what is served is rounded once, to the nearest.
+The kernels round stochastically, which suits training; weights for serving are rounded once, to nearest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _NEGATIVE_ZERO = {"float32": 0x80000000, "float16": 0x8000, "bfloat16": 0x8000}
 
 
 def convert_rows(rows: Array, source: str, target: str) -> Array:
-    """Rows (n, dim) as stored in a table of dtype `source`, as one of dtype `target` stores them.
+    """Convert stored rows (n, dim) of a table of dtype `source` to the stored rows of one of dtype `target`.
 
-    A row never written (all zero bytes) stays so; a written one that rounds to zero gets -0.0 in its first element.
-    `ValueError` if a finite weight is too large for `target`.
+    A row never written (all zero bytes) remains so; a written row that rounds to zero gets -0.0 as its first element.
+    Raise `ValueError` if a finite weight is too large for `target`.
     """
     if source == target:
         return rows
@@ -47,7 +47,7 @@ def _narrow(wide: npt.NDArray[np.float32], target: str) -> Array:
         nearest = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
         quiet = (bits >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)
         return np.where(np.isnan(wide), quiet, nearest)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what became infinite is refused by the caller
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # the caller rejects values that became infinite
         return wide.astype(STORAGE_DTYPES[target])
 
 

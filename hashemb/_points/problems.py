@@ -1,4 +1,4 @@
-"""What a check has found: problems, told one by one, and only counted where there are too many of a kind."""
+"""Problems found by a check. They are listed one by one, and only counted if there are too many of a kind."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from itertools import islice
 
 __all__ = ["Problem", "Report"]
 
-MAX_LISTED = 10  # problems of one kind in one file that are told one by one
+MAX_LISTED = 10  # listed problems of one kind in one file
 
 _MESSAGE = re.compile(r"(?:damaged: )?expected (?P<expected>.*?)[,;] found (?P<found>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it must be.
+    """A problem that `hashemb.verify` found in a file.
 
     Attributes
     ----------
     file : str
-        Its path.
+        Path of the file.
     expected, found : str
-        What must be there, and what is.
+        Expected and actual content.
 
     Examples
     --------
@@ -42,7 +42,7 @@ class Problem:
 
 
 class Report:
-    """Collects the problems of one directory."""
+    """Collection of the problems in one directory."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -50,25 +50,25 @@ class Report:
         self._more: dict[tuple[str, str], int] = {}
 
     def add(self, name: str, expected: str, found: str) -> None:
-        """One problem in the file `name` of the directory."""
+        """Add one problem in the file `name` of the directory."""
         self.add_many(name, expected, 1, [(expected, found)])
 
     def add_many(self, name: str, kind: str, count: int, pairs: Iterable[tuple[str, str]]) -> None:
-        """`count` problems of one kind; of `pairs` (expected, found) no more are taken than will be told."""
+        """Add `count` problems of one kind; only as many `pairs` (expected, found) are consumed as will be listed."""
         listed = self._listed.setdefault((name, kind), [])
         taken = [self._problem(name, *pair) for pair in islice(pairs, max(0, min(count, MAX_LISTED - len(listed))))]
         listed += taken
         self._more[name, kind] = self._more.get((name, kind), 0) + count - len(taken)
 
     def add_error(self, name: str, error: Exception) -> None:
-        """An error of reading the file `name`, as a problem of it."""
+        """Add an error raised while reading the file `name`, as a problem."""
         if isinstance(error, OSError):
             self.add(name, "a file that can be read", str(error))
         else:
             self.add_message(name, str(error), "what this version reads")
 
     def add_message(self, name: str, message: str, expected: str) -> None:
-        """What an error said of the file `name`, which was to be `expected` if it did not say so itself."""
+        """Add an error message about the file `name`; `expected` is used if the message does not name it."""
         filename = os.path.join(self.directory, name)
         message = message.removeprefix(f"{filename}: ").removeprefix(f"{self.directory}: ")
         parts = _MESSAGE.fullmatch(message)

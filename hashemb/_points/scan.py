@@ -1,7 +1,7 @@
-"""One pass over the content of a table's array files, block by block, against check sums and invariants.
+"""One pass over the content of a table's array files, which checks each block against check sums and invariants.
 
-Invariants: only what is not a hole is read, each written block once; memory stays within some blocks; nothing is
-reported of a block that a writer has changed meanwhile (epochs only grow, and a block's grows before its data changes).
+Invariants: holes are not read, and each written block is read once; memory use stays within some blocks; a block that a
+writer changes meanwhile is not reported (epochs only grow, and a block's epoch grows before its data changes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 class Sink(Protocol):
-    """Takes what a scan has read, in the order of blocks."""
+    """Receiver of the data that a scan has read, in the order of blocks."""
 
     def epochs(self, first: int, epochs: npt.NDArray[np.uint32]) -> None: ...
     def blocks(self, name: str, blocks: Numbers, data: Bytes) -> None: ...
@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Vouchers:
-    """What checksums.npy speaks for: blocks of epochs up to `epoch`, or (None) all that were written."""
+    """The blocks that checksums.npy covers: those with epochs up to `epoch`, or all written ones if it is None."""
 
     epoch: int | None
 
@@ -43,9 +43,9 @@ class Vouchers:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the control page: no block is newer, no row has paid more decay, and every block with data is marked.
+    """Limits from the control page: no block is newer, no row has paid more decay, and every block with data is marked.
 
-    None of these is certain after a power failure, until the next writer has put it right.
+    None of these is certain after a power failure, until the next writer has repaired the table.
     """
 
     epoch: int = 2**32 - 1
@@ -54,7 +54,7 @@ class Limits:
 
 
 class UnreadableError(Exception):
-    """An array file, by name without `.npy`, and what reading it ended with."""
+    """An array file, by name without `.npy`, could not be read, with the error that was raised."""
 
     def __init__(self, name: str, error: OSError) -> None:
         super().__init__(name, error)
@@ -69,27 +69,27 @@ def _guarded(name: str, found: Iterator[T]) -> Iterator[T]:
 
 
 class Scan:
-    """The pass.
+    """One pass over the array files of a table.
 
     Parameters
     ----------
     directory : str
     meta : TableMeta
     names : list of str
-        The arrays to look at, without `.npy`: those whose size is right. Must hold "blocks".
+        Names of the arrays to check, without `.npy`: those whose size is right. They must include "blocks".
     report : Report
     limits : callable
-        Returns the `Limits` of the moment.
+        Function that returns the current `Limits`.
     vouchers : Vouchers or None
-        Needs "checksums" among the names.
+        Blocks covered by check sums; requires "checksums" among the names.
     sink : Sink, optional
 
     Attributes
     ----------
     num_blocks : int
-        Written blocks seen.
+        Number of written blocks seen.
     content_hash : str
-        As `SnapshotInfo.content_hash`, where there are check sums.
+        The hash of `SnapshotInfo.content_hash`, if there are check sums.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Scan:
         return self._digest.hexdigest()
 
     def run(self, progress: Progress | None = None) -> None:
-        """Raises `UnreadableError` where a file cannot be read; what sink and progress raise goes through."""
+        """Scan; raise `UnreadableError` if a file cannot be read. Errors of sink and progress are passed through."""
         with _blocks.OpenArrays(self._directory, self._names) as self._fds:
             total, done = self._count_written() if progress else 0, 0
             for chunk in self._chunks():
@@ -128,7 +128,7 @@ class Scan:
         return sum(int(np.count_nonzero(epochs)) for _, epochs in chunks)
 
     def _chunks(self) -> Iterator[int]:
-        """The chunks in which any file has data, ascending."""
+        """Yield the chunks in which any file has data, ascending."""
         per_file = [
             _guarded(name, data_chunk_numbers(fd, self._unit_bytes(name), self._specs[name].file_bytes))
             for name, fd in self._fds.items()
@@ -140,7 +140,7 @@ class Scan:
             last = chunk
 
     def _unit_bytes(self, name: str) -> int:
-        """Bytes of the array that belong to one block."""
+        """Return the number of bytes of the array that belong to one block."""
         spec = self._specs[name]
         if name in self._columns:
             return _blocks.block_bytes(self._meta, spec)
@@ -155,7 +155,7 @@ class Scan:
     # -- one chunk of blocks --
 
     def _check_chunk(self, first: int) -> int:
-        """Checks the chunk that begins with block `first`; returns how many blocks of it have been written."""
+        """Check the chunk that begins with block `first`; return how many of its blocks have been written."""
         numbers = np.arange(first, min(first + _blocks.CHUNK_BLOCKS, self._meta.num_blocks))
         epochs = self._read("blocks", numbers).view(np.uint32)[:, 0]
         sums = self._read("checksums", numbers).view(np.uint64) if "checksums" in self._names else None
@@ -181,7 +181,7 @@ class Scan:
         self._report.add_many("blocks.npy", limit, late.size, pairs)
 
     def _unchanged(self, blocks: Numbers, epochs: npt.NDArray[np.uint32]) -> Mask:
-        """Which of the blocks still have the epochs that were read before their data; all, where none may change."""
+        """Return which blocks still have the epochs read before their data; all of them, if blocks cannot change."""
         if self._vouchers and self._vouchers.epoch is None:
             return np.ones(blocks.size, np.bool_)
         now: Mask = self._read("blocks", blocks).view(np.uint32)[:, 0] == epochs
@@ -235,10 +235,10 @@ class Scan:
         per_row = int(np.prod(self._specs[name].shape[1:], dtype=np.int64))
         return f"row {int(block) * self._meta.block_rows + element // per_row}"
 
-    # -- blocks that have not --
+    # -- blocks that have not been written --
 
     def _check_unwritten(self, name: str, first: int, epochs: npt.NDArray[np.uint32]) -> None:
-        """Of these only what is not a hole is read: room made in advance, which is zero too, or damage."""
+        """Check that unwritten blocks are zero. Only parts that are not holes are read: reserved space, or damage."""
         if not self._limits().all_marked:
             return
         size, file_bytes, done = self._unit_bytes(name), self._specs[name].file_bytes, 0
@@ -261,7 +261,7 @@ class Scan:
 
 
 def data_chunk_numbers(fd: int, unit_bytes: int, file_bytes: int) -> Iterator[int]:
-    """The chunks of blocks of which an array file, with so many bytes for each, is not all hole; ascending."""
+    """Yield the chunks of blocks that are not all hole in an array file with `unit_bytes` per block, ascending."""
     chunk_bytes, done = unit_bytes * _blocks.CHUNK_BLOCKS, 0
     for begin, stop in data_extents(fd, DATA_OFFSET_BYTES, file_bytes):
         first = max((begin - DATA_OFFSET_BYTES) // chunk_bytes, done)
@@ -269,7 +269,7 @@ def data_chunk_numbers(fd: int, unit_bytes: int, file_bytes: int) -> Iterator[in
         yield from range(first, done)
 
 
-# ---- what values may be: name -> (the rule in words, which values keep it) ----
+# ---- valid values: name -> (description of the rule, function that returns which values satisfy it) ----
 
 
 def _finite(values: npt.NDArray[Any], limits: Limits) -> Mask:
@@ -284,7 +284,7 @@ def _sum_of_squares(values: npt.NDArray[Any], limits: Limits) -> Mask:
 
 
 def _paid(values: npt.NDArray[Any], limits: Limits) -> Mask:
-    """A row has paid some running total, exactly, and totals only fall."""
+    """Return which values are valid: a row has paid exactly some running total, and totals only fall."""
     good: Mask = (values >= limits.decay_total) & (values <= 0)
     return good
 

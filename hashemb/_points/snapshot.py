@@ -1,10 +1,11 @@
-"""Points in time of a table that writers go on writing: snapshots, and what deltas are made of.
+"""Points in time of a table while writers continue: snapshots, and the data of deltas.
 
-Copy before first write. `save_point` closes the gate that every batch holds open, so that no batch is half done; it
-notes the epoch E, tells writers that rows written up to E are wanted, raises the epoch and opens the gate:
-microseconds. From then on writers append each row that they are about to change to a log of theirs, once, unless
-`save_point`, which goes over all blocks, has copied it before (csrc/save.c); at the end it puts the rows of the logs
-back. A writer that cannot save a row says so and goes on: then the snapshot fails, not the training.
+The method is copy before first write. `save_point` closes the gate that every batch holds open, so that no batch is
+half done; it notes the epoch E, tells writers to save rows written up to E, raises the epoch and opens the gate, all
+within microseconds. From then on each writer appends every row that it is about to change to its own log, once, unless
+`save_point`, which passes over all blocks, has already copied the row (csrc/save.c). At the end `save_point` writes the
+rows of the logs back to the copy. A writer that cannot save a row reports it and continues: the snapshot fails, not the
+training.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
-_STRIPES_PER_CALL = 16  # between two reports of progress, and two chances to be interrupted
+_STRIPES_PER_CALL = 16  # between two reports of progress, and between two checks for interrupts
 
 
 @dataclass(frozen=True)
 class SavedPoint:
-    """The moment that a snapshot or delta holds: its epoch, when it was, and the control page."""
+    """The moment that a snapshot or delta holds: its epoch, its time, and the control page."""
 
     epoch: int
     created: float
@@ -76,7 +77,7 @@ class SavedPoint:
 
 
 def whole_history(files: TableFiles) -> History:
-    """The table's history, for a caller that has the table to itself; `DeltaError` if a delta was applied in part."""
+    """Return the table's history, for a caller that has its turn; raise `DeltaError` if a delta was partly applied."""
     history = read_history(files.directory, files.meta.id)
     if history.applying:
         raise DeltaError(
@@ -88,7 +89,7 @@ def whole_history(files: TableFiles) -> History:
 
 
 def interrupted_delta(files: TableFiles) -> str | None:
-    """Id of a delta that was applied to the table in part, and that nobody is applying now."""
+    """Return the id of a delta that was partly applied to the table and that no process is applying now, or None."""
     if not read_history(files.directory, files.meta.id).applying:
         return None
     with files.directory.open("lock") as lock:
@@ -99,7 +100,7 @@ def interrupted_delta(files: TableFiles) -> str | None:
 def take_snapshot(
     files: TableFiles, path: str, *, extra: dict[str, Any] | None = None, progress: Progress | None = None
 ) -> SnapshotInfo:
-    """See `EmbeddingTable.snapshot`."""
+    """Implement `EmbeddingTable.snapshot`."""
     extra, meta = check_extra(extra), files.meta
     with files.calls, new_directory(path) as building, (turn := files.turn("snapshot")):
         history = whole_history(files)
@@ -121,7 +122,7 @@ def take_snapshot(
             extra=extra,
         )
         history = history.append(info.point).of(meta.id)
-        for log in _logs(building):  # begun, and left empty, by a writer who came when all was saved
+        for log in _logs(building):  # an empty log, created by a writer that joined after everything was saved
             building.remove(log)
         finish_table(building, meta, _control_of_copy(point, info.id))
         building.create(HISTORY_FILE, history.encode())
@@ -135,7 +136,7 @@ def take_snapshot(
 def _control_of_copy(point: SavedPoint, id: str) -> bytes:
     data = bytearray(point.control)
     page = np.frombuffer(data, CONTROL_DTYPE)
-    page["epoch"] = point.epoch + 1  # what is written from now on is not in the snapshot
+    page["epoch"] = point.epoch + 1  # rows written from now on are not in the snapshot
     page["saving"] = page["save_failed"] = page["save_errno"] = page["gate_closing"] = 0
     page["snapshot"], page["opened"] = id_bytes(id), 0
     page["boot_id"] = boot_id().encode()
@@ -154,14 +155,14 @@ def save_point(
     since: int = 0,
     progress: Progress | None = None,
 ) -> SavedPoint:
-    """Saves the blocks written after epoch `since`, of the arrays `names`, to array files that `directory` holds.
+    """Save the blocks written after epoch `since`, for the arrays `names`, to the array files in `directory`.
 
-    The caller has its turn (`TableFiles.turn`), of which `turn_fd` is the lock file. blocks.npy there says which blocks
-    are saved, and their epochs. Not synced.
+    The caller has its turn (`TableFiles.turn`), with `turn_fd` as the lock file. blocks.npy in `directory` records the
+    blocks that were saved, and their epochs. The files are not synced.
     """
     control, path = files.control, os.path.abspath(directory.path)
-    control["saving"] = 0  # what somebody was killed at, writers need no longer save
-    until = int(control["epoch"][0])  # which a writer tells it by from what a killed one before it wanted
+    control["saving"] = 0  # clear the request of a snapshot whose owner was killed
+    until = int(control["epoch"][0])  # distinguishes this request from one left by a killed owner
     wanted = {"directory": path, "identity": directory.identity(), "names": names, "since": since, "until": until}
     directory.create(BITS_FILE, b"", bits_bytes(files.meta), sync=False)
     try:
@@ -183,7 +184,7 @@ def save_point(
 
 
 def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
-    """Downwards: see csrc/save.c. Stripes whose epochs are a hole are left out: on tmpfs a look would take a page."""
+    """Copy stripes downwards (see csrc/save.c), except those with a hole for epochs: on tmpfs reading takes a page."""
     spans = list(_blocks.spans_of_epochs(files.fd("blocks"), files.meta.num_blocks, _core.STRIPE_BLOCKS))
     done, total = 0, sum(last - first for first, last in spans)
     for first, last in reversed(spans):
@@ -197,20 +198,20 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
 
 
 def _put_back_rows(directory: Directory, meta: TableMeta, names: list[str]) -> None:
-    """What writers had logged of rows, over copies of blocks in which the rows had been changed already."""
+    """Write the rows that writers logged over the copies of blocks in which they had already been changed."""
     rows = {name: np.dtype((spec.dtype, spec.shape[1:])) for name, spec in meta.row_files.items() if name in names}
     entry = np.dtype([("row", "<u8"), *((name, rows[name]) for name in names)])
     with _blocks.OpenArrays(directory, ["blocks"]) as fds:
         for log in _logs(directory):
             try:
                 file = directory.open(log, os.O_RDWR)
-            except FileNotFoundError:  # empty, of a writer who came when all was saved, and went
+            except FileNotFoundError:  # an empty log of a writer that joined after everything was saved, and has left
                 continue
             with file:
                 for saved in _blocks.read_records(file.fd, entry):
                     epochs = _blocks.read_epochs(fds["blocks"], meta, saved["row"] // meta.block_rows)
                     _write_rows(directory, meta, names, saved[epochs != 0])
-                os.truncate(file.fd, 0)  # or its space would be freed by the writer, amid a batch
+                os.truncate(file.fd, 0)  # otherwise the writer would free the space during a batch
                 directory.remove(log)
 
 
@@ -219,7 +220,7 @@ def _logs(directory: Directory) -> list[str]:
 
 
 def _write_rows(directory: Directory, meta: TableMeta, names: list[str], saved: Any) -> None:
-    """By mappings: the blocks have been copied, so that the pages are there."""
+    """Write rows through mappings: their blocks have been copied, so the pages are allocated."""
     for name in names:
         spec = meta.row_files[name]
         with _blocks.mapped_array(directory, name, spec) as array:
@@ -238,7 +239,7 @@ def _check_writers(files: TableFiles, epoch: int, path: str) -> None:
 
 
 def write_checksums(directory: Directory, meta: TableMeta) -> tuple[int, str]:
-    """Fills in checksums.npy of a table at rest; returns how many blocks it has, and their content hash."""
+    """Fill in checksums.npy of a table at rest; return its number of written blocks and their content hash."""
     filename, count, digest = directory.filename("checksums.npy"), 0, hashlib.sha256()
     arrays = _blocks.OpenArrays(directory, [*meta.row_files, "blocks"])
     with arrays as fds, directory.open("checksums.npy", os.O_RDWR) as out:

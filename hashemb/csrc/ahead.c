@@ -1,11 +1,11 @@
 /* Fault-ahead: where rows are not in memory, the kernel is asked for all pages of a chunk before any is touched.
  *
- * A page fault is served while its thread waits, so one thread keeps one read in flight; disks want dozens. Pages are
- * asked for by MADV_WILLNEED, in bulk by process_madvise, a chunk of rows ahead of the one being worked on. All of this is
- * advice: whatever fails is left to the faults, nothing is written, and no result depends on it.
+ * A thread waits while its page fault is served, so it keeps only one read in flight; disks need dozens. Pages are
+ * requested by MADV_WILLNEED, in bulk by process_madvise, one chunk of rows ahead of the one being processed. All requests
+ * are advice: if one fails, the page faults do the work; nothing is written, and no result depends on them.
  *
- * Whether it is worth it is not guessed but read off: the kernel counts what a thread has read from disks
- * (ru_inblock). While nothing is read, one call in 64 looks at that count, and the others cost a branch. */
+ * The decision to ask is measured, not guessed: the kernel counts what a thread has read from disks (ru_inblock). While
+ * nothing is read, one call in 64 checks that count, and the others cost a branch. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -28,12 +28,12 @@
 #endif
 
 enum { MAX_RANGES = 1024 };          /* of one process_madvise: UIO_MAXIOV */
-enum { FILTER_BITS = 12 };           /* of the pages just asked for, 4096 are remembered */
+enum { FILTER_BITS = 12 };           /* 4096 of the pages just asked for are remembered */
 enum { CHUNK_BYTES = 1 << 24 };      /* of pages asked for ahead, by each thread: far more than a disk's queue */
-enum { MAX_WAIT = 63 };              /* calls between two looks while nothing is read */
-enum { WORTH_ONE_IN = 64 };          /* rows: below that, asking for those that are there costs more than it saves */
-enum { QUIET_CHUNKS = 8 };           /* asked for in vain before asking ends */
-enum { MAX_QUEUED = 64 };            /* calls of prefetch that wait: beyond, the disk lags so far that more are no use */
+enum { MAX_WAIT = 63 };              /* calls between two checks while nothing is read */
+enum { WORTH_ONE_IN = 64 };          /* rows read: if fewer, asking for pages that are in memory costs more than it saves */
+enum { QUIET_CHUNKS = 8 };           /* chunks asked for in vain before asking ends */
+enum { MAX_QUEUED = 64 };            /* waiting prefetch calls: with more, the disk lags so far that they are useless */
 
 /* ---- asking ---- */
 
@@ -41,7 +41,7 @@ static void ask_one_by_one(const struct iovec *ranges, int64_t n) {
     for (int64_t i = 0; i < n; i++) madvise(ranges[i].iov_base, ranges[i].iov_len, MADV_WILLNEED);
 }
 
-/* Linux 5.10 has process_madvise; some sandboxes forbid it. */
+/* process_madvise exists since Linux 5.10, and some sandboxes forbid it. */
 static void ask(const struct iovec *ranges, int64_t n) {
     const int self = n > 1 ? (int)syscall(SYS_pidfd_open, getpid(), 0) : -1;
     for (int64_t i = 0; i < n; i += MAX_RANGES) {
@@ -52,8 +52,8 @@ static void ask(const struct iovec *ranges, int64_t n) {
     if (self >= 0) close(self);
 }
 
-/* Page ranges on their way to the kernel, or to `kept`, which grows. The filter drops most repeats: of the hot rows of a
- * batch, and of rows in one page. */
+/* Page ranges to pass to the kernel, or to collect in `kept`, which grows. The filter drops most repeats, which come from
+ * the hot rows of a batch and from rows that share a page. */
 typedef struct {
     uintptr_t page;
     int64_t count, kept_count, kept_room;
@@ -71,7 +71,7 @@ static void asker_init(asker *a, int keep) {
     memset(a->seen, 0, sizeof(a->seen));
 }
 
-/* Without memory for it, the rest is not asked for. */
+/* If there is no memory for it, the rest is not asked for. */
 static void keep(asker *a) {
     if (a->kept_count + a->count > a->kept_room) {
         const int64_t room = 2 * a->kept_room + MAX_RANGES;
@@ -94,7 +94,7 @@ static void add(asker *a, const void *begin, int64_t bytes) {
     const uintptr_t low = (uintptr_t)begin & ~(a->page - 1);
     const uintptr_t high = ((uintptr_t)begin + (uintptr_t)bytes + a->page - 1) & ~(a->page - 1);
     uintptr_t *seen = &a->seen[(low / a->page * UINT64_C(0x9E3779B97F4A7C15)) >> (64 - FILTER_BITS)];
-    if (*seen == high) return; /* of rows that begin in one page and end in another, `high` names both */
+    if (*seen == high) return; /* `high` identifies both pages of a row that crosses a page boundary */
     *seen = high;
     if (a->count == MAX_RANGES) flush(a);
     a->ranges[a->count++] = (struct iovec){(void *)low, high - low};
@@ -113,9 +113,9 @@ static void add_keys(asker *a, const he_table *t, const uint64_t *keys, int64_t 
         for (int h = 0; h < t->num_hashes; h++) add_row(a, t, he_row(keys[i], t->salts[h], t->num_rows), with_state);
 }
 
-/* ---- whether to ---- */
+/* ---- the decision to ask ---- */
 
-/* 512-byte units that this thread has had read from disks. */
+/* Returns the number of 512-byte units that have been read from disks for this thread. */
 static int64_t blocks_read(void) {
     struct rusage usage;
     return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_inblock;
@@ -144,7 +144,7 @@ void he_ahead_done(he_ahead *a, int watched) {
     set(&a->wait, next);
 }
 
-/* What one chunk's asking brought, or what was read without asking. */
+/* Learns from the amount read when a chunk was asked for, or read without asking. */
 static void learn(he_ahead *a, int64_t read, int64_t rows) {
     if (is_worth_it(read, rows)) {
         set(&a->asking, 1);
@@ -157,7 +157,8 @@ static void learn(he_ahead *a, int64_t read, int64_t rows) {
     }
 }
 
-/* Rows of a chunk, so that what is in flight stays small beside any memory: the working set may not fit at all. */
+/* Returns the rows of a chunk. It keeps the data in flight small compared with any memory, as the working set may not
+ * fit at all. */
 int64_t he_ahead_rows(const he_table *t) {
     const int64_t page = sysconf(_SC_PAGESIZE), pages = 1 + (t->row_bytes + page - 1) / page;
     return HE_MAX(CHUNK_BYTES / (page * pages * t->num_hashes), 16);
@@ -190,7 +191,7 @@ void he_ahead_planned(const he_table *t, const uint64_t *rows, int64_t n) {
     learn(t->ahead, blocks_read() - before, n);
 }
 
-/* ---- prefetch: by a thread of its own, because the kernel makes whoever fills the disk's queue wait ---- */
+/* ---- prefetch: in its own thread, because the kernel makes a thread that fills the disk's queue wait ---- */
 
 typedef struct queued {
     struct queued *next;
@@ -202,7 +203,7 @@ static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER;
 static queued *first_queued, **last_queued = &first_queued;
 static int num_queued, is_running;
 
-/* The child has no such thread, and what its parent wanted read is the parent's business. */
+/* The child has no such thread, and does not need the pages that its parent requested. */
 static void after_fork_in_child(void) {
     static const pthread_mutex_t unlocked = PTHREAD_MUTEX_INITIALIZER;
     memcpy(&queue_lock, &unlocked, sizeof(unlocked));
@@ -218,8 +219,8 @@ static void discard(queued *q) {
     free(q);
 }
 
-/* Takes the first of the queue; NULL ends the thread. A table closed meanwhile is no matter: where nothing is mapped
- * advice fails, and where something else is, it does nothing but read. */
+/* Takes the first item of the queue; NULL ends the thread. A table may be closed meanwhile: where nothing is mapped the
+ * advice fails, and where something else is mapped it only reads. */
 static queued *take_queued(void) {
     pthread_mutex_lock(&queue_lock);
     queued *q = first_queued;
@@ -250,7 +251,7 @@ static int start_thread(void) {
     return 1;
 }
 
-/* Where no thread can be had, asks at once. */
+/* Asks at once if no thread can be started. */
 static void enqueue(queued *q) {
     pthread_mutex_lock(&queue_lock);
     if (!is_running) is_running = start_thread();

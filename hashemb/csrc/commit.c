@@ -1,9 +1,9 @@
-/* A planned batch is brought to the table here, in one call: no lock, no gate and no half-made state outlives it.
+/* Commits a planned batch to the table in one call: no lock, gate or incomplete state outlives the call.
  *
- * Python code runs between any two of its instructions what a signal's handler wants, and that may use the table again or
- * raise. So whatever needs Python (opening the files of a snapshot, allocating space on a disk that is nearly full, waiting
- * for long) is asked for by the status that he_commit returns, with everything given up before, and the caller commits
- * again. The table's mutex is never held while the gate is waited for: its owner may be the thread that keeps it closed. */
+ * Python may run a signal handler between any two bytecodes, and the handler may use the table again or raise. Work that
+ * needs Python (opening the files of a snapshot, allocating space on a disk that is nearly full, long waits) is therefore
+ * requested by the status that he_commit returns after releasing everything, and the caller commits again. The table's
+ * mutex is never held while waiting for the gate: the gate may be kept closed by the thread that owns the mutex. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,10 +22,10 @@ void he_batches_init(he_batches *b) {
     b->closed = b->dirty = 0;
 }
 
-/* In a forked child, where the thread that held it may not exist. */
+/* Resets the mutex in a forked child, where the thread that held it may not exist. */
 void he_batches_after_fork(he_batches *b) { pthread_mutex_init(&b->mutex, NULL); }
 
-/* 0, or HE_AGAIN after a while in vain, in which signals may have come. */
+/* Returns 0, or HE_AGAIN after waiting in vain for a while, in which signals may have arrived. */
 int he_batches_enter(he_batches *b) {
     struct timespec until;
     if (pthread_mutex_trylock(&b->mutex) == 0) return 0;
@@ -40,14 +40,14 @@ int he_batches_enter(he_batches *b) {
 
 void he_batches_leave(he_batches *b) { pthread_mutex_unlock(&b->mutex); }
 
-/* Without the mutex: who syncs a table looks and clears it while others write. */
+/* The flag is accessed without the mutex: a thread that syncs the table reads and clears it while others write. */
 int he_batches_dirty(const he_batches *b) { return __atomic_load_n(&b->dirty, __ATOMIC_ACQUIRE); }
 
 void he_batches_set_dirty(he_batches *b, int value) { __atomic_store_n(&b->dirty, value, __ATOMIC_RELEASE); }
 
 /* ---- the blocks of a batch that are older than the epoch ---- */
 
-/* Sorts n numbers below 2^bits, by digits; returns the one of the two arrays that holds them then. */
+/* Sorts n numbers below 2^bits by digits; returns the array, of the two, that holds the result. */
 static uint64_t *sort(uint64_t *from, uint64_t *to, int64_t n, int bits) {
     for (int shift = 0; shift < bits; shift += DIGIT_BITS) {
         int64_t begin[1 << DIGIT_BITS] = {0}, at = 0;
@@ -65,8 +65,8 @@ static uint64_t *sort(uint64_t *from, uint64_t *to, int64_t n, int bits) {
     return from;
 }
 
-/* The shares' stale blocks, ascending and each once; `fresh` are those of them that were never written. They lie where the
- * merged buckets had their hash sets. */
+/* Gathers the shares' stale blocks, ascending and distinct; `fresh` are those that were never written. They reuse the
+ * memory of the merged buckets' hash sets. */
 static void gather_stale(const he_table *t, he_plan *p) {
     uint64_t *all = (uint64_t *)p->slots, *spare = all + p->num_occurrences;
     int64_t n = 0, distinct = 0;
@@ -85,7 +85,7 @@ static void gather_stale(const he_table *t, he_plan *p) {
         if (__atomic_load_n(&t->blocks[p->stale[i]], __ATOMIC_RELAXED) == 0) p->fresh[p->num_fresh++] = p->stale[i];
 }
 
-/* A snapshot has begun since the batch was planned. */
+/* Finds the stale blocks again if a snapshot has begun since the batch was planned. */
 static void find_stale(const he_table *t, he_plan *p, uint32_t epoch) {
     for (int i = 0; i < p->num_threads; i++) {
         he_share *s = &p->shares[i];
@@ -98,23 +98,24 @@ static void find_stale(const he_table *t, he_plan *p, uint32_t epoch) {
     p->epoch = epoch;
 }
 
-/* ---- what a snapshot in progress wants ---- */
+/* ---- saving for a snapshot in progress ---- */
 
-/* Whether the owner of the snapshot in progress is alive: it holds its lock. */
+/* Returns whether the owner of the snapshot in progress is alive, i.e. holds its lock. */
 static int owner_lives(int lock_fd) {
     if (he_lock(lock_fd, F_RDLCK, HE_LOCK_SNAPSHOT, 1, 0)) return 1;
     he_lock(lock_fd, F_UNLCK, HE_LOCK_SNAPSHOT, 1, 0);
     return 0;
 }
 
-/* The epoch whose rows are to be saved before they change; 0: none. */
+/* Returns the epoch whose rows have to be saved before they change, or 0 if there is none. */
 static uint64_t saving_epoch(const he_control *c, int lock_fd) {
     const uint64_t until = __atomic_load_n(&c->saving, __ATOMIC_ACQUIRE);
     if (HE_LIKELY(until == 0) || __atomic_load_n(&c->save_failed, __ATOMIC_ACQUIRE) == until) return 0;
     return owner_lives(lock_fd) ? until : 0;
 }
 
-/* Takes the memory of the stale blocks; they are found again should the batch be given up. */
+/* Saves the batch's rows, with the memory of the stale blocks as scratch; these are found again if the batch is not
+ * applied. */
 static void save_rows(const he_saving *s, he_plan *p) {
     int error = 0;
     p->epoch = 0;
@@ -124,7 +125,7 @@ static void save_rows(const he_saving *s, he_plan *p) {
 
 /* ---- the batch ---- */
 
-/* With the gate held. `saving` is NULL where nothing is to be saved. */
+/* Called with the gate held. `saving` is NULL if nothing has to be saved. */
 static int prepare(const he_table *t, he_control *c, he_plan *p, const he_commit_options *o, const he_saving *saving) {
     const uint32_t epoch = (uint32_t)he_epoch(c);
     if (HE_UNLIKELY(p->epoch != epoch)) find_stale(t, p, epoch);

@@ -1,4 +1,4 @@
-/* Atomic access to the control page, which any number of processes have mapped. */
+/* Atomic access to the control page, which any number of processes may have mapped. */
 #include "table.h"
 
 #include "numerics.h"
@@ -13,7 +13,7 @@ double he_decay_total(const he_control *c) { return load_double(&c->decay_total)
 
 uint64_t he_epoch(const he_control *c) { return __atomic_load_n(&c->epoch, __ATOMIC_ACQUIRE); }
 
-/* S += log(1 - lr * weight_decay) for this step; returns the new S. */
+/* Adds this step's log(1 - lr * weight_decay) to the decay total; returns the new total. */
 static double decay_total_add(he_control *c, double amount) {
     uint64_t *p = (uint64_t *)&c->decay_total;
     uint64_t seen = __atomic_load_n(p, __ATOMIC_ACQUIRE), next;

@@ -1,9 +1,9 @@
-/* Hashing of columns handed over through the Arrow C data interface
- * (https://arrow.apache.org/docs/format/CDataInterface.html), which pyarrow, polars and others all speak.
+/* Hashing of columns received through the Arrow C data interface
+ * (https://arrow.apache.org/docs/format/CDataInterface.html), which pyarrow, polars and others support.
  *
- * Values are hashed where they lie, in the producer's buffers; the library itself is neither linked nor
- * imported. Ranges that the interface lets us check (offsets, views, dictionary codes) are checked before
- * they are followed. Nothing here allocates.
+ * Values are hashed in place, in the producer's buffers; the library itself is neither linked nor imported.
+ * Ranges that the interface allows us to check (offsets, views, dictionary codes) are checked before they are
+ * followed. Nothing here allocates.
  */
 #ifndef HASHEMB_HASH_ARROW_H
 #define HASHEMB_HASH_ARROW_H
@@ -63,7 +63,7 @@ static inline int64_t arrow_load_offset(const uint8_t *offsets, int wide, int64_
     return offset32;
 }
 
-/* Strings or bytes in one buffer, element i between offsets i and i + 1. */
+/* Hashes strings or bytes in one buffer, with element i between offsets i and i + 1. */
 static inline int64_t arrow_hash_spans(const struct ArrowArray *array, int wide, int64_t first, int64_t n,
                                        uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {
@@ -83,7 +83,7 @@ static inline int64_t arrow_hash_spans(const struct ArrowArray *array, int wide,
     return HASH_OK;
 }
 
-/* Views of 16 bytes: length, then up to 12 bytes of the value itself, or its prefix, buffer and offset. */
+/* Hashes views of 16 bytes: a length, then up to 12 bytes of the value itself, or its prefix, buffer and offset. */
 static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t first, int64_t n,
                                        uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {
@@ -95,7 +95,7 @@ static inline int64_t arrow_hash_views(const struct ArrowArray *array, int64_t f
         struct { int32_t length, prefix, buffer, offset; } parts;
         memcpy(&parts, view, sizeof parts);
         if (validity != NULL && !arrow_bit(validity, first + i))
-            continue; /* what a null's view holds is undefined */
+            continue; /* the view of a null is undefined */
         if (parts.length < 0)
             return i;
         if (parts.length <= 12) {
@@ -130,7 +130,7 @@ static inline void arrow_hash_bits(const uint8_t *bits, int64_t first, int64_t n
         out[i * stride] = keys[arrow_bit(bits, first + i)];
 }
 
-/* Up to 56 bits from `first` on; reads no byte that holds none of them. */
+/* Returns up to 56 bits from `first`; reads only bytes that hold some of them. */
 static inline uint64_t arrow_bits(const uint8_t *bits, int64_t first, int n)
 {
     int shift = first & 7;
@@ -138,7 +138,7 @@ static inline uint64_t arrow_bits(const uint8_t *bits, int64_t first, int n)
     return word >> shift & ((UINT64_C(1) << n) - 1);
 }
 
-/* Overwrites the keys of elements whose bit is clear. */
+/* Overwrites the keys of elements whose validity bit is clear. */
 static inline void arrow_hash_nulls(const uint8_t *validity, int64_t first, int64_t n, uint32_t seed,
                                     uint64_t *out, ptrdiff_t stride)
 {
@@ -152,7 +152,7 @@ static inline void arrow_hash_nulls(const uint8_t *validity, int64_t first, int6
     }
 }
 
-/* Width in bytes of an integer format, negative if signed; 0 for any other format. */
+/* Returns the width in bytes of an integer format, negative if signed, or 0 for any other format. */
 static inline int arrow_integer_width(const char *format)
 {
     static const char letters[] = "cCsSiIlL";
@@ -163,7 +163,7 @@ static inline int arrow_integer_width(const char *format)
     return index % 2 == 0 ? -width : width;
 }
 
-/* Width in bytes of a fixed-size binary format "w:<width>"; -1 for any other format. */
+/* Returns the width in bytes of a fixed-size binary format "w:<width>", or -1 for any other format. */
 static inline int64_t arrow_fixed_width(const char *format)
 {
     if (format[0] != 'w' || format[1] != ':')
@@ -174,7 +174,7 @@ static inline int64_t arrow_fixed_width(const char *format)
     return width;
 }
 
-/* The values proper: elements first .. first + n of the buffers, which hold no dictionary codes. */
+/* Hashes elements first .. first + n of the buffers, which hold values and no dictionary codes. */
 static inline int64_t arrow_hash_values(const char *format, const struct ArrowArray *array, int64_t first,
                                         int64_t n, uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {
@@ -197,7 +197,8 @@ static inline int64_t arrow_hash_values(const char *format, const struct ArrowAr
     return HASH_OK;
 }
 
-/* Whether the column's type, or its dictionary's, has keys: integers, booleans, strings, bytes, null. */
+/* Returns whether the type of the column, or of its dictionary, can be hashed: integers, booleans, strings,
+ * bytes, null. */
 static inline int arrow_is_supported(const struct ArrowSchema *schema)
 {
     static const char *const others[] = {"b", "n", "u", "z", "U", "Z", "vu", "vz"};
@@ -210,7 +211,7 @@ static inline int arrow_is_supported(const struct ArrowSchema *schema)
     return arrow_integer_width(format) != 0 || arrow_fixed_width(format) >= 0;
 }
 
-/* Elements start .. start + n of an array without a dictionary. */
+/* Hashes elements start .. start + n of an array without a dictionary. */
 static inline int64_t arrow_hash_plain(const char *format, const struct ArrowArray *array, int64_t start,
                                        int64_t n, uint32_t seed, uint64_t *out, ptrdiff_t stride)
 {
@@ -253,7 +254,7 @@ static inline uint64_t arrow_load_code(const uint8_t *codes, int width, int64_t 
     return key;
 }
 
-/* Dictionary codes. `distinct` holds the keys of the dictionary's values, or is NULL where the dictionary is
+/* Hashes dictionary codes. `distinct` holds the keys of the dictionary's values, or is NULL if the dictionary is
  * longer than the column (a short batch of a long file): then each element's value is hashed by itself. */
 static inline int64_t arrow_hash_codes(const struct ArrowSchema *schema, const struct ArrowArray *array,
                                        const uint64_t *distinct, uint32_t seed, uint64_t *out,
@@ -267,7 +268,7 @@ static inline int64_t arrow_hash_codes(const struct ArrowSchema *schema, const s
         if (code >= (uint64_t)dictionary->length) {
             if (validity == NULL || arrow_bit(validity, array->offset + i))
                 return i;
-            continue; /* what a null's code holds is undefined */
+            continue; /* the code of a null is undefined */
         }
         if (distinct != NULL)
             out[i * stride] = distinct[code];
@@ -280,14 +281,14 @@ static inline int64_t arrow_hash_codes(const struct ArrowSchema *schema, const s
     return HASH_OK;
 }
 
-/* How many keys arrow_hash wants room for in `distinct`. */
+/* Returns the number of keys that `distinct` must have room for in arrow_hash. */
 static inline int64_t arrow_num_distinct(const struct ArrowArray *array)
 {
     int hash_once = array->dictionary != NULL && array->dictionary->length <= array->length;
     return hash_once ? array->dictionary->length : 0;
 }
 
-/* The whole array of a supported type: array->length keys. Returns HASH_OK or the position of an element that
+/* Hashes a whole array of a supported type to array->length keys. Returns HASH_OK or the position of an element that
  * points outside the array's buffers or its dictionary (if the dictionary is damaged, a position in it). */
 static inline int64_t arrow_hash(const struct ArrowSchema *schema, const struct ArrowArray *array,
                                  uint64_t *distinct, uint32_t seed, uint64_t *out, ptrdiff_t stride)

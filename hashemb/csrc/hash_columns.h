@@ -1,7 +1,7 @@
-/* Loops that hash whole columns laid out as NumPy lays them out.
+/* Loops that hash whole columns in NumPy's layout.
  *
- * Results go to out[0], out[stride], out[2 * stride] ..., so that a column of a row-major matrix is filled in
- * place. Columns are raw bytes read with memcpy: they need no alignment. Nothing here allocates.
+ * Results are written to out[0], out[stride], out[2 * stride] ..., so that a column of a row-major matrix is
+ * filled in place. Columns are raw bytes that are read with memcpy and need no alignment. Nothing here allocates.
  */
 #ifndef HASHEMB_HASH_COLUMNS_H
 #define HASHEMB_HASH_COLUMNS_H
@@ -40,7 +40,7 @@ static inline size_t significant_bytes(uint64_t word)
     return word == 0 ? 0 : 8 - (size_t)__builtin_clzll(word) / 8;
 }
 
-/* Bytes up to and including the last one that is not zero. */
+/* Returns the number of bytes up to and including the last one that is not zero. */
 static inline size_t stripped_length(const uint8_t *p, size_t width)
 {
     while (width >= 8) {
@@ -52,7 +52,7 @@ static inline size_t stripped_length(const uint8_t *p, size_t width)
     return significant_bytes(murmur_load_upto8(p, width));
 }
 
-/* Fewer than 16 bytes, zero-padded, in two words. */
+/* Hashes fewer than 16 bytes, given as two zero-padded words. */
 static inline uint64_t hash_padded_short(uint64_t k1, uint64_t k2, uint32_t seed)
 {
     size_t length = k2 == 0 ? significant_bytes(k1) : 8 + significant_bytes(k2);
@@ -75,7 +75,7 @@ static inline void hash_fixed_bytes_narrow(const uint8_t *raw, size_t width, int
     }
 }
 
-/* NumPy `S`: `width` > 0 bytes each, padded with zeros, which are not part of the value. */
+/* Hashes NumPy `S` values: `width` > 0 bytes each, padded with zeros, which are not part of the value. */
 static inline void hash_fixed_bytes(const uint8_t *raw, size_t width, int64_t n, uint32_t seed, uint64_t *out,
                                     ptrdiff_t stride)
 {
@@ -96,7 +96,7 @@ static inline uint32_t load_char(const uint8_t *text, size_t i)
     return c;
 }
 
-/* Writes a code point of U+0080 and up; returns NULL for a surrogate or for no code point at all. */
+/* Writes a code point from U+0080 up; returns NULL for a surrogate or a value that is not a code point. */
 static inline uint8_t *put_multibyte(uint8_t *to, uint32_t c)
 {
     if (c < 0x800) {
@@ -117,7 +117,7 @@ static inline uint8_t *put_multibyte(uint8_t *to, uint32_t c)
     return to;
 }
 
-/* Two native code points as they lie in memory. */
+/* Loads two adjacent native code points. */
 static inline uint64_t load_char_pair(const uint8_t *text, size_t i)
 {
     uint64_t pair;
@@ -125,7 +125,7 @@ static inline uint64_t load_char_pair(const uint8_t *text, size_t i)
     return pair;
 }
 
-/* Encodes `length` code points; returns the end of the text or NULL. ASCII goes four at a time. */
+/* Encodes `length` code points, ASCII four at a time; returns the end of the text, or NULL. */
 static inline uint8_t *encode_utf8(const uint8_t *from, size_t length, uint8_t *to)
 {
     for (size_t i = 0; i < length;) {
@@ -148,7 +148,7 @@ static inline uint8_t *encode_utf8(const uint8_t *from, size_t length, uint8_t *
     return to;
 }
 
-/* Code points up to and including the last one that is not zero. */
+/* Returns the number of code points up to and including the last one that is not zero. */
 static inline size_t stripped_chars(const uint8_t *text, size_t width)
 {
     while (width >= 2 && load_char_pair(text, width - 2) == 0)
@@ -156,8 +156,8 @@ static inline size_t stripped_chars(const uint8_t *text, size_t width)
     return width > 0 && load_char(text, width - 1) == 0 ? width - 1 : width;
 }
 
-/* NumPy `U`: `width` > 0 code points each in native order, padded with zeros. `scratch` holds 4 * width + 16
- * bytes. */
+/* Hashes NumPy `U` values: `width` > 0 code points each, in native order, padded with zeros. `scratch` holds
+ * 4 * width + 16 bytes. */
 static inline int64_t hash_fixed_ucs4(const uint8_t *raw, size_t width, int64_t n, uint32_t seed,
                                       uint8_t *scratch, uint64_t *out, ptrdiff_t stride)
 {

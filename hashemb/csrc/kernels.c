@@ -1,6 +1,6 @@
-/* The kernels, compiled for each instruction set, and the choice among them.
+/* The kernels, compiled for each instruction set, and the selection of one set.
  *
- * The choice is made once, at import, by what the CPU has; HASHEMB_ISA or he_isa_force names another. */
+ * The best set that the CPU supports is selected once, at import; HASHEMB_ISA or he_isa_force selects another. */
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 
 enum { HE_RING = 64, HE_LOOKUP_LINES_AHEAD = 192, HE_UPDATE_AHEAD = 16, HE_BLOCKS_AHEAD = 16, HE_MANY_BLOCKS = 1 << 18 };
 
-/* What a bag's sum is multiplied by: 1 / total weight, or 1 / root of the total square; 0 for a total of 0. */
+/* Returns the factor for a bag's sum: 1 / total weight, or 1 / root of the sum of squares; 0 if the total is 0. */
 HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
     int64_t begin = b->offsets[bag], end = b->offsets[bag + 1];
     float total = 0.0f;
@@ -26,7 +26,8 @@ HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
 #define HE_TABLE(suffix)                                                                                          \
     {#suffix, lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, merge_##suffix, apply_##suffix}
 
-/* Whether any of sixteen values is not finite. Compilers reduce sixteen flags by halves; AVX-512 has an instruction. */
+/* Returns whether any of sixteen values is not finite. Compilers reduce sixteen flags by halves; AVX-512 has an
+ * instruction for it. */
 HE_INLINE int not_finite_16_baseline(const float *values) {
     const uint32_t exponent = UINT32_C(0x7F800000);
     uint32_t bad = 0;
@@ -92,7 +93,7 @@ static const he_kernels *active;
 
 const he_kernels *he_kernels_active(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED); }
 
-/* Before anything else of this library runs. */
+/* Runs before anything else in this library. */
 __attribute__((constructor)) static void choose_best(void) {
     for (int v = 0; v < NUM_VARIANTS; v++)
         if (supported(v)) active = &variants[v];

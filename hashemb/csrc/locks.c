@@ -9,16 +9,15 @@
 #include "portability.h"
 #include "table.h"
 
-/* kind: F_RDLCK, F_WRLCK or F_UNLCK. length 0: to the end of all files. 0, or an errno: EAGAIN where it is held by
- * somebody else and `wait` is 0, EINTR where a signal came first. */
+/* `kind` is F_RDLCK, F_WRLCK or F_UNLCK; a length of 0 extends to the largest offset. Returns 0 or an errno: EAGAIN if
+ * another holds the lock and `wait` is 0, EINTR if a signal arrived first. */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) {
     struct flock request = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = begin, .l_len = length};
     if (!fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &request)) return 0;
     return errno == EACCES ? EAGAIN : errno;
 }
 
-/* Waits like he_lock, but awake at first: what is waited for is usually given up within a tenth of a millisecond, and to be
- * woken takes as long. */
+/* Like he_lock, but spins first: locks are usually released within 0.1 ms, about the cost of a wake-up. */
 int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
     int error = EAGAIN;
     for (int i = 0; i < 64 && error == EAGAIN; i++) {
@@ -28,7 +27,7 @@ int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
     return error == EAGAIN ? he_lock(fd, kind, begin, length, 1) : error;
 }
 
-/* For the middle of a batch, which cannot be given up: waits through signals and through a lack of lock records. */
+/* Used in the middle of a batch, which cannot be abandoned: waits through signals and through a lack of lock records. */
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
     const struct timespec pause = {0, 1000000};
     int error;
@@ -36,19 +35,24 @@ void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
         if (error != EINTR) nanosleep(&pause, NULL);
 }
 
-/* A batch holds the gate shared from its first mark to its last row. Whoever wants it exclusively says so in the control
- * page and holds the turnstile meanwhile: without it, batches that overlap would keep the gate shared for ever.
+/* A batch holds the gate shared from its first mark to its last row. A process that wants it exclusively sets a flag in
+ * the control page and holds the turnstile meanwhile: otherwise overlapping batches would keep the gate shared for ever.
  *
- * Never waits: HE_GATE_CLOSED, and he_gate_wait then, with nothing held; `waited` says that this has been done. */
+ * This function never waits: it returns HE_GATE_CLOSED, on which the caller releases everything and calls he_gate_look;
+ * `waited` records that this has been done. */
 int he_gate_enter(const he_control *c, int fd, int waited) {
     if (!waited && __atomic_load_n(&c->gate_closing, __ATOMIC_ACQUIRE)) return HE_GATE_CLOSED;
     const int error = he_lock(fd, F_RDLCK, HE_LOCK_GATE, 1, 0);
     return error == EAGAIN ? HE_GATE_CLOSED : error;
 }
 
-/* Until whoever closed the gate has opened it, or is dead. 0 or an errno; EINTR where a signal came first. */
-int he_gate_wait(int fd) {
-    const int error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 1);
+/* Looks for 0.1 ms whether the gate has been opened, as most are closed for less. Returns 0, EAGAIN or an errno. */
+int he_gate_look(int fd) {
+    int error = EAGAIN;
+    for (int i = 0; i < 64 && error == EAGAIN; i++) {
+        error = he_lock(fd, F_RDLCK, HE_LOCK_TURNSTILE, 1, 0);
+        for (int j = 0; j < 32 && error == EAGAIN; j++) he_pause();
+    }
     if (!error) he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
     return error;
 }
@@ -70,8 +74,8 @@ void he_gate_open(he_control *c, int fd) {
     he_lock(fd, F_UNLCK, HE_LOCK_TURNSTILE, 1, 0);
 }
 
-/* The moment that a snapshot holds: no batch is in flight between closing the gate and opening it. Copies the control page
- * to `page`, tells writers that rows of its epoch are wanted from now on, and raises the epoch. 0, an errno, or ERANGE where
+/* Begins a point in time: no batch is in flight between closing the gate and opening it. Copies the control page to
+ * `page`, tells writers to save rows of its epoch from now on, and raises the epoch. Returns 0 or an errno: ERANGE if
  * there is no next epoch. */
 int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) {
     int error = he_gate_close(c, fd);

@@ -1,4 +1,4 @@
-/* Look-ups and the small passes over a batch, divided over threads by key or bag; nothing here writes a table. */
+/* Look-ups and the small passes over a batch, divided among threads by key or bag. Nothing here writes to a table. */
 #include "numerics.h"
 #include "table.h"
 
@@ -16,7 +16,7 @@ static int64_t share_begin(int64_t n, int i, int num_threads) {
     return (int64_t)((__int128)n * i / num_threads);
 }
 
-/* The first bag that starts at or after `key`. */
+/* Returns the first bag that starts at or after `key`. */
 static int64_t bag_at(const he_batch *b, int64_t key) {
     int64_t low = 0, high = b->num_bags;
     while (low < high) {
@@ -27,7 +27,7 @@ static int64_t bag_at(const he_batch *b, int64_t key) {
     return low;
 }
 
-/* Bags [begin, end); without bags, each key is one. */
+/* Looks up bags [begin, end); without bags, each key is one. */
 static void lookup_bags(const job *j, int64_t begin, int64_t end, float *scratch) {
     if (j->b->offsets) he_kernels_active()->lookup_pooled(j->t, j->b, begin, end, j->decay_total, scratch, j->out);
     else he_kernels_active()->lookup(j->t, j->b->keys, begin, end, j->decay_total, scratch, j->out);
@@ -35,7 +35,7 @@ static void lookup_bags(const job *j, int64_t begin, int64_t end, float *scratch
 
 static int64_t first_key(const he_batch *b, int64_t bag) { return b->offsets ? b->offsets[bag] : bag; }
 
-/* The end of the chunk of bags that begins at `bag` and has some num_keys keys, at least one bag. */
+/* Returns the end of the chunk of bags that begins at `bag` and has about num_keys keys, but at least one bag. */
 static int64_t chunk_end(const he_batch *b, int64_t bag, int64_t num_keys, int64_t end) {
     const int64_t next = b->offsets ? bag_at(b, b->offsets[bag] + num_keys) : bag + num_keys;
     return HE_MIN(HE_MAX(next, bag + 1), end);
@@ -46,7 +46,7 @@ static void ask_for_bags(const job *j, int64_t begin, int64_t end) {
     he_ahead_keys(j->t, j->b->keys + key, first_key(j->b, end) - key);
 }
 
-/* The same in chunks: rows that are not in memory are asked for one chunk ahead. */
+/* Does the same in chunks: rows that are not in memory are asked for one chunk ahead. */
 static void lookup_watchfully(const job *j, int64_t begin, int64_t end, float *scratch) {
     const int64_t chunk = he_ahead_rows(j->t);
     int64_t from = begin, asked = begin, mark;
@@ -75,7 +75,7 @@ int he_lookup_threads(const he_table *t, const he_batch *b) {
     return he_threads_for(b->num_keys * t->num_hashes, KEYS_PER_THREAD);
 }
 
-/* Floats of scratch memory per thread: 2 * dim, and a cache line between threads. */
+/* Returns the floats of scratch memory per thread: 2 * dim, and a cache line between threads. */
 int64_t he_lookup_scratch(const he_table *t) { return (2 * t->dim + 15) / 16 * 16 + 16; }
 
 void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch, float *out) {

@@ -1,8 +1,8 @@
 /* MurmurHash3 x64-128, of which hashemb keeps the low 64 bits.
  *
- * Written from the algorithm that Austin Appleby placed in the public domain
+ * This implements the algorithm that Austin Appleby placed in the public domain
  * (https://github.com/aappleby/smhasher, src/MurmurHash3.cpp). Nothing here allocates, fails or reads a byte
- * outside what it is given. Words are read as little-endian on all machines, so a value has one key on all.
+ * outside its input. Words are read as little-endian on all machines, so a value has the same key everywhere.
  */
 #ifndef HASHEMB_MURMUR_H
 #define HASHEMB_MURMUR_H
@@ -49,8 +49,8 @@ static inline uint64_t murmur_load32(const uint8_t *p)
     return word;
 }
 
-/* The first `length` <= 8 bytes as a little-endian word; reads no other byte. Loads overlap instead of
- * looping: a byte read twice lands twice on the same bits. */
+/* Returns the first `length` <= 8 bytes as a little-endian word; reads no other byte. Loads overlap instead of
+ * looping: a byte that is read twice sets the same bits twice. */
 static inline uint64_t murmur_load_upto8(const uint8_t *p, size_t length)
 {
     if (length >= 8)
@@ -63,7 +63,7 @@ static inline uint64_t murmur_load_upto8(const uint8_t *p, size_t length)
          | (uint64_t)p[length - 1] << (8 * (length - 1));
 }
 
-/* All ones in the low `length` bytes; every bit from 8 bytes up. */
+/* Returns a mask of the low `length` bytes; all bits are set from 8 bytes up. */
 static inline uint64_t murmur_byte_mask(size_t length)
 {
     return length >= 8 ? ~UINT64_C(0) : (UINT64_C(1) << (8 * length)) - 1;
@@ -88,21 +88,21 @@ static inline uint64_t murmur_finish(uint64_t h1, uint64_t h2, size_t length)
     return murmur_fmix64(h1) + murmur_fmix64(h2);
 }
 
-/* A value of fewer than 16 bytes, given as two zero-padded words. A zero word mixes to zero, which is why the
+/* Hashes a value of fewer than 16 bytes, given as two zero-padded words. A zero word mixes to zero, so the
  * original's branches on the length of the tail are not needed. */
 static inline uint64_t murmur_hash_short(uint64_t k1, uint64_t k2, size_t length, uint32_t seed)
 {
     return murmur_finish(seed ^ murmur_mix1(k1), seed ^ murmur_mix2(k2), length);
 }
 
-/* A value of 8 bytes, given as the word they spell in little-endian: the key of an integer. */
+/* Hashes a value of 8 bytes, given as a little-endian word: the key of an integer. */
 static inline uint64_t murmur_hash_word(uint64_t word, uint32_t seed)
 {
     return murmur_finish(seed ^ murmur_mix1(word), seed, 8);
 }
 
-/* The key of `length` bytes at `p`, from where `readable` >= `length` bytes may be read. Where 16 bytes are
- * left to read, the tail is two masked loads, with no branch on its length for the CPU to mispredict. */
+/* Returns the key of `length` bytes at `p`, from which `readable` >= `length` bytes may be read. If 16 bytes are
+ * left to read, the tail takes two masked loads, without a branch on its length that the CPU could mispredict. */
 static inline uint64_t murmur_hash_within(const uint8_t *p, size_t length, size_t readable, uint32_t seed)
 {
     uint64_t h1 = seed, h2 = seed, k1, k2;
@@ -123,13 +123,13 @@ static inline uint64_t murmur_hash_within(const uint8_t *p, size_t length, size_
     return murmur_finish(h1 ^ murmur_mix1(k1), h2 ^ murmur_mix2(k2), length);
 }
 
-/* The key of `length` bytes at `p`. */
+/* Returns the key of `length` bytes at `p`. */
 static inline uint64_t murmur_hash(const uint8_t *p, size_t length, uint32_t seed)
 {
     return murmur_hash_within(p, length, length, seed);
 }
 
-/* The key of a missing value: the key of the reserved bytes. */
+/* Returns the key of a missing value, which is the key of the reserved bytes. */
 static inline uint64_t murmur_hash_null(uint32_t seed)
 {
     return murmur_hash((const uint8_t *)"\0null", 5, seed);

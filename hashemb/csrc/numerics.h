@@ -1,8 +1,8 @@
 /* The scalar arithmetic of the format: hashing keys to rows, initial values, decay, half-precision storage.
  *
- * Invariants: pure functions; only +, -, *, /, sqrt and integer operations, which IEEE 754 makes the same on
- * every CPU, so nothing here calls libm (its log and exp differ between versions and CPUs in the last bit).
- * hashemb/reference.py holds the same functions in NumPy, operation by operation. */
+ * Invariants: functions are pure and use only +, -, *, /, sqrt and integer operations, which IEEE 754 makes the same
+ * on every CPU; nothing here calls libm (its log and exp differ between versions and CPUs in the last bit).
+ * hashemb/reference.py has the same functions in NumPy, operation by operation. */
 #ifndef HASHEMB_NUMERICS_H
 #define HASHEMB_NUMERICS_H
 
@@ -21,7 +21,7 @@ HE_INLINE uint64_t he_fmix64(uint64_t k) {
     return k ^ (k >> 33);
 }
 
-/* Output number i (from 0) of SplitMix64 started at `seed` (Steele, Lea, Flood, OOPSLA 2014). */
+/* Returns output number i (from 0) of SplitMix64 started at `seed` (Steele, Lea, Flood, OOPSLA 2014). */
 HE_INLINE uint64_t he_splitmix64(uint64_t seed, uint64_t i) {
     uint64_t z = seed + (i + 1) * HE_GOLDEN;
     z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
@@ -54,7 +54,7 @@ HE_INLINE double he_log(double x) {
     return k * 6.93147180369123816490e-01 - ((half - (s * (half + (t2 + t1)) + k * 1.90821492927058770002e-10)) - f);
 }
 
-/* log(1 + x) for x in (-1, 0]: exact to rounding also for tiny x (Kahan's correction of log(1 + x)). */
+/* log(1 + x) for x in (-1, 0], exact to rounding for tiny x too (Kahan's correction of log(1 + x)). */
 HE_INLINE double he_log1p(double x) {
     double u = 1.0 + x;
     return he_log(u) - ((u - 1.0) - x) / u;
@@ -109,7 +109,7 @@ HE_INLINE double he_normal_quantile(double p) {
     return q < 0.0 ? -z : z;
 }
 
-/* ---- half-precision storage: widening is exact, narrowing is stochastic rounding with given random bits ---- */
+/* ---- half-precision storage: widening is exact, narrowing rounds stochastically with the given random bits ---- */
 
 HE_INLINE float he_from_bf16(uint16_t h) { return he_float((uint32_t)h << 16); }
 
@@ -122,8 +122,8 @@ HE_INLINE float he_from_f16(uint16_t h) {
     return he_float(sign | wide);
 }
 
-/* Adds uniform random bits below the last kept one and cuts: rounds away from zero with probability equal to the
- * part cut off. A finite value past the largest representable one becomes infinite, as in IEEE rounding. */
+/* Adds uniform random bits below the last kept one and truncates: this rounds away from zero with probability equal to
+ * the part cut off. A finite value beyond the largest representable one becomes infinite, as in IEEE rounding. */
 HE_INLINE uint16_t he_to_bf16(float x, uint32_t random) {
     uint32_t u = he_bits(x);
     if ((u & UINT32_C(0x7FFFFFFF)) >= UINT32_C(0x7F800000)) {
@@ -149,7 +149,7 @@ HE_INLINE uint16_t he_to_f16(float x, uint32_t random) {
     return (uint16_t)(sign | h);
 }
 
-/* Seed of the random words that round one row in one step; word j is he_splitmix64(seed, j). */
+/* Returns the seed of the random words that round one row in one step; word j is he_splitmix64(seed, j). */
 HE_INLINE uint64_t he_rounding_seed(uint64_t rounding_key, uint64_t row, uint64_t step) {
     return he_fmix64(he_fmix64(rounding_key ^ row) ^ step);
 }

@@ -1,7 +1,7 @@
-/* Making sure, before anything is written or read, that the pages about to be touched can be.
+/* Ensures, before anything is written or read, that the pages about to be touched are accessible.
  *
- * A store to a hole of a file on a full disk is a SIGBUS, and so is a load from one on a full tmpfs. MADV_POPULATE_*
- * (Linux 5.14) takes the same fault on request and reports it; it also saves the access the fault. */
+ * A store to a hole of a file on a full disk raises SIGBUS, and so does a load from a hole on a full tmpfs. MADV_POPULATE_*
+ * (Linux 5.14) takes the same fault on request and reports an error; it also saves the fault at the access. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
@@ -17,7 +17,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { MARGIN_BYTES = 16 << 20 }; /* what others may take of a tmpfs between the question and the batch's last read */
+enum { MARGIN_BYTES = 16 << 20 }; /* space that others may take on a tmpfs between this check and the batch's last read */
 
 static int populate(uintptr_t begin, uintptr_t end, int how) {
     while (madvise((void *)begin, end - begin, how))
@@ -25,7 +25,7 @@ static int populate(uintptr_t begin, uintptr_t end, int how) {
     return 0;
 }
 
-/* Blocks are ascending; those whose pages adjoin are asked for together. */
+/* Blocks are ascending; those with adjoining pages are populated together. */
 int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t begin = 0, end = 0;
@@ -60,11 +60,11 @@ int he_make_room(const he_table *t, const uint64_t *blocks, int64_t num_blocks) 
 
 static int has_room(int fd, uint64_t num_pages) {
     struct statfs now;
-    if (fstatfs(fd, &now) || now.f_blocks == 0) return 1; /* no size was set: memory ends otherwise */
+    if (fstatfs(fd, &now) || now.f_blocks == 0) return 1; /* no size limit: running out of memory shows otherwise */
     return now.f_bavail >= num_pages + MARGIN_BYTES / (uint64_t)now.f_bsize;
 }
 
-/* `last` is where the previous call ended: neighbours in one page are asked for once. */
+/* `last` is the end of the previous call's range: neighbours in one page are populated once. */
 static int make_readable(const void *data, int64_t num_bytes, uintptr_t page, uintptr_t *last) {
     const uintptr_t begin = (uintptr_t)data & ~(page - 1), end = ((uintptr_t)data + (uintptr_t)num_bytes + page - 1) & ~(page - 1);
     if (end == *last) return 0;
@@ -98,7 +98,7 @@ int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) {
     if (has_room(t->tmpfs_fd, (uint64_t)(b->num_keys * t->num_hashes) * pages_per_row)) return 0;
     for (int64_t i = 0; i < b->num_keys; i++) {
         int error = (of_rows ? make_rows_readable : make_marks_readable)(t, b->keys[i], page, last);
-        if (error) return error == EINVAL ? 0 : error; /* a kernel before 5.14 cannot tell */
+        if (error) return error == EINVAL ? 0 : error; /* a kernel before 5.14 does not support it */
     }
     return 0;
 }

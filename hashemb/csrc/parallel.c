@@ -1,8 +1,8 @@
 /* The worker threads of this process. One call uses them at a time; a call that finds them busy runs serially,
  * which gives the same result. Workers don't survive fork(), so a child starts with none and with one thread.
  *
- * Whoever is free takes the next task: a call never waits for a worker whose CPU others are using, only for tasks begun.
- * An update is several parallel passes in a row, so whoever waits looks for a few microseconds before it sleeps. */
+ * The next free thread takes the next task: a call never waits for a worker whose CPU is in use, only for tasks begun.
+ * An update consists of several parallel passes, so a waiting thread spins for a few microseconds before it sleeps. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -17,7 +17,7 @@ typedef struct {
     pthread_cond_t work, done;
     void (*fn)(void *, int);
     void *arg;
-    int num_tasks, next_task, num_running, num_workers; /* num_running: tasks that workers are at */
+    int num_tasks, next_task, num_running, num_workers; /* num_running: tasks being run by workers */
     uint64_t generation;
 } pool_t;
 
@@ -38,7 +38,7 @@ static void after_fork_in_child(void) {
 
 __attribute__((constructor)) static void set_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
-/* Does tasks as long as there are any that nobody has begun. Called and left with pool.lock held. */
+/* Runs tasks until all have been begun. The caller holds pool.lock, also on return. */
 static void take_tasks(int is_worker) {
     while (pool.next_task < pool.num_tasks) {
         void (*fn)(void *, int) = pool.fn;
@@ -66,7 +66,7 @@ static void *worker_main(void *arg) {
     return arg;
 }
 
-/* Starts workers until there are n - 1; returns how many tasks can run at once. Called with in_use held. */
+/* Starts workers until there are n - 1; returns how many tasks can run at once. The caller holds in_use. */
 static int ensure_workers(int n) {
     while (pool.num_workers + 1 < n) {
         pthread_t thread;

@@ -1,16 +1,17 @@
-/* Copy before first write: what a table held at a point in time is brought to the files of a snapshot, although writers go
- * on.
+/* Copy before first write: the content of a table at a point in time is saved to the files of a snapshot while writers
+ * continue.
  *
- * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer who comes first
- * does not copy the block: of each row that it is about to change it appends the old content to a log, once, as a bit per
- * row says (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are being changed is
- * copied with them; the log has what they were, and the owner puts it back when all is copied.
+ * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer that gets to a block
+ * first does not copy it: it appends the old content of each row that it is about to change to a log, once, as recorded
+ * by a bit per row (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are being
+ * changed is copied as it is; the log has the old rows, and the owner writes them back when all is copied.
  *
- * It holds that a row is changed only after a writer has seen its bit set, and that bits are set under the lock, after the
- * old content is in the log or in the copy. Whoever dies in between leaves rows without a bit and unchanged: they are
- * saved again. Nobody locks more than a stripe of blocks at a time, and the owner goes downwards where writers go upwards:
- * they meet once. A block first written in a later epoch, or one that the snapshot doesn't want, has all its bits set when
- * it is marked. The files are written by system calls: a full disk is an errno, not a signal. */
+ * Invariants: a row is changed only after its writer has seen its bit set, and bits are set under the lock, after the old
+ * content is in the log or in the copy. A process that dies in between leaves rows that have no bit and are unchanged,
+ * and they are saved again. No process locks more than a stripe of blocks at a time, and the owner moves downwards while
+ * writers move upwards, so that they meet once. A block first written in a later epoch, or one that the snapshot does not
+ * need, gets all its bits set when it is marked. The files are written by system calls, for which a full disk is an errno
+ * and not a signal. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,7 +23,7 @@
 #include "portability.h"
 #include "table.h"
 
-/* All n bytes, to or from byte `at` of the file. 0 or an errno. */
+/* Transfers all n bytes to or from byte `at` of the file. Returns 0 or an errno. */
 static int transfer(int fd, char *data, int64_t n, int64_t at, int writing) {
     while (n > 0) {
         ssize_t done = writing ? pwrite(fd, data, (size_t)n, at) : pread(fd, data, (size_t)n, at);
@@ -50,7 +51,7 @@ int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t
     return error;
 }
 
-/* Blocks [begin, end) of every file. */
+/* Copies blocks [begin, end) of every file. */
 static int copy_run(const he_saving *s, int64_t begin, int64_t end) {
     for (int i = 0; i < s->num_files; i++) {
         const int64_t block = s->row_bytes[i] << s->block_shift;
@@ -81,7 +82,7 @@ static void set_block(const he_saving *s, int64_t block) {
     set_bits(s, begin, HE_MIN(begin + (UINT64_C(1) << s->block_shift), (uint64_t)s->num_rows));
 }
 
-/* Room for the bits of a stripe, so that setting them cannot fail. */
+/* Reserves space for the bits of a stripe, so that setting them cannot fail. */
 static int reserve_bits(const he_saving *s, int64_t stripe) {
     const int64_t bytes = ((int64_t)HE_STRIPE_BLOCKS << s->block_shift) / 8;
     while (fallocate(s->bits_fd, FALLOC_FL_KEEP_SIZE, stripe * bytes, bytes))
@@ -93,7 +94,7 @@ static int reserve_bits(const he_saving *s, int64_t stripe) {
 
 static int wanted(const he_saving *s, uint32_t epoch) { return epoch > s->since && epoch <= s->until; }
 
-/* The epochs that the target has for blocks [begin, end). */
+/* Reads the epochs that the target has for blocks [begin, end). */
 static int read_epochs(const he_saving *s, int64_t begin, int64_t end, uint32_t *epochs) {
     return read_all(s->target_blocks_fd, (char *)epochs, (end - begin) * 4, s->data_offset + begin * 4);
 }
@@ -108,8 +109,8 @@ static int lock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     return error;
 }
 
-/* Items of a writer, ascending: blocks (shift 0) or rows. How many of the n lie as the first does in a span of so many
- * blocks. */
+/* Returns how many of the n items, blocks (shift 0) or rows, ascending, are in the same span of `span` blocks as the
+ * first. */
 static int64_t together(const uint64_t *items, int64_t n, int shift, uint64_t span) {
     const uint64_t first = (items[0] >> shift) / span;
     int64_t count = 1;
@@ -117,9 +118,9 @@ static int64_t together(const uint64_t *items, int64_t n, int shift, uint64_t sp
     return count;
 }
 
-/* Locks the blocks of the first items, from the first block to the last: those in one stripe, or if somebody is at work
- * there those that the owner copies at a time. (Who waits for a stripe waits until the owner, going from neighbour to
- * neighbour, is through it.) Returns how many items these are, and an errno. */
+/* Locks the blocks of the first items, from the first block to the last: those in one stripe or, if another process is
+ * working there, those that the owner copies at a time. (Waiting for a whole stripe would mean waiting until the owner,
+ * which moves from neighbour to neighbour, has finished it.) Returns the number of these items, and an errno. */
 static int64_t lock_items(const he_saving *s, const uint64_t *items, int64_t n, int shift, int *error) {
     const int64_t begin = HE_LOCK_BLOCKS + (int64_t)(items[0] >> shift);
     int64_t count = together(items, n, shift, HE_STRIPE_BLOCKS);
@@ -135,14 +136,15 @@ static void unlock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     he_lock(s->lock_fd, F_UNLCK, HE_LOCK_BLOCKS + begin, end - begin, 0);
 }
 
-/* Says that the snapshot has failed. Its owner looks once it has gone over all blocks, so this comes before anything that
- * was not saved is marked or changed. */
+/* Reports that the snapshot has failed. Its owner checks once it has processed all blocks, so this must precede marking
+ * or changing anything that was not saved. */
 static void give_up(const he_saving *s, int error) {
     __atomic_store_n(&s->control->save_errno, (uint64_t)error, __ATOMIC_RELEASE);
     __atomic_store_n(&s->control->save_failed, s->until, __ATOMIC_RELEASE);
 }
 
-/* The epochs of wanted blocks of one stripe, before a writer marks them as its own; others need nothing saved. */
+/* Saves the epochs of wanted blocks in one stripe, before a writer marks them; blocks that the snapshot does not need
+ * get all their bits set instead. */
 static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
     uint32_t epochs[HE_STRIPE_BLOCKS];
     const int64_t begin = (int64_t)blocks[0], end = (int64_t)blocks[n - 1] + 1;
@@ -162,8 +164,8 @@ static int save_epochs(const he_saving *s, const uint64_t *blocks, int64_t n) {
     return error || !changed ? error : write_epochs(s, begin, end, epochs);
 }
 
-/* Where this process begins among n: writers that go the same way from the same place would wait for each other's locks
- * all the way. */
+/* Returns where this process begins among n items: writers that started at the same place would wait for each other's
+ * locks all the way. */
 static int64_t own_beginning(int64_t n) {
     return (int64_t)(((uint64_t)getpid() * HE_GOLDEN >> 32) * (uint64_t)n >> 32);
 }
@@ -172,8 +174,8 @@ static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t ep
     for (int64_t i = 0; i < n; i++) __atomic_store_n(&marks[blocks[i]], epoch, __ATOMIC_RELEASE);
 }
 
-/* Marks blocks (ascending) as of `epoch`, for a writer about to change rows of them; their old epochs are saved first if
- * a snapshot is in progress (s is not NULL). Where one cannot be saved the snapshot has failed, and the writer goes on. */
+/* Marks blocks (ascending) with `epoch`, for a writer about to change rows in them; their old epochs are saved first if a
+ * snapshot is in progress (s is not NULL). If one cannot be saved, the snapshot fails and the writer continues. */
 static void mark_some(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     int64_t i = 0;
     for (int64_t end; s && i < n; i = end) {
@@ -197,7 +199,7 @@ void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks,
 
 /* ---- rows ---- */
 
-/* Appends rows whose bit is not set to the log, then sets their bits; the caller holds the lock of their blocks. */
+/* Appends rows whose bit is not set to the log, then sets their bits; the caller holds the lock on their blocks. */
 static int log_rows(const he_saving *s, const uint64_t *rows, int64_t n) {
     char *at = s->buffer;
     for (int64_t i = 0; i < n; i++) {
@@ -229,7 +231,7 @@ static int by_number(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The rows that are not saved yet, ascending: few locks then cover many of them. */
+/* Selects the rows that are not saved yet, ascending, so that few locks cover many of them. */
 static int64_t unsaved_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *unsaved) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -254,8 +256,8 @@ static int save_sorted(const he_saving *s, const uint64_t *rows, int64_t n) {
     return error;
 }
 
-/* Saves those of the rows, which a writer is about to change, that are not saved yet; `scratch` holds n numbers. Returns 0
- * or an errno. */
+/* Saves those rows that are not saved yet, before a writer changes them; `scratch` holds n numbers. Returns 0 or an
+ * errno. */
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch) {
     const int64_t count = unsaved_rows(s, rows, n, scratch), beginning = own_beginning(count);
     int error = save_sorted(s, scratch + beginning, count - beginning);
@@ -264,7 +266,7 @@ int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *
 
 /* ---- the owner of the snapshot ---- */
 
-/* Copies the wanted of the blocks [begin, end); neighbours are written together. */
+/* Copies the wanted blocks in [begin, end); neighbours are written together. */
 static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
     uint32_t epochs[HE_BLOCKS_PER_COPY];
     int64_t copied = 0, count = end - begin;
@@ -273,7 +275,7 @@ static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
         for (stop = i; stop < count; stop++) {
             const uint32_t epoch = __atomic_load_n(&s->blocks[begin + stop], __ATOMIC_ACQUIRE);
             if (!epochs[stop] && !wanted(s, epoch)) break;
-            if (!epochs[stop]) epochs[stop] = epoch; /* else a writer has marked the block, and saved its epoch */
+            if (!epochs[stop]) epochs[stop] = epoch; /* otherwise a writer has marked the block and saved its epoch */
         }
         if (i < stop) error = copy_run(s, begin + i, begin + stop);
         copied += stop - i;
@@ -285,7 +287,7 @@ static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
     return error;
 }
 
-/* Copies the wanted blocks of stripes [begin, end), from the last down. */
+/* Copies the wanted blocks of stripes [begin, end), from the last one down. */
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) {
     const int64_t first = begin * HE_STRIPE_BLOCKS, last = HE_MIN(end * HE_STRIPE_BLOCKS, s->num_blocks);
     int error = 0;

@@ -1,10 +1,10 @@
-/* An update's two halves: planning (which rows, in which order, by which thread) and applying.
+/* The two phases of an update: planning (which rows, in which order, by which thread) and applying.
  *
- * A plan is made in three passes over the batch, each divided over the threads:
- *   count    hashes keys to rows, counts them by bucket (a range of rows), and looks for gradients that aren't finite;
- *   scatter  brings occurrences into the order of buckets, keeping batch order within each;
+ * A plan is made in three passes over the batch, each divided among the threads:
+ *   count    hashes keys to rows, counts them by bucket (a range of rows), and checks that gradients are finite;
+ *   scatter  puts occurrences into the order of buckets, keeping batch order within each;
  *   merge    finds the distinct rows of each bucket, and sums the gradients of those that occur more than once.
- * Rows then come in roughly ascending order, which spares page walks and DRAM pages as well as a full sort would,
+ * Rows are then in roughly ascending order, which saves as many page walks and DRAM page openings as a full sort would,
  * while the gradients of a bucket are read forwards. A bucket's hash set stays in the L1 cache.
  *
  * Each bucket belongs to one thread, so each row has one owner, and its occurrences are summed in batch order: the
@@ -19,16 +19,16 @@
 enum { KEYS_PER_THREAD = 2048, KEYS_PER_BUCKET_BITS = 8, MAX_BUCKET_BITS = 16, USUAL_BUCKET_BITS = 11 };
 enum { ROWS_PER_LOCK = 2048, FIRST_LOOK_ROWS = 256 };
 
-/* Bits that hold every number below n. */
+/* Returns the number of bits that hold every number below n. */
 static int bits_for(uint64_t n) { return n <= 1 ? 0 : 64 - __builtin_clzll(n - 1); }
 
 static int64_t align_line(int64_t bytes) { return (bytes + HE_LINE_BYTES - 1) / HE_LINE_BYTES * HE_LINE_BYTES; }
 
 static int64_t split(int64_t n, int i, int num_parts) { return (int64_t)((__int128)n * i / num_parts); }
 
-/* ---- how a plan's memory is divided ---- */
+/* ---- layout of a plan's memory ---- */
 
-/* 0, or -1 where a row within its bucket and an occurrence together don't fit an entry of 64 bits. */
+/* Returns 0, or -1 if a row within its bucket and an occurrence together don't fit an entry of 64 bits. */
 int he_plan_init(const he_table *t, he_plan *p) {
     int64_t n = p->batch.num_keys * t->num_hashes;
     int row_bits = bits_for(t->num_rows), bits;
@@ -42,15 +42,15 @@ int he_plan_init(const he_table *t, he_plan *p) {
     return n > UINT32_MAX || bits > MAX_BUCKET_BITS ? -1 : 0;
 }
 
-/* Takes `bytes` of the memory at *at. */
+/* Takes `bytes` from the memory at *at. */
 static void *take(char **at, int64_t bytes) {
     char *here = *at;
     *at += align_line(bytes);
     return here;
 }
 
-/* Lays the plan's arrays out from `at`; returns their end. Slots and sums are for the worst case, and hardly touched
- * by a batch of distinct rows. */
+/* Lays the plan's arrays out from `at`; returns their end. Slots and sums are sized for the worst case, and a batch of
+ * distinct rows hardly touches them. */
 static char *lay_out(const he_table *t, he_plan *p, char *at) {
     const he_batch *b = &p->batch;
     const int64_t n = p->num_occurrences, row = t->dim * (int64_t)sizeof(float);
@@ -74,7 +74,7 @@ int64_t he_plan_bytes(const he_table *t, const he_plan *p) {
     return lay_out(t, &measured, start) - start + HE_LINE_BYTES;
 }
 
-/* Divides scratch memory (he_plan_bytes of it) and, for bags, copies and checks offsets and fills in each key's bag and
+/* Divides scratch memory of he_plan_bytes bytes and, for bags, copies and checks offsets and fills in each key's bag and
  * scale. */
 int64_t he_plan_layout(const he_table *t, he_plan *p, char *memory) {
     lay_out(t, p, (char *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)));
@@ -114,7 +114,7 @@ static void count_share(void *arg, int i) {
         }
 }
 
-/* Turns counts into where each thread's entries of each bucket begin. */
+/* Turns counts into the start of each thread's entries in each bucket. */
 static void place_buckets(he_plan *p) {
     int64_t begin = 0;
     for (int64_t b = 0; b < p->num_buckets; b++) {
@@ -159,7 +159,7 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
     return -1;
 }
 
-/* The largest magnitude of n finite values. */
+/* Returns the largest magnitude of n finite values. */
 static float largest(const float *values, int64_t n) {
     float most = 0.0f;
 #pragma omp simd reduction(max : most)
@@ -167,7 +167,7 @@ static float largest(const float *values, int64_t n) {
     return most;
 }
 
-/* Finite gradients times finite scales: the first key whose product is not finite, or -1. */
+/* Returns the first key whose finite gradient times its finite scale is not finite, or -1. */
 int64_t he_first_overflow(const he_table *t, const he_plan *p) {
     const float scale = p->scales ? largest(p->scales, p->batch.num_keys) : 0.0f;
     if (scale <= 1.0f || __builtin_isfinite(scale * largest(p->grads, p->batch.num_bags * t->dim))) return -1;
@@ -190,7 +190,7 @@ static uint64_t apply_rows(const job *j, he_share *whole, int64_t from, int64_t 
     return part.rows_touched;
 }
 
-/* The same, having asked for the pages of rows [*asked, ahead) if rows have to be read from disk. */
+/* Does the same after asking for the pages of rows [*asked, ahead), if rows are being read from disk. */
 static uint64_t apply_watchfully(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead, int64_t *asked) {
     int64_t mark;
     const int asking = he_ahead_begin(j->t, &mark);
@@ -218,7 +218,8 @@ static void apply_share(void *arg, int i) {
     share->rows_touched = touched;
 }
 
-/* Where a thread notes the row that it writes: in the table's file, so that a killed process leaves a note, or in the plan. */
+/* Sets where each thread notes the row that it writes: in the table's file, so that a killed process leaves a note, or in
+ * the plan. */
 static void begin_shares(const he_table *t, he_plan *p) {
     const int64_t words = HE_LINE_BYTES / 8;
     for (int i = 0; i < p->num_threads; i++) {
@@ -248,13 +249,13 @@ int he_update_apply(const he_table *t, he_control *c, he_plan *p, const he_step 
 
 /* ---- applying exactly: no update of another process is lost, and all are in the order of their steps ----
  *
- * A batch goes over the table from below, each thread over its part, holding locks on the rows from where it is. Its
- * step begins when it has locked all rows below the last thread's part, and the beginning of that; the last thread takes
- * the next span before it gives one up. So no batch can overtake another, however many threads each has, and the result
- * is that of the batches one after the other. With one thread a batch needs no more than the first span to set out: the
- * batches of several processes follow each other over the table. */
+ * A batch moves through the table upwards, each thread through its part, holding locks on the rows from its position. Its
+ * step begins when it has locked all rows below the last thread's part, and the beginning of that part; the last thread
+ * takes the next span before it releases one. No batch can therefore overtake another, however many threads each has, and
+ * the result is that of applying the batches one after the other. With one thread, a batch needs only the first span to
+ * start: the batches of several processes follow each other through the table. */
 
-/* The first row of a share's part of the table. Part 0 begins at row 0, and the last has no end. */
+/* Returns the first row of a share's part of the table. Part 0 begins at row 0, and the last part has no end. */
 static int64_t share_begin(const he_plan *p, int i) {
     return i ? (int64_t)((uint64_t)(p->num_buckets * i / p->num_threads) << p->bucket_shift) : 0;
 }
@@ -263,7 +264,7 @@ static int64_t share_end(const he_plan *p, int i) {
     return i + 1 < p->num_threads ? share_begin(p, i + 1) : HE_LOCK_ROWS - 1;
 }
 
-/* Where the group of rows that begins at `from` ends: after some ROWS_PER_LOCK of them, between two buckets. */
+/* Returns the end of the group of rows that begins at `from`: after about ROWS_PER_LOCK rows, between two buckets. */
 static int64_t group_end(const he_plan *p, const he_share *s, int64_t from) {
     int64_t end = from + ROWS_PER_LOCK;
     if (end >= s->num_rows) return s->num_rows;
@@ -271,14 +272,14 @@ static int64_t group_end(const he_plan *p, const he_share *s, int64_t from) {
     return end;
 }
 
-/* The first row above the span of a group that ends with its share's row number `end`. */
+/* Returns the first row above the span of a group that ends at its share's row number `end`. */
 static int64_t span_end(const he_plan *p, int share, int64_t end) {
     const he_share *s = &p->shares[share];
     if (end == s->num_rows) return share_end(p, share);
     return (int64_t)(((s->rows[end - 1] >> p->bucket_shift) + 1) << p->bucket_shift);
 }
 
-/* One batch at a time waits here, as a range that many pass through might never be free as a whole. */
+/* One batch at a time waits here, as a range that many batches pass through might never be free as a whole. */
 int he_update_lock_rows(const he_plan *p, int lock_fd) {
     const int last = p->num_threads - 1;
     const int64_t end = span_end(p, last, group_end(p, &p->shares[last], 0));

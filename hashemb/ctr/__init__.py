@@ -1,1 +1,1 @@
-"""CTR modelling on hashemb's public API: readers, models, metrics, progressive validation."""
+"""Click-through-rate models on hashemb's public API: readers, models, metrics and progressive validation."""

@@ -1,8 +1,8 @@
 r"""Criteo's text format: tab-separated lines without a header, label, 13 integers, 26 categories; empty = missing.
 
-Blocks of whole lines go through the tokeniser in C, which hands back every line in which anything is odd. Those are
-judged here, one by one: slower, but with a reason for each that is bad. The few that are good after all, such as one
-with an integer of 19 digits, take the way of every other format, through Arrow columns. So a row's keys don't depend
+The tokeniser in C parses blocks of whole lines and returns every line that is unusual. This module checks those lines
+one by one, which is slower but yields a reason for each bad line. The few that turn out to be good, such as a line with
+an integer of 19 digits, are encoded through Arrow columns like every other format. A row's keys therefore do not depend
 on its neighbours.
 """
 
@@ -26,7 +26,7 @@ from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, CountBuckets, Kind, 
 __all__ = ["MAX_LINE_BYTES", "CriteoSource", "count_good_lines", "line_fault"]
 
 MAX_LINE_BYTES: int = _tokens.MAX_CRITEO_LINE_BYTES
-_BLOCK_BYTES = 1 << 17  # with the keys made of it, well inside a second-level cache
+_BLOCK_BYTES = 1 << 17  # a block and its keys fit easily into a second-level cache
 _SNIFF_LINES = 100
 _TAB = b"\t"
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
@@ -39,7 +39,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class CriteoSource:
-    """A stream of Criteo lines; whether they have a label is what most of the first 100 lines say."""
+    """A stream of Criteo lines; most of the first 100 lines determine whether there is a label."""
 
     format = "criteo"
 
@@ -64,11 +64,11 @@ class CriteoSource:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file, as stored, that have been taken so far."""
+        """Bytes of the file, as stored, that have been read so far."""
         return self._stream.bytes_read
 
     def accepts(self, field: str, kind: Kind) -> bool:
-        """Whether the column `field` can be read as `kind`."""
+        """Return whether the column `field` can be read as `kind`."""
         return kind in (("count", "integer") if CRITEO_SCHEMA[field] == "count" else ("string",))
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class CriteoSource:
         self._stream.close()
 
     def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
-        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+        """Yield the good rows in order, reduced to the fields of `schema`; pass the others to `reject`."""
         tokenizer = _tokenizer(schema)
         first_line = 1
         for block in line_blocks(self._stream, block_bytes=_BLOCK_BYTES, max_line_bytes=MAX_LINE_BYTES):
@@ -86,7 +86,7 @@ class CriteoSource:
             first_line += num_lines
 
     def _settle(self, block: bytes, batch: Batch, odd: Rows, first_line: int, schema: Schema, reject: Reject) -> Batch:
-        """Fill in the rows of the odd lines that are good, drop the others."""
+        """Fill in the rows of the unusual lines that are good, and drop the others."""
         good: list[bytes] = []
         good_rows, bad_rows = list[int](), list[int]()
         for number, begin, row in odd.tolist():
@@ -119,7 +119,7 @@ def _tokenizer(schema: Schema) -> _tokens.CriteoTokenizer:
 
 
 def _keys_of(lines: list[list[bytes]], schema: Schema) -> npt.NDArray[np.uint64]:
-    """The careful way: lines that are known to be good, as Arrow columns."""
+    """Encode lines that are known to be good through Arrow columns, the slow path."""
     pa = require("pyarrow")
     columns = {}
     for name, texts in zip(CRITEO_SCHEMA, zip(*lines, strict=True), strict=True):
@@ -131,7 +131,7 @@ def _keys_of(lines: list[list[bytes]], schema: Schema) -> npt.NDArray[np.uint64]
 
 
 def line_fault(line: bytes, *, labelled: bool = True) -> str | None:
-    """Why `line` (without its line break) is not a Criteo line; None if it is one."""
+    """Return why `line` (without its line break) is not a Criteo line; None if it is one."""
     names = _COLUMNS[labelled]
     if not line:
         return "empty line"
@@ -165,7 +165,7 @@ def _integer_fault(name: str, field: bytes) -> str | None:
 
 
 def _integer(text: bytes) -> int:
-    """The integer of -?[0-9]+; Python refuses more than 4,300 digits, be they leading zeros."""
+    """Parse an integer -?[0-9]+; Python rejects more than 4,300 digits, including leading zeros."""
     magnitude = int(text.lstrip(b"-").lstrip(b"0") or b"0")
     return -magnitude if text.startswith(b"-") else magnitude
 
@@ -176,6 +176,6 @@ def _has_labels(head: bytes) -> bool:
 
 
 def count_good_lines(head: bytes) -> int:
-    """How many of the first 100 lines of `head` are Criteo lines, with or without a label."""
+    """Count the Criteo lines, with or without a label, among the first 100 lines of `head`."""
     lines = head.replace(b"\r\n", b"\n").split(b"\n")[:_SNIFF_LINES]
     return sum(line_fault(line) is None or line_fault(line, labelled=False) is None for line in lines)

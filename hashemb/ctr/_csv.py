@@ -1,8 +1,8 @@
 """CSV with a header, through Arrow's parser: quoted delimiters and line breaks, any column names.
 
-CSV has no types, so the kind of a column is read off its first values (`_infer_kind`) and then holds for all
-of it: a later value that does not fit makes a bad row. Every column is parsed as text first, because a failed
-conversion inside Arrow's parser would end the stream without saying which row it was.
+CSV has no types, so the kind of a column is inferred from its first values (`_infer_kind`) and then holds for the
+whole column: a row with a later value that does not fit is bad. Every column is parsed as text first, because a failed
+conversion inside Arrow's parser would end the stream without identifying the row.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["CsvSource"]
 
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 20
-_FIRST_LOOK = 100  # values that save most columns of text the attempt to read them all as numbers
-_NUMBER_ENDS = "0123456789.fyFY"  # also of inf and infinity, which Arrow reads
+_FIRST_LOOK = 100  # values that are checked first, which settles most columns of text
+_NUMBER_ENDS = "0123456789.fyFY"  # includes the ends of inf and infinity, which Arrow reads
 
-# Invalid UTF-8 reaches Arrow as this noncharacter: its parser gives up on a stream whose ragged row it cannot
-# decode, and we want to refuse one row.
+# Invalid UTF-8 is replaced by this noncharacter: Arrow's parser gives up on the whole stream if it cannot decode a
+# ragged row, while only one row should be rejected.
 _NOT_UTF8 = "\ufdd0"
 
 
@@ -59,11 +59,11 @@ class CsvSource:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file, as stored, that have been taken so far."""
+        """Bytes of the file, as stored, that have been read so far."""
         return self._stream.bytes_read
 
     def accepts(self, field: str, kind: Kind) -> bool:
-        """Whether the column `field` can be read as `kind`: text can be read as anything."""
+        """Return whether the column `field` can be read as `kind`: text can be read as any kind."""
         return True
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class CsvSource:
         self._stream.close()
 
     def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
-        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`."""
+        """Yield the good rows in order, reduced to the fields of `schema`; pass the others to `reject`."""
         text = _Utf8Guard(self._stream)
         numbers = _RecordNumbers(expected=len(self._names))
         source = require("pyarrow").PythonFile(text, mode="r")
@@ -81,7 +81,7 @@ class CsvSource:
         finally:
             text.stop()
             with suppress(Exception):
-                for _ in records:  # so that Arrow's thread is not in the middle of a read when Python ends
+                for _ in records:  # drain, so that Arrow's thread is not in a read when Python exits
                     pass
 
     def _parse(
@@ -98,7 +98,7 @@ class CsvSource:
             reject(line, reason)
 
     def _convert(self, batch: Any, schema: Schema, *, check_utf8: bool) -> tuple[Block, list[tuple[int, str]]]:
-        """The batch in the types of `schema`, and what is wrong with each bad row of it."""
+        """Convert a batch to the types of `schema`; return it with the fault of each bad row."""
         faults = list(_utf8_faults(batch)) if check_utf8 else []
         columns, labels = {}, None
         if self.label is not None:
@@ -110,7 +110,7 @@ class CsvSource:
         return Block(labels, columns), first_per_row(faults)
 
     def _sample(self, head: bytes) -> Any:
-        """The records that `head` holds whole, as a table of text."""
+        """Parse the complete records in `head` as a table of text."""
         if len(head) == _HEAD_BYTES:  # its last record is cut off
             head = head[: head.rfind(b"\n") + 1] or head
         pa, data = require("pyarrow"), _marked(head.decode("utf-8", "surrogateescape"))
@@ -129,7 +129,7 @@ class CsvSource:
                 raise ValueError(f"{self.name}: not UTF-8 in the header, column {found}: {convert}")
 
     def _open(self, source: Any, names: Sequence[str], on_ragged: Callable[[Any], str], block_bytes: int) -> Any:
-        """Arrow's streaming reader, with the columns `names` as text and the empty string as null."""
+        """Open Arrow's streaming reader, with the columns `names` as text and the empty string as null."""
         pa, csv = require("pyarrow"), require("pyarrow.csv")
         return csv.open_csv(
             source,
@@ -157,7 +157,7 @@ def _utf8_faults(batch: Any) -> Iterator[tuple[int, str]]:
 
 
 def _marked(text: str) -> bytes:
-    """What was decoded with "surrogateescape", with `_NOT_UTF8` in the place of every byte that was not UTF-8."""
+    """Encode text that was decoded with "surrogateescape", replacing every byte that was not UTF-8 by `_NOT_UTF8`."""
     return re.sub("[\udc80-\udcff]", _NOT_UTF8, text).encode()
 
 
@@ -166,7 +166,7 @@ def _skip(row: Any) -> str:
 
 
 class _Utf8Guard:
-    """A stream in which every byte that is not UTF-8 becomes `_NOT_UTF8`, so that what follows can be parsed."""
+    """A stream that replaces every byte that is not UTF-8 by `_NOT_UTF8`, so that the rest can be parsed."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -177,20 +177,20 @@ class _Utf8Guard:
 
     @property
     def closed(self) -> bool:
-        """Whether the stream below is closed."""
+        """Whether the underlying stream is closed."""
         return self._stream.closed
 
     def readable(self) -> bool:
-        """True, as PyArrow asks."""
+        """Return True, as PyArrow requires."""
         return True
 
     def stop(self) -> None:
-        """End here, after the read that is under way in Arrow's thread."""
+        """End the stream after the current read in Arrow's thread."""
         with self._reading:
             self._stopped = True
 
     def read(self, size: int) -> bytes:
-        """About `size` bytes; none at the end."""
+        """Return about `size` bytes; b"" at the end."""
         with self._reading:
             return b"" if self._stopped else self._read(size)
 
@@ -211,7 +211,7 @@ class _Utf8Guard:
 
 
 class _RecordNumbers:
-    """Which record of the file each row of a batch is: Arrow delivers the well-shaped ones without a number."""
+    """Tracks the record number of each row in a batch, because Arrow delivers well-shaped rows without a number."""
 
     def __init__(self, expected: int) -> None:
         self._expected = expected
@@ -219,12 +219,12 @@ class _RecordNumbers:
         self._ragged: list[tuple[int, int]] = []  # (record, columns), ascending, not yet passed
 
     def on_ragged(self, row: Any) -> str:
-        """Arrow's handler of invalid rows. An exception here would be lost, so it only takes notes."""
+        """Handle an invalid row for Arrow. An exception here would be lost, so the method only records the row."""
         self._ragged.append((row.number, row.actual_columns))
         return "skip"
 
     def advance(self, num_rows: int) -> tuple[npt.NDArray[np.int64], list[tuple[int, str]]]:
-        """Record numbers of the next `num_rows` well-shaped rows, and the ragged ones among and right after them."""
+        """Return the record numbers of the next `num_rows` well-shaped rows, and the ragged rows up to the next one."""
         ragged = np.array([record for record, _ in self._ragged], np.int64)
         shaped_before = ragged - self._next - np.arange(len(ragged))
         passed = int(np.searchsorted(shaped_before, num_rows, side="right"))
@@ -236,13 +236,13 @@ class _RecordNumbers:
 
 
 def _delimiter(head: bytes) -> str:
-    """Comma, tab, semicolon or bar: the one that the header has most of, quoted names aside."""
+    """Return the most frequent of comma, tab, semicolon and bar in the header, outside quoted names."""
     header = re.sub(rb'"[^"]*"', b"", head.split(b"\n", 1)[0])
     return max(",\t;|", key=lambda mark: header.count(mark.encode()))
 
 
 def _infer_kind(column: Any, file_bytes: int | None) -> Kind | None:
-    """The narrowest kind that all values of a text column fit; None if it has no values."""
+    """Infer the narrowest kind that fits all values of a text column; None if it has no values."""
     if not all(_may_be_number(text) for text in column[:_FIRST_LOOK].to_pylist()):
         return "string"
     integers = _numbers(column, "integer")
@@ -258,7 +258,7 @@ def _may_be_number(text: str | None) -> bool:
 
 
 def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, str]]]:
-    """A text column as `kind`, with null where it does not fit, and those rows with what is wrong."""
+    """Convert a text column to `kind`, with null for values that do not fit; return it and the faults of those rows."""
     if kind == "string":
         return column, []
     numbers = _numbers(column, kind)
@@ -277,7 +277,7 @@ def _convert(name: str, column: Any, kind: Kind) -> tuple[Any, list[tuple[int, s
 
 
 def _numbers(column: Any, kind: Kind) -> Any:
-    """A text column as numbers, null where it says that there is none; None if a value of it is neither."""
+    """Convert a text column to numbers, with null for missing values; None if another value is not a number."""
     numbers = _cast(column, kind)
     return _cast(_without_missing(column), kind) if numbers is None else numbers
 
@@ -291,7 +291,7 @@ def _without_missing(column: Any) -> Any:
 
 
 def _cast(column: Any, kind: Kind) -> Any:
-    """A text column as numbers; None if a value of it is none."""
+    """Convert a text column to numbers; None if a value is not a number."""
     if _may_be_hexadecimal(column):
         return None  # Arrow would read 0x10 as 16
     try:

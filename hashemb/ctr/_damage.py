@@ -1,7 +1,7 @@
-"""What libraries raise over the contents of a file -> one kind of error, which names the file and says what to do.
+"""Convert the errors that libraries raise for a damaged file to one kind, which names the file and suggests a remedy.
 
-PyArrow reports damage in a dozen ways, by what it was doing when it met it: a key, an index, memory or a conversion
-that is not there. The readers' own errors begin with the name of the file, and stay as they are.
+PyArrow reports damage with a dozen types of exceptions, depending on what it was doing: for example a missing key,
+index or conversion, or a lack of memory. The readers' own errors begin with the name of the file and are not changed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _COMPRESSED = ("gzip", "zstd", "bz2")
 
 @contextmanager
 def naming_the_file(name: str, format: str) -> Iterator[None]:
-    """Raise what the contents of the file `name` bring about as a ValueError that begins with that name.
+    """Convert exceptions that the contents of the file `name` cause to a ValueError that begins with that name.
 
     Raises
     ------
     ValueError
-        In the place of every exception of PyArrow's, and of those of Python's and NumPy's that wrong contents lead to.
+        Replaces all exceptions of PyArrow, and those of Python and NumPy that invalid contents cause.
     OSError
-        From the operating system, with the name where it had none.
+        An error of the operating system; the file name is added if it is missing.
     """
     contents = (ValueError, LookupError, ArithmeticError, MemoryError, NotImplementedError)
     try:

@@ -1,7 +1,7 @@
-"""A batch of examples as the models' kernels want it, in either form, or a clear error.
+"""Check a batch of examples and convert it, in either form, to the arrays that the models' kernels require.
 
-The matrix form has one key per field and example; the ragged form, `offsets`, any number of keys, each with its field.
-All checks are done before anything is looked up or learned.
+The matrix form has one key per field and example; the ragged form, with `offsets`, has any number of keys, each with
+its field. All checks are done before anything is looked up or learned.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ KeyArray = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Examples:
-    """A batch that has been checked.
+    """A checked batch.
 
     Attributes
     ----------
     keys : integer array, (n, num_fields) or (num_keys,)
+        Keys of the examples.
     count : int
-        Examples, n.
+        Number of examples, n.
     num_fields : int
-        Keys of each example in the matrix form, else 0.
+        Number of keys per example in the matrix form, else 0.
     offsets : ndarray of int64, (n + 1,), or None
+        Offsets of the ragged form.
     values, fields : ndarray of float32, int32, (num_keys,), or None
+        Value and field of each key.
     """
 
     keys: KeyArray
@@ -41,11 +44,11 @@ class Examples:
     fields: npt.NDArray[np.int32] | None = None
 
     def keys_before(self, end: int) -> int:
-        """Keys of the first `end` examples."""
+        """Return the number of keys of the first `end` examples."""
         return end * self.num_fields if self.offsets is None else int(self.offsets[end] - self.offsets[0])
 
     def part(self, start: int, stop: int) -> Examples:
-        """Examples [start, stop), as views; their offsets count on from where they stand."""
+        """Return examples [start, stop), as views; their offsets are not shifted to 0."""
         if start == 0 and stop == self.count:
             return self
         keys = slice(self.keys_before(start), self.keys_before(stop))
@@ -62,20 +65,20 @@ class Examples:
 def check_examples(
     keys: KeyArray, offsets: Any = None, values: Any = None, fields: Any = None, *, num_fields: int | None = None
 ) -> Examples:
-    """The batch, checked.
+    """Check a batch.
 
     Parameters
     ----------
     keys, offsets, values, fields
         As for the models' methods.
     num_fields : int, optional
-        Of the model, if it tells fields apart: the matrix form must have as many columns, and in the ragged form
-        `fields` must be given and below it.
+        Number of fields, for a model that distinguishes fields: the matrix form must have as many columns, and the
+        ragged form must have `fields` below this number.
 
     Raises
     ------
     TypeError, ValueError
-        For what doesn't fit, with the numbers.
+        An argument has the wrong dtype, shape or range.
     """
     keys = np.asarray(keys)
     if keys.dtype.kind not in "iu" and not (keys.size == 0 and keys.ndim == 1):
@@ -92,7 +95,7 @@ def check_examples(
 
 
 def check_labels(labels: npt.ArrayLike, n: int) -> Float32Array:
-    """Labels in [0, 1], one for each of `n` examples."""
+    """Check for labels in [0, 1], one for each of `n` examples."""
     y = np.ascontiguousarray(labels, np.float32)
     if y.shape != (n,):
         raise ValueError(f"labels must have shape ({n},), one per example (row of keys), got {y.shape}")
@@ -104,7 +107,7 @@ def check_labels(labels: npt.ArrayLike, n: int) -> Float32Array:
 
 
 def check_weights(weights: npt.ArrayLike | None, n: int) -> Float32Array | None:
-    """Finite weights >= 0, one for each of `n` examples."""
+    """Check for finite weights >= 0, one for each of `n` examples."""
     if weights is None:
         return None
     w = np.ascontiguousarray(weights, np.float32)
@@ -166,7 +169,7 @@ def _check_fields(fields: Any, num_keys: int, num_fields: int | None) -> npt.NDA
     if found.shape != (num_keys,):
         raise ValueError(f"fields must have shape ({num_keys},), one per key, got {found.shape}")
     if num_fields is None:
-        return None  # a factorisation machine makes no difference between them
+        return None  # a factorisation machine does not distinguish fields
     if found.dtype.kind not in "iu" and num_keys:
         raise TypeError(f"fields must be integers, got {found.dtype}")
     inside = (found >= 0) & (found < num_fields)

@@ -1,4 +1,4 @@
-"""Imports of optional packages, at the moment they are needed and with an error that says what to install."""
+"""Import optional packages when they are needed, with an error that names what to install."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Values from JSON files that anybody may have written, checked one by one before anything is made of them.
+"""Check values from untrusted JSON files, one by one, before they are used.
 
-Every function returns the value as the type that it was checked to be, or raises a ValueError that says what it is
-called, what was expected and what was found.
+Every function returns the value with its checked type, or raises a ValueError that states the value's name, what was
+expected and what was found.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MAX_WHOLE = (1 << 63) - 1
 
 
 def parse_file(path: Path, what: str, parse: Callable[[Any], T]) -> T:
-    """What `parse` makes of the JSON values in a file; `what` is it, for messages.
+    """Read a JSON file and return the result of `parse`; `what` describes the file in messages.
 
     Raises
     ------
     FileNotFoundError
-        It is not there.
+        The file does not exist.
     FormatError
-        It is no regular file (which might never end), holds no JSON, or `parse` raised a ValueError.
+        The file is not a regular file (another kind might never end), is not JSON, or `parse` raised a ValueError.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
@@ -48,21 +48,21 @@ def parse_file(path: Path, what: str, parse: Callable[[Any], T]) -> T:
 
 
 def as_object(value: Any, name: str) -> dict[str, Any]:
-    """An object of JSON."""
+    """Check for a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object, found {shown(value)}")
     return value
 
 
 def as_list(value: Any, name: str) -> list[Any]:
-    """A list."""
+    """Check for a list."""
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a list, found {shown(value)}")
     return value
 
 
 def as_text(value: Any, name: str, *, encodable: bool = False) -> str:
-    """A string; `encodable`: one that can be hashed, without halves of characters."""
+    """Check for a string; with `encodable`, for one that can be hashed, without lone surrogates."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, found {shown(value)}")
     if encodable and any("\ud800" <= character <= "\udfff" for character in value):
@@ -71,7 +71,7 @@ def as_text(value: Any, name: str, *, encodable: bool = False) -> str:
 
 
 def as_whole(value: Any, name: str, low: int = 0, high: int = MAX_WHOLE) -> int:
-    """An integer from `low` to `high`."""
+    """Check for an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, found {shown(value)}")
     if not low <= value <= high:
@@ -81,7 +81,7 @@ def as_whole(value: Any, name: str, low: int = 0, high: int = MAX_WHOLE) -> int:
 
 
 def as_number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`."""
+    """Check for a finite number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, found {shown(value)}")
     if isinstance(value, int):
@@ -92,7 +92,7 @@ def as_number(value: Any, name: str, low: float = -math.inf, high: float = math.
 
 
 def one_of(value: Any, name: str, choices: Collection[str]) -> str:
-    """One of a few strings."""
+    """Check for one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, found {shown(value)}")
     return value

@@ -1,9 +1,9 @@
-"""Whether a column of integers holds ids or counts, when nobody says: a guess from its first values.
+"""Infer from its first values whether a column of integers holds ids or counts.
 
-The two mistakes weigh unequally. Ids read as counts fall into a few dozen buckets, and all that they say is lost;
-counts read as ids are learned value by value, which is as good where values come again. So integers are ids, unless
-the file is small and nearly all values differ: then no id would be met again, but a bucket is. The most common value
-is set aside, so that amounts which are mostly 0 are found too.
+The two mistakes differ in cost. Ids that are read as counts fall into a few dozen buckets, which loses their
+information; counts that are read as ids are learned value by value, which works as well if values repeat. Integers are
+therefore ids, unless the file is small and nearly all values differ: then ids would not repeat, but buckets do. The
+most common value is ignored, so that amounts that are mostly 0 are recognised too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _DIFFERENT = 0.95  # Frappe's items, which are ids: .67 of the first 2,000
 
 
 def looks_like_count(values: Any, file_bytes: int | None) -> bool:
-    """Whether the integers of an Arrow column, the first of a file of that size (None: unknown), seem to be counts.
+    """Return whether the integers in an Arrow column seem to be counts.
+
+    The column holds the first values of a file of `file_bytes` bytes (None if unknown).
 
     >>> import pyarrow as pa
     >>> ids, amounts = pa.array([7, 8, 7, 9] * 50), pa.array([0] * 200 + [i * i for i in range(200)])

@@ -1,8 +1,8 @@
-"""Labels: which column holds them, which of its values mean 0 and 1, and columns of values -> float32 labels.
+"""Labels: find their column, choose the values that mean 0 and 1, and convert columns of values to float32 labels.
 
-Without anything said, 0 and 1 (as numbers, booleans or text) mean themselves, and of any other two values the one
-that sorts second is 1, as in scikit-learn: numbers by size, text by its characters. So 1 of -1 and 1, 2 of 1 and 2,
-"yes" of "no" and "yes", ">50K" of "<=50K" and ">50K".
+By default, 0 and 1 (as numbers, booleans or text) mean themselves, and of any other two values the one that sorts
+second means 1, as in scikit-learn: numbers are sorted by size, text by its characters. The value that means 1 is, for
+example, 1 for -1 and 1, 2 for 1 and 2, "yes" for "no" and "yes", and ">50K" for "<=50K" and ">50K".
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from hashemb.ctr._source import Options
 
 Fault = tuple[int, str]  # (row or line, reason)
-LabelValues = tuple[str, str]  # what means 0, what means 1
+LabelValues = tuple[str, str]  # the values that mean 0 and 1
 
 _LABEL_NAMES = ("label", "click")
 _STANDARD = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
 _MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
-_RARE = 100  # a value that one row in so many has, or one row at all, is taken as malformed beside two others
+_RARE = 100  # with two other values, a value this rare (or that occurs once) is malformed
 _SHOWN_CHARACTERS = 40
 _SHOWN_VALUES = 10
 
 
 def shown(value: object) -> str:
-    """`value` as it stands in a message: quoted, at most 40 characters; nothing for a missing one."""
+    """Format `value` for a message: quoted, at most 40 characters; nothing for a missing value."""
     if value is None:
         return "nothing"
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
@@ -49,16 +49,16 @@ def shown(value: object) -> str:
 
 
 def is_missing(text: str) -> bool:
-    """Whether `text` is one of the usual ways to write that there is no value: empty, ?, NA, N/A, NaN, null, None."""
+    """Return whether `text` denotes a missing value: empty, ?, NA, N/A, NaN, null or None."""
     return text.strip().lower() in _MISSING
 
 
 def find_label(
     name: str, columns: Sequence[str], first_values: Callable[[str], Any], wanted: str | None, fields: Collection[str]
 ) -> str | None:
-    """Which column is the label, by the rule of `open_reader`; `fields` are those of a given schema, if any.
+    """Find the label column, by the rule of `open_reader`; `fields` are those of a given schema, if any.
 
-    `first_values` gives the beginning of a column.
+    `first_values` returns the first values of a column.
     """
     if wanted is not None:
         if wanted in fields:
@@ -79,21 +79,21 @@ def find_label(
 def choose_label_values(
     where: str, counts: Mapping[Any, int], positive: str | None, standard: Iterable[str] = _STANDARD
 ) -> LabelValues | None:
-    """Which two of the first values of a label column mean 0 and 1; None: `standard` ones, which say so themselves.
+    """Choose which two of the first values of a label column mean 0 and 1; None for `standard` values like 0 and 1.
 
     Parameters
     ----------
     where : str
         File and column, for messages.
     counts : mapping of value to int
-        Values, as any type, and how often each was seen.
+        Values, of any type, and the number of occurrences of each.
     positive : str, optional
         The value that means 1.
 
     Raises
     ------
     ValueError
-        More than two values, only one that says nothing by itself, or none of them is `positive`.
+        There are more than two values, only one that has no standard meaning, or none of them is `positive`.
     """
     own_meaning = {_identity(text) for text in standard}
     pair = _two_values(where, counts, own_meaning)
@@ -111,8 +111,7 @@ def choose_label_values(
 
 
 def first_label_values(name: str, label: str | None, column: Any, options: Options) -> LabelValues | None:
-    """`choose_label_values` for the first values of an Arrow column, unless the values are given or nothing is to be
-    guessed."""
+    """Apply `choose_label_values` to the first values of an Arrow column, unless there is nothing to infer."""
     if label is None or options.label_values is not None or options.schema is not None:
         return options.label_values
     counted = column.value_counts()
@@ -122,7 +121,7 @@ def first_label_values(name: str, label: str | None, column: Any, options: Optio
 
 
 def _two_values(where: str, counts: Mapping[Any, int], own_meaning: set[object]) -> list[str]:
-    """The values that matter, two at most, as text; what occurs once in a while beside two others is no label."""
+    """Return the frequent values as text, two at most; if there are two others, a rare value is not a label."""
     seen: Counter[object] = Counter()
     texts: dict[object, str] = {}
     for value, count in counts.items():
@@ -144,7 +143,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def _text(value: object) -> str | None:
-    """A value of a label column as text: numbers in one way, whatever their type."""
+    """Convert a label to text; equal numbers have equal text, whatever their type."""
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -163,15 +162,15 @@ def _number(text: str) -> float | None:
 
 
 def _identity(text: str) -> object:
-    """Equal for texts that mean the same label: 1 and 1.0, in either case, with blanks around it or not."""
+    """Return a value that is equal for texts with the same meaning: 1 and 1.0, in either case, padded or not."""
     number = _number(text)
     return text.strip().lower() if number is None else number
 
 
 def parse_labels(column: Any, values: LabelValues | None) -> tuple[npt.NDArray[np.float32], list[Fault]]:
-    """Labels of an Arrow column of any type, float32 0/1, and the rows that hold neither.
+    """Convert an Arrow column of any type to float32 labels 0/1; return them and the faults of the other rows.
 
-    Without `values`, 0 and 1 may come as integers, floats, booleans or text (``0``, ``1.0``, ``true`` …).
+    Without `values`, 0 and 1 may be integers, floats, booleans or text (``0``, ``1.0``, ``true`` …).
     """
     codes = column.dictionary_encode()
     texts = [*codes.dictionary.to_pylist(), None]

@@ -1,7 +1,8 @@
-"""The compiled maths of the shallow models: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
+"""The compiled maths of the shallow models: five-step wrappers (buffers, checks, one nogil call, exception, result).
 
-It knows arrays of numbers, never tables or keys. `models.py` has brought every argument to the dtype, shape and order named
-here; what is checked again is what would otherwise read or write outside an array.
+The module works on arrays of numbers and knows no tables or keys; the kernels are in csrc/. `hashed_model.py` has
+converted every argument to the dtype, shape and order given here; the wrappers check again only what could cause a
+read or write outside an array.
 """
 
 import os
@@ -68,7 +69,7 @@ BLOCK_EXAMPLES = HM_BLOCK
 
 
 cdef void *data_of(array, int type_number, int64_t size, str name) except? NULL:
-    """The data of a C-contiguous array of this many elements; NULL for None."""
+    """Return the data of a C-contiguous array with `size` elements; NULL for None."""
     if array is None:
         return NULL
     cdef cnp.ndarray found = array
@@ -80,24 +81,25 @@ cdef void *data_of(array, int type_number, int64_t size, str name) except? NULL:
 
 
 cdef class Maths:
-    """The kernels of one model, with the memory that they work in.
+    """The kernels of one model, with their scratch memory.
 
     Parameters
     ----------
     kind : {"fm", "fwfm", "ffm"}
+        Kind of the model.
     dim : int
-        Elements of a vector: the linear weight, then the factors.
+        Number of elements in a vector: the linear weight, then the factors.
     num_fields : int
-        Fields of the model, for "fwfm" and "ffm"; for "fm" keys of an example in the matrix form.
+        Number of fields, for "fwfm" and "ffm"; for "fm", number of keys of an example in the matrix form.
 
     Attributes
     ----------
     residual : float
-        Sum of the residuals, weight x (probability - label), of the examples of all calls with labels since `start`.
+        Sum of the residuals, weight x (probability - label), over the examples of all calls with labels since `start`.
     pair_gradients : ndarray of float64, shape (num_fields * (num_fields + 1) / 2,)
-        "fwfm": gradients of the pair weights, summed likewise; pair {f, g}, g <= f, is number f (f + 1) / 2 + g.
+        "fwfm": gradients of the pair weights, summed likewise; pair {f, g}, g <= f, has number f (f + 1) / 2 + g.
 
-    One call at a time.
+    An object supports only one call at a time.
     """
 
     cdef hm_batch batch
@@ -119,35 +121,41 @@ cdef class Maths:
         free(self.memory)
 
     def start(self):
-        """Sets the sums to 0."""
+        """Set the sums to 0."""
         self.residual = 0.0
         self.pair_gradients[:] = 0.0
 
     def run(self, cnp.ndarray vectors not None, cnp.ndarray out not None, *, float bias, int num_fields=0, pair_weights=None,
             offsets=None, values=None, fields=None, index=None, labels=None, weights=None, gradients=None, bint logits=False,
             int num_threads=1):
-        """Writes the probability (or logit) of each example to `out`; with labels, adds to the gradients of the vectors.
+        """Write the probability (or logit) of each example to `out`; with labels, add to the gradients of the vectors.
 
         Parameters
         ----------
         vectors : ndarray of float32, shape (num_keys, dim), or (num_vectors, dim) with an index
+            Vectors of the keys.
         out : ndarray of float32, shape (num_examples,)
-            A logit that is not finite is left as it is.
+            Output. A logit that is not finite is written unchanged.
         bias : float
+            The bias of the logit.
         num_fields : int
-            "fm" without offsets: keys of an example.
+            "fm" without offsets: number of keys per example.
         pair_weights : ndarray of float32, shape (num_fields, num_fields)
-            "fwfm": symmetric.
+            "fwfm": the symmetric matrix of pair weights.
         offsets : ndarray of int64, shape (num_examples + 1,), optional
-            Example e owns keys offsets[e] - offsets[0] to offsets[e + 1] - offsets[0].
+            Example e has the keys offsets[e] - offsets[0] to offsets[e + 1] - offsets[0].
         values, fields : ndarray of float32, int32, shape (num_keys,), optional
+            Value and field of each key.
         index : ndarray of int32, shape (num_keys,), optional
-            Which vector each key has.
+            Number of each key's vector.
         labels, weights : ndarray of float32, shape (num_examples,), optional
+            Label and weight of each example.
         gradients : ndarray of float32, of the shape of vectors
-            With labels, as is an index; added to in the order of the examples.
+            Required with labels, like `index`; the gradients are added in the order of the examples.
         logits : bool
+            Whether to write logits instead of probabilities.
         num_threads : int
+            Maximum number of threads.
         """
         cdef hm_batch b = self.batch
         cdef int64_t n = cnp.PyArray_SIZE(out), num_vectors = cnp.PyArray_SIZE(vectors) // b.dim
@@ -175,7 +183,7 @@ cdef class Maths:
         self.residual = residual
 
     cdef int check(self, hm_batch *b, int64_t num_vectors) except -1:
-        """What a kernel relies on to stay within the arrays."""
+        """Check the conditions under which a kernel stays within the arrays."""
         cdef int64_t num_keys = b.num_keys
         b.max_keys = b.num_fields
         if b.kind == HM_FWFM and b.pair_weights == NULL:
@@ -196,7 +204,7 @@ cdef class Maths:
         return 0
 
     cdef int reserve(self, int64_t needed) except -1:
-        """Grows the scratch memory to `needed`; it is kept between calls."""
+        """Grow the scratch memory to `needed` bytes; it is kept between calls."""
         if needed <= self.memory_bytes:
             return 0
         free(self.memory)
@@ -209,7 +217,7 @@ cdef class Maths:
 
 
 cdef class DistinctKeys:
-    """Finds the distinct keys of batches, in the memory of the last one. One call at a time."""
+    """Finds the distinct keys of batches, reusing its memory. An object supports only one call at a time."""
 
     cdef uint32_t *slots
     cdef int64_t num_slots
@@ -219,13 +227,14 @@ cdef class DistinctKeys:
         free(self.slots)
 
     def find(self, cnp.ndarray keys not None, cnp.ndarray distinct not None, cnp.ndarray index not None):
-        """Writes the distinct keys to the front of `distinct`, as they come; returns how many there are. O(n).
+        """Write the distinct keys to the front of `distinct`, in order of appearance; return their number. O(n).
 
         Parameters
         ----------
         keys, distinct : ndarray of uint64, shape (n,)
+            The keys, and the output for the distinct ones.
         index : ndarray of int32, shape (n,)
-            Becomes the place of each key in `distinct`.
+            Output: the position of each key in `distinct`.
         """
         cdef int64_t n = cnp.PyArray_SIZE(keys), count, needed = hm_slots(n)
         cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, n, "keys")
@@ -246,7 +255,7 @@ cdef class DistinctKeys:
 
 
 def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):
-    """Writes 1 / (1 + exp(-z)) of each float32 logit to `out`: in double precision, rounded once."""
+    """Write 1 / (1 + exp(-z)) of each float32 logit to `out`, computed in double precision and rounded once."""
     cdef int64_t n = cnp.PyArray_SIZE(logits)
     cdef const float *source = <const float *>data_of(logits, cnp.NPY_FLOAT32, n, "logits")
     cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
@@ -256,14 +265,14 @@ def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):
 
 def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, weights, cnp.ndarray histogram not None,
                squares, *, double logit_limit, double eps):
-    """Adds scores to a histogram over their logits; returns their weighted log loss and sum of probabilities.
+    """Add scores to a histogram over their logits; return their weighted log loss and sum of probabilities.
 
     Parameters
     ----------
     labels, probabilities, weights : ndarray of float64, shape (n,)
-        Weights may be None: 1.
+        Labels, probabilities and weights of the examples. If the weights are None, all are 1.
     histogram, squares : ndarray of float64, shape (2, num_bins)
-        For each label sums of weights, and of their squares where that is not None, in bins of equal width between
+        For each label: sums of weights, and of their squares if `squares` is not None, in bins of equal width between
         -logit_limit and logit_limit.
     logit_limit, eps : float
         Probabilities are clipped to [eps, 1 - eps], logits to the limits.
@@ -271,8 +280,8 @@ def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, 
     Returns
     -------
     (float, float) or None
-        None where a label is not 0 or 1, a probability not in [0, 1] or a weight negative or not finite: then nothing has
-        been added.
+        None if a label is not 0 or 1, a probability is not in [0, 1], or a weight is negative or not finite; in that
+        case nothing has been added.
     """
     cdef int64_t n = cnp.PyArray_SIZE(labels), size = cnp.PyArray_SIZE(histogram), bad
     cdef hm_scores s
@@ -288,12 +297,12 @@ def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, 
 
 
 def get_isa():
-    """The instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
+    """Return the instruction set of the kernels in use: "baseline", "avx2" or "avx512"."""
     return hm_kernels_active().name.decode()
 
 
 def available_isas():
-    """The instruction sets that this CPU runs, slowest first."""
+    """Return the instruction sets that this CPU supports, slowest first."""
     names = []
     while hm_isa_available(len(names)) != NULL:
         names.append(hm_isa_available(len(names)).decode())
@@ -301,7 +310,7 @@ def available_isas():
 
 
 def set_isa(name):
-    """Selects the kernels of one instruction set. Results are the same bits for any of them."""
+    """Select the kernels of one instruction set. All of them yield the same bits."""
     if hm_isa_force(name.encode()) != 0:
         raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
 

@@ -1,4 +1,4 @@
-"""What every metric needs: arguments checked, the entropy of a rate, a ratio that may not be defined."""
+"""Helpers of the metrics: checks of arguments, the entropy of a rate, and a ratio that may be undefined."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Floats = npt.NDArray[np.float64]
 
 
 def as_floats(values: npt.ArrayLike) -> Floats:
-    """As a contiguous array of float64."""
+    """Convert to a contiguous array of float64."""
     return np.asarray(values, np.float64, order="C")
 
 
 def checked(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None
 ) -> tuple[Floats, Floats, Floats]:
-    """Labels, probabilities and weights as float64, or a ValueError that says what is wrong with them."""
+    """Return labels, probabilities and weights as float64, or raise a ValueError that describes the fault."""
     y, p = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
     if y.ndim != 1 or y.shape != p.shape:
         raise ValueError(f"labels and probabilities must be 1-D and of one length, got {y.shape} and {p.shape}")
@@ -40,11 +40,11 @@ def _check_all(rule: str, values: Floats, good: npt.NDArray[np.bool_]) -> None:
 
 
 def entropy(positives: float, examples: float) -> float:
-    """Log loss of the best constant, in nats."""
+    """Return the log loss of the best constant, in nats."""
     rate = ratio(positives, examples)
     return 0.0 - sum(q * math.log(q) for q in (rate, 1.0 - rate) if q != 0.0)
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """The quotient; NaN where there is none."""
+    """Return the quotient; NaN if it is undefined."""
     return numerator / denominator if denominator else math.nan

@@ -1,4 +1,4 @@
-"""Parquet: the types of the file say what kind each field is."""
+"""Parquet files; the types of the columns determine the kinds of the fields."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hashemb.ctr.readahead import read_ahead
 __all__ = ["ParquetSource"]
 
 _SNIFF_ROWS = 1 << 14
-_BATCH_ROWS, _BATCH_VALUES = 1 << 15, 1 << 21  # a batch has no more of either; PyArrow likes them long
-_PROBE_BYTES = 1 << 14  # read at once where all that is wanted is a look at each column
+_BATCH_ROWS, _BATCH_VALUES = 1 << 15, 1 << 21  # upper limits of a batch; PyArrow is fastest with long ones
+_PROBE_BYTES = 1 << 14  # read size for probing each column
 _SMALL_DICTIONARY_BYTES = 1 << 17
 
 
@@ -35,7 +35,7 @@ class ParquetSource:
         parquet = require("pyarrow.parquet")
         with parquet.ParquetFile(path, buffer_size=_PROBE_BYTES) as file:
             names = _small_dictionaries(file)
-        # pre-buffering keeps every row group that has been read until the file is closed
+        # Pre-buffering would keep every row group that has been read until the file is closed.
         self._file = parquet.ParquetFile(path, read_dictionary=names, pre_buffer=False)
         check_distinct(path, self._file.schema_arrow.names)
         self._size = os.path.getsize(path)
@@ -53,11 +53,11 @@ class ParquetSource:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file taken so far, estimated from the share of its rows."""
+        """Bytes of the file read so far, estimated from the share of its rows."""
         return self._size * self._rows_read // max(int(self._file.metadata.num_rows), 1)
 
     def accepts(self, field: str, kind: Kind) -> bool:
-        """Whether the column `field` can be read as `kind`: integers can be ids or counts."""
+        """Return whether the column `field` can be read as `kind`: integers can be ids or counts."""
         own = self.schema[field]
         return kind == own or {kind, own} == {"integer", "count"}
 
@@ -66,9 +66,9 @@ class ParquetSource:
         self._file.close()
 
     def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
-        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`.
+        """Yield the good rows in order, reduced to the fields of `schema`; pass the others to `reject`.
 
-        Columns are decoded by a thread of its own while those of the rows before are hashed.
+        A separate thread decodes the next rows while the previous ones are hashed.
         """
         wanted = [*schema, *([] if self.label is None else [self.label])]
         with closing(read_ahead(self._record_batches(wanted))) as decoded:
@@ -100,11 +100,13 @@ class ParquetSource:
 
 
 def _small_dictionaries(file: Any) -> list[str]:
-    """Columns of text that are stored as codes of a dictionary of moderate size, by the first row group: to be hashed
-    as they are, a value once a batch. Longer ones would cost more than the text itself."""
+    """Find the text columns whose first row group is dictionary-encoded with a dictionary of moderate size.
+
+    In these columns each value is hashed once per batch. Larger dictionaries would cost more than the text itself.
+    """
     if not file.metadata.num_row_groups:
         return []
-    # PyArrow ends the process when it is asked for a column's damaged metadata; a reader of the column raises instead.
+    # PyArrow aborts the process when asked for a column's damaged metadata; a reader of the column raises instead.
     next(file.iter_batches(1, row_groups=[0], use_threads=False), None)
     chunks = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
     return [
@@ -140,7 +142,7 @@ def _is_text(type_: Any) -> bool:
 
 
 def _canonical(column: Any) -> Any:
-    """The column in a type that `fields.encode` takes, with null for the empty string."""
+    """Convert the column to a type that `fields.encode` accepts, with null for the empty string."""
     pa, pc = require("pyarrow"), require("pyarrow.compute")
     type_ = column.type
     if pa.types.is_dictionary(type_):
@@ -162,7 +164,7 @@ def _canonical(column: Any) -> Any:
 
 
 def _has_empty(column: Any) -> bool:
-    """Whether a value that is there has no bytes. On 32,768 values NumPy takes a sixth of PyArrow's time."""
+    """Return whether any non-null value is empty. For 32,768 values NumPy takes a sixth of PyArrow's time."""
     if not len(column):
         return False
     validity, offsets, _ = column.buffers()

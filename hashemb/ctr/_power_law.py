@@ -1,6 +1,6 @@
-"""Counter-based random draws: long-tailed integers out of 64-bit words, with integer and exactly rounded arithmetic.
+"""Counter-based random draws: long-tailed integers from 64-bit words, with integer and exactly rounded arithmetic.
 
-No transcendental function stands between a word and its value, so a value is the same on every machine.
+No transcendental functions are used to compute a value from a word, so it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TABLE_SIZE = 1 << 16
 
 
 def splitmix(seed: int) -> Iterator[int]:
-    """SplitMix64 started at `seed` (modulo 2**64): salts for everything that must be independent."""
+    """Yield the SplitMix64 sequence of `seed` (modulo 2**64), as salts for independent draws."""
     state = seed & _MASK
     while True:
         state = (state + _GOLDEN) & _MASK
@@ -33,7 +33,7 @@ def splitmix(seed: int) -> Iterator[int]:
 
 
 def fmix64(x: U64) -> U64:
-    """MurmurHash3's 64-bit finaliser, in place."""
+    """Apply MurmurHash3's 64-bit finaliser, in place."""
     for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x ^= x >> np.uint64(33)
         x *= np.uint64(multiplier)
@@ -42,7 +42,7 @@ def fmix64(x: U64) -> U64:
 
 
 def draws(salt: int, start: int, count: int) -> U64:
-    """One random word for each of the counters `start` to `start + count`: a Weyl sequence, mixed."""
+    """Draw one random word for each of the counters `start` to `start + count`, by mixing a Weyl sequence."""
     counters = np.arange(start, start + count, dtype=np.uint64)
     counters *= np.uint64(_GOLDEN)
     counters += np.uint64(salt)
@@ -50,7 +50,10 @@ def draws(salt: int, start: int, count: int) -> U64:
 
 
 def gaussian(words: U64) -> F64:
-    """Standard normal, nearly: the sum of a word's four 16-bit parts, scaled. Never past ±3.47."""
+    """Draw from an approximately standard normal distribution: the scaled sum of a word's four 16-bit parts.
+
+    The values lie within ±3.47.
+    """
     total = np.zeros(len(words), np.uint64)
     for shift in (0, 16, 32, 48):
         total += (words >> np.uint64(shift)) & np.uint64(0xFFFF)
@@ -71,7 +74,7 @@ class Dyadic:
         self._width = np.minimum(2.0 * low, size + 1.0) - low
 
     def ranks(self, words: U64) -> I64:
-        """The rank that each word stands for; uses its upper 48 bits."""
+        """Return the rank that each word selects; uses its upper 48 bits."""
         octave = self._octave[words >> np.uint64(48)]
         t = ((words >> np.uint64(16)) & np.uint64(0xFFFFFFFF)).astype(np.float64)
         t *= 2.0**-32
@@ -81,7 +84,7 @@ class Dyadic:
 
 
 def power_law(size: int, exponent: float) -> Dyadic:
-    """Rank r of `size` with probability proportional to ``r**-exponent``, octave by octave."""
+    """Make a power law: rank r of `size` has a probability proportional to ``r**-exponent``, octave by octave."""
     octaves = size.bit_length()
     weights = [2.0 ** (k * (1.0 - exponent)) for k in range(octaves)]
     weights[-1] *= math.log2((size + 1) / 2 ** (octaves - 1))
@@ -89,7 +92,7 @@ def power_law(size: int, exponent: float) -> Dyadic:
 
 
 def log_normal(log2_median: float, log2_std: float) -> Dyadic:
-    """Ranks whose logarithm is normal, cut off at four standard deviations."""
+    """Make a log-normal distribution over ranks, cut off at four standard deviations."""
     octaves = int(log2_median + 4.0 * log2_std) + 2
     edges = [-math.inf, *range(1, octaves), math.inf]
     below = [0.5 * math.erfc(-(edge - log2_median) / (log2_std * math.sqrt(2.0))) for edge in edges]

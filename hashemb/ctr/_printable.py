@@ -1,4 +1,4 @@
-"""Text from files on its way to a terminal or a page: names, values and messages that nobody has looked at."""
+"""Escape untrusted text from files, such as names, values and messages, for a terminal or a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["print_line", "printable"]
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""The text with escapes, as Python writes them, in the place of what must not or can't be shown.
+    r"""Replace characters that must not or cannot be shown by escapes in Python's notation.
 
-    That is control characters (a terminal obeys those of C0 and C1: they move its cursor, set its title, answer for
-    its user), marks that turn the direction of text around or have no width, line breaks, and what `encoding` lacks.
+    These are control characters (those of C0 and C1 can move a terminal's cursor, set its title or answer for its
+    user), marks that change the direction of text or have no width, line breaks, and characters that `encoding` lacks.
 
     >>> print(printable("a\x1b[31m b\x9d\u202e\n \udcff ünï 😀"))
     a\x1b[31m b\x9d\u202e\n \udcff ünï 😀
@@ -28,6 +28,6 @@ def _shown(character: str) -> str:
 
 
 def print_line(text: str, *, stderr: bool = False) -> None:
-    """Print one line, `printable`, and at once."""
+    """Print one line, escaped by `printable`, and flush it."""
     file = sys.stderr if stderr else sys.stdout
     print(printable(text, getattr(file, "encoding", None) or "utf-8"), file=file, flush=True)

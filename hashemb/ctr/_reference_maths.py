@@ -1,7 +1,8 @@
-"""The slow twin of _maths: the same formulas, sums in the same order, in plain NumPy. Never imports the extension.
+"""The slow reference of _maths: the same formulas, with sums in the same order, in plain NumPy.
 
-An example is its keys' vectors (n, dim), values x (n,) and fields f (n,). A model's function returns what interactions
-add to the logit, and the function from the residual to the gradients. All is float32 but for the logistic function.
+This module never imports the extension. An example consists of its keys' vectors (n, dim), values x (n,) and fields f
+(n,). A model's function returns the contribution of interactions to the logit, and a function from the residual to
+the gradients. All arithmetic is float32 except the logistic function.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _HALF = np.float32(0.5)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Maths.run` leaves: in `out`, of either form; in the gradients of the vectors; in its sums."""
+    """The results of `Maths.run`: `out` in either form, the gradients of the vectors, and its sums."""
 
     logits: Floats
     probabilities: Floats
@@ -38,7 +39,7 @@ class Outcome:
 
 
 def sigmoid(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """1 / (1 + exp(-z)) in double precision."""
+    """Compute 1 / (1 + exp(-z)) in double precision."""
     z = np.asarray(logits, np.float64)
     e = exp(-np.abs(z))
     return np.where(np.isnan(z), z, np.where(z < 0.0, e, 1.0) / (1.0 + e))
@@ -58,7 +59,7 @@ def run(
     weights: Floats | None = None,
     pair_weights: Floats | None = None,
 ) -> Outcome:
-    """A whole batch; arguments as of `Maths` and `Maths.run`."""
+    """Compute a whole batch; the arguments are those of `Maths` and `Maths.run`."""
     sums, vectors = np.zeros_like(vectors), vectors[index]
     n, dim = len(labels), vectors.shape[1]
     ends = np.arange(n + 1) * num_fields if offsets is None else offsets
@@ -84,7 +85,7 @@ def run(
             total += block_total
             totals += [_fold(lanes) for lanes in pairs]
             block_total, pairs = 0.0, np.zeros_like(pairs)
-    np.add.at(sums, index, gradients)  # one after another
+    np.add.at(sums, index, gradients)  # adds them in order
     return Outcome(logits, probabilities, sums, total, totals)
 
 
@@ -111,7 +112,7 @@ def _fwfm(v: Floats, x: Floats, f: Ints, pair_weights: Floats) -> Interactions:
 
 def _ffm(v: Floats, x: Floats, f: Ints, rank: int) -> Interactions:
     def meets(i: int, j: int) -> slice:
-        """Where key i keeps its vector for the field of key j."""
+        """Return the slice of key i's row that holds its vector for the field of key j."""
         return slice(1 + f[j] * rank, 1 + f[j] * rank + rank)
 
     n = len(v)
@@ -141,7 +142,7 @@ def _add_pairs(pairs: Floats, residual: np.float32, y: Floats, f: Ints) -> None:
 
 
 def _sum(rows: Floats) -> Floats:
-    """First to last."""
+    """Sum the rows from first to last."""
     total = np.zeros(rows.shape[1:], np.float32)
     for row in rows:
         total += row
@@ -149,7 +150,7 @@ def _sum(rows: Floats) -> Floats:
 
 
 def _fold(elements: Floats) -> np.float32:
-    """The sum of all elements but the first: sixteen partial sums by lane, added as a tree."""
+    """Sum all elements except the first: sixteen partial sums by lane, added as a tree."""
     lanes = np.zeros(-(-len(elements) // _LANES) * _LANES, np.float32)
     lanes[1 : len(elements)] = elements[1:]
     sums = _sum(lanes.reshape(-1, _LANES))

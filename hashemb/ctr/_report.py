@@ -1,4 +1,4 @@
-"""What a reader says about its input: how many rows it delivered, how many it refused, and why."""
+"""A reader's report on its input: the number of rows delivered and rejected, and the reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_BAD_LINES_KEPT = 20
 
 
 class BadLine(NamedTuple):
-    """One refused row; its text is ``path:line: reason``.
+    """One rejected row; its text is ``path:line: reason``.
 
     `line` counts from 1. It is the line of a Criteo file, the record of a CSV file (the header is record 1; a
     quoted line break starts no new one) and the row of a Parquet file.
@@ -27,18 +27,17 @@ class BadLine(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """Counts of a reader so far.
+    """Counts of the rows that a reader has delivered and rejected so far.
 
     Attributes
     ----------
     rows_good : int
-        Rows delivered, plus the rows that ``start=`` skipped: ``open_reader(…, start=report.rows_good)`` goes on
-        where this reader stands.
+        Rows delivered, plus the rows that ``start=`` skipped: ``open_reader(…, start=report.rows_good)`` resumes
+        after the last row of this reader.
     rows_bad : int
-        Rows refused. Input is parsed ahead of delivery, so this may already count rows that come after the last
-        one delivered.
+        Rows rejected. Input is parsed ahead of delivery, so this may already count rows after the last delivered one.
     bad_lines : list of BadLine
-        The first 20 of them.
+        The first 20 rejected rows.
     """
 
     rows_good: int = 0

@@ -1,4 +1,4 @@
-"""What every format offers to the reader, and the rule that columns share: what kind each is."""
+"""The interface between formats and the reader, and the rule that infers the kinds of columns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block(NamedTuple):
     columns: dict[str, Any]
 
     def batch(self, schema: Schema, without: Iterable[int] = ()) -> Batch:
-        """The keys of the fields of `schema`, but for the rows `without`."""
+        """Encode the fields of `schema` as a batch, leaving out the rows `without`."""
         keys, labels = encode(self.columns, schema), self.labels
         rows = list(without)
         if rows:
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller says about the columns; the arguments of `open_reader`."""
+    """The caller's options for the columns: arguments of `open_reader`."""
 
     label: str | None = None
     numeric: tuple[str, ...] = ()
@@ -47,25 +47,25 @@ class Options:
 
 
 class Source(Protocol):
-    """One input of any format."""
+    """Protocol of one input of any format."""
 
     name: str
     format: str
     label: str | None
     label_values: LabelValues | None
-    schema: dict[str, Kind]  # every field that the input has, with the kind it would be read as
+    schema: dict[str, Kind]  # every field of the input, with its inferred kind
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file, as stored, that have been taken so far."""
+        """Bytes of the file, as stored, that have been read so far."""
 
     def accepts(self, field: str, kind: Kind) -> bool:
-        """Whether the column `field`, which it has, can be read as `kind`."""
+        """Return whether the existing column `field` can be read as `kind`."""
 
     def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
-        """The good rows in order, reduced to the fields of `schema`; the others go to `reject`.
+        """Yield the good rows in order, reduced to the fields of `schema`; pass the others to `reject`.
 
-        Batches are of any size. Formats that don't name their fields beforehand add those that they find to `schema`.
+        Batches may have any size. Formats that do not name their fields in advance add new fields to `schema`.
         """
 
     def close(self) -> None:
@@ -75,10 +75,10 @@ class Source(Protocol):
 def infer_schema(
     name: str, kinds: Mapping[str, Kind | None], label: str | None, options: Options, *, text: bool
 ) -> dict[str, Kind]:
-    """Kinds of the fields, from what their values look like (None: no values seen) and what the caller wants.
+    """Infer the kinds of the fields from the kinds of their values (None: no values seen) and the caller's options.
 
-    An input that has all of Criteo's columns gets Criteo's kinds where they fit, so that the same data in
-    another format gives the same keys. In `text` any column fits "string".
+    An input with all of Criteo's columns gets Criteo's kinds where they fit, so that the same data in another format
+    yields the same keys. In `text` any column can have kind "string".
     """
     for option, columns in (("numeric", options.numeric), ("categorical", options.categorical)):
         missing = [column for column in columns if column not in kinds or column == label]
@@ -109,7 +109,7 @@ def _kind(name: str, column: str, seen: Kind | None, usual: Kind | None, options
 
 
 def check_distinct(name: str, columns: Iterable[str]) -> None:
-    """Raise a ValueError where two columns of the input `name` have one name."""
+    """Raise a ValueError if two columns of the input `name` have the same name."""
     seen: set[str] = set()
     for column in columns:
         if column in seen:
@@ -118,7 +118,7 @@ def check_distinct(name: str, columns: Iterable[str]) -> None:
 
 
 def first_per_row(faults: Iterable[Fault]) -> list[Fault]:
-    """The first fault of each row."""
+    """Return the first fault of each row."""
     first: dict[int, str] = {}
     for row, reason in faults:
         first.setdefault(row, reason)

@@ -1,10 +1,9 @@
-r"""Text with any number of features a line: libsvm (``y index:value``), libffm (``y field:index:value``) and
+r"""Text formats with any number of features per line: libsvm (``y index:value``), libffm (``y field:index:value``) and
 Vowpal Wabbit (``y importance 'tag|namespace:scale feature:value``).
 
-A feature's key is that of its index (an integer; libsvm, libffm) or of the bytes of its name (Vowpal Wabbit), salted
-by its field or namespace; in libsvm there is none, and no salt. Fields are numbered as they first appear, and the
-schema keeps them in that order. All parsing is done in C; here are the fields that it meets for the first time, and
-words for what it could not read.
+A feature's key is the hash of its index (an integer; libsvm, libffm) or of the bytes of its name (Vowpal Wabbit),
+salted by its field or namespace; libsvm has no fields, and no salt. Fields are numbered in order of appearance, and the
+schema keeps them in that order. All parsing is done in C; this module adds new fields and describes parse errors.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _HEAD_LINES = 1000
 _LABEL = "label"
 _KINDS: dict[ExampleFormat, Kind] = {"libsvm": "integer", "libffm": "integer", "vw": "string"}
 _SNIFF_LINES = 100
-# Each text matches in one way only: with two, a line that fails at its end would be tried in 2^features ways.
+# Each pattern matches a text in only one way: with two, a line that fails at its end would take 2^features attempts.
 _NUMBER = re.compile(rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = _NUMBER.pattern
 _LINES: dict[ExampleFormat, re.Pattern[bytes]] = {
@@ -46,7 +45,7 @@ _LINES: dict[ExampleFormat, re.Pattern[bytes]] = {
 }
 _MEANINGS = {-1.0: 0.0, 0.0: 0.0, 1.0: 1.0}
 
-# By the codes of csrc/tokens.h; {} is the text to blame.
+# Messages by the error codes of csrc/tokens.h; {} is replaced by the offending text.
 _FAULTS = (
     "",
     "empty line",
@@ -69,14 +68,14 @@ Faults = npt.NDArray[np.int64]
 
 
 class _Head(NamedTuple):
-    """What the first lines of an input say."""
+    """Statistics of the first lines of an input."""
 
     labelled: bool
-    words: Counter[str]  # the first of each labelled line
+    words: Counter[str]  # the first word of each labelled line
 
 
 class ExampleSource:
-    """A stream of lines in one of these formats; whether they have labels is what most of the first lines say."""
+    """A stream of lines in one of these formats; most of the first lines determine whether there are labels."""
 
     def __init__(self, stream: Stream, format: ExampleFormat, options: Options) -> None:
         if options.label not in (None, _LABEL) and options.schema is None:
@@ -101,11 +100,11 @@ class ExampleSource:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file, as stored, that have been taken so far."""
+        """Bytes of the file, as stored, that have been read so far."""
         return self._stream.bytes_read
 
     def accepts(self, field: str, kind: Kind) -> bool:
-        """Whether the field can be read as `kind`."""
+        """Return whether the field can be read as `kind`."""
         return kind == _KINDS[self._format]
 
     def close(self) -> None:
@@ -113,7 +112,7 @@ class ExampleSource:
         self._stream.close()
 
     def batches(self, schema: dict[str, Kind], reject: Reject) -> Iterator[Batch]:
-        """The good examples in order; the other lines go to `reject`, and new fields to the end of `schema`."""
+        """Yield the good examples in order; pass other lines to `reject`, and append new fields to `schema`."""
         first_line = 1
         fields = _field_table(schema)
         for block in line_blocks(self._stream, block_bytes=_BLOCK_BYTES, max_line_bytes=MAX_LINE_BYTES):
@@ -132,7 +131,7 @@ class ExampleSource:
     def _parse(
         self, block: bytes, first_line: int, schema: dict[str, Kind], fields: _tokens.FieldTable, reject: Reject
     ) -> Batch:
-        """The examples of a block; the fields that are new go to the end of `schema`."""
+        """Parse the examples of a block; append new fields to `schema`."""
         arrays, faults, names = _tokens.tokenize_examples(block, self.format, fields, self._meanings, MAX_LINE_BYTES)
         self._reject(block, faults, first_line, reject)
         for line, name in names:
@@ -157,7 +156,7 @@ def _field_table(schema: Iterable[str]) -> _tokens.FieldTable:
 
 
 def recognise(head: bytes) -> ExampleFormat | None:
-    """The format that the first line and most of the first 100 are in, with labels and features; or None."""
+    """Return the format that fits the first line and most of the first 100, with labels and features, or None."""
     lines = _whole_lines(head).split(b"\n")[:_SNIFF_LINES]
     lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
     for format, pattern in _LINES.items():
@@ -168,7 +167,7 @@ def recognise(head: bytes) -> ExampleFormat | None:
 
 
 def _whole_lines(head: bytes) -> bytes:
-    """The lines that `head` holds whole, or all of it where that is no line."""
+    """Return the complete lines in `head`, or all of it if it has none."""
     text = head.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
     return text[: text.rfind(b"\n") + 1] or text + b"\n"
 
@@ -185,7 +184,7 @@ def _is_comment(line: bytes, format: ExampleFormat) -> bool:
 
 
 def _label_word(line: bytes, format: ExampleFormat) -> bytes | None:
-    """Where the label stands, by the rules of csrc/tokens_examples.c."""
+    """Return the word at the label's position, by the rules of csrc/tokens_examples.c."""
     if format == "vw":
         head, _, _ = line.partition(b"|")
         words = head.split()

@@ -1,4 +1,4 @@
-"""Bytes of one input: opened, decompressed, counted, and cut into blocks of whole lines.
+"""Read the bytes of one input: open, decompress and count them, and cut them into blocks of whole lines.
 
 Compression is recognised by the first bytes of the data, so it works for standard input and for misnamed files.
 """
@@ -24,7 +24,7 @@ _READ_BYTES = 1 << 18
 
 
 def file_size(path: str) -> int | None:
-    """Bytes of a regular file; None for standard input and pipes, which tell only at their end."""
+    """Return the size of a regular file; None for standard input and pipes, whose size is unknown until their end."""
     if path == STDIN:
         return None
     status = os.stat(path)
@@ -32,7 +32,7 @@ def file_size(path: str) -> int | None:
 
 
 def without_compression_suffix(name: str) -> str:
-    """`name` as it would be without compression.
+    """Return `name` without the suffix of a compression format.
 
     >>> without_compression_suffix("clicks.csv.gz"), without_compression_suffix("clicks.csv")
     ('clicks.csv', 'clicks.csv')
@@ -42,7 +42,7 @@ def without_compression_suffix(name: str) -> str:
 
 
 class _CountedFile:
-    """A binary file that counts what is taken from it, with a first look that takes nothing."""
+    """A binary file that counts the bytes read from it and supports `peek`, which consumes nothing."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -51,7 +51,7 @@ class _CountedFile:
         self.closed = False
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes (fewer at the end), which stay to be read."""
+        """Return the next `size` bytes (fewer at the end) without consuming them."""
         while len(self._ahead) < size:
             more = self._file.read(size - len(self._ahead))
             if not more:
@@ -60,34 +60,34 @@ class _CountedFile:
         return self._ahead[:size]
 
     def read(self, size: int = _READ_BYTES) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """Return at most `size` bytes; b"" at the end."""
         data: bytes = self._ahead[:size] or self._file.read(size)
         self._ahead = self._ahead[size:]
         self.bytes_read += len(data)
         return data
 
     def readable(self) -> bool:
-        """True, as PyArrow asks."""
+        """Return True, as PyArrow requires."""
         return True
 
     def close(self) -> None:
         """Close the file, unless it is standard input."""
-        if not self.closed:  # PyArrow does so again when it lets go of the file, maybe as Python ends
+        if not self.closed:  # PyArrow closes the file again on release, maybe as Python exits
             self.closed = True
             if self._file is not sys.stdin.buffer:
                 self._file.close()
 
 
 class Stream:
-    """The decompressed bytes of a file, or of standard input where `path` is ``-``.
+    """The decompressed bytes of a file, or of standard input if `path` is ``-``.
 
-    A file-like object (`read`, `readable`, `closed`, `close`), which is what PyArrow's CSV reader takes.
+    It is a file-like object (`read`, `readable`, `closed`, `close`), as PyArrow's CSV reader requires.
 
     Raises
     ------
     ValueError
-        The file is named .gz, .zst or .bz2 and is something else; or, from `read`, the compressed data is damaged or
-        ends early. The message names the file.
+        The file is named .gz, .zst or .bz2 but has another format; or, from `read`, the compressed data is damaged or
+        truncated. The message names the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -115,7 +115,7 @@ class Stream:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes taken from the file as it is stored, that is, before decompression."""
+        """Bytes read from the file as stored, that is, before decompression."""
         return self._stored.bytes_read
 
     @property
@@ -124,11 +124,11 @@ class Stream:
         return self._stored.closed
 
     def readable(self) -> bool:
-        """True, as PyArrow asks."""
+        """Return True, as PyArrow requires."""
         return True
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes (fewer at the end), which stay to be read."""
+        """Return the next `size` bytes (fewer at the end) without consuming them."""
         while len(self._ahead) < size:
             more = self._read_plain(_READ_BYTES)
             if not more:
@@ -137,7 +137,7 @@ class Stream:
         return self._ahead[:size]
 
     def read(self, size: int = _READ_BYTES) -> bytes:
-        """`size` bytes, fewer only at the end: who parses in blocks must not get a part of a line for one."""
+        """Return `size` bytes, fewer only at the end: a parser of blocks must not take part of a line for a line."""
         parts = [self._ahead[:size]]
         self._ahead = self._ahead[size:]
         missing = size - len(parts[0])
@@ -161,9 +161,9 @@ class Stream:
 def line_blocks(stream: Stream, *, block_bytes: int, max_line_bytes: int) -> Iterator[bytes]:
     r"""Cut `stream` into blocks of whole lines, each block ending in ``\n``.
 
-    A byte-order mark at the very start is dropped and ``\r\n`` becomes ``\n``. Of a line longer than
-    `max_line_bytes` the part past that may be dropped, but enough is kept to see that it is too long: memory
-    stays bounded by ``block_bytes + max_line_bytes``, whatever the input.
+    A byte-order mark at the very start is dropped and ``\r\n`` becomes ``\n``. The part of a line beyond
+    `max_line_bytes` may be dropped, but enough is kept to detect that the line is too long: memory is bounded by
+    ``block_bytes + max_line_bytes`` for any input.
     """
     if stream.peek(3) == b"\xef\xbb\xbf":
         stream.read(3)

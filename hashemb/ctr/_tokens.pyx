@@ -1,7 +1,7 @@
-"""Text in Criteo's, libsvm's, libffm's and Vowpal Wabbit's formats -> labels, keys, values: wrappers over csrc/tokens.h.
+"""Parse text in the formats of Criteo, libsvm, libffm and Vowpal Wabbit: wrappers over csrc/tokens.h.
 
-It knows blocks of whole lines and numbers, no files and no schema. Every call allocates its results, lets go of the GIL
-for one pass over the text, and trims them.
+The module converts blocks of whole lines to labels, keys and values; it knows no files and no schema. Every call
+allocates its results, releases the GIL for one pass over the text, and trims the results.
 """
 
 import os
@@ -104,17 +104,17 @@ cdef int _check_lines(bytes text) except -1:
 
 
 cdef class CriteoTokenizer:
-    """Criteo lines -> labels and keys of the columns wanted.
+    """Converts Criteo lines to labels and the keys of selected columns.
 
     Parameters
     ----------
     columns : list of (int, int, bool)
-        For each of the 39 columns: its place in a row of keys (-1: not wanted), the seed of its field, and whether
+        For each of the 39 columns: its position in a row of keys (-1: not selected), the seed of its field, and whether
         it is a count.
     num_keys : int
-        Keys in a row.
+        Number of keys in a row.
     small, first, octave : ndarray of int16, int64, int32
-        Buckets of counts: of 0 .. 4095; the first count of each bucket; the bucket of each power of two.
+        Buckets of counts: those of 0 .. 4095; the first count of each bucket; the bucket of each power of two.
     """
 
     cdef tok_column columns[TOK_COLUMNS]
@@ -139,18 +139,19 @@ cdef class CriteoTokenizer:
         self.num_keys = num_keys
 
     def tokenize(self, bytes text, bint labelled):
-        """Rows of a block of whole lines.
+        """Parse a block of whole lines.
 
         Returns
         -------
         labels : ndarray of float32, shape (n,)
-            Of length 0 if not `labelled`.
+            Labels; an empty array if not `labelled`.
         keys : ndarray of uint64, shape (n, num_keys)
+            Keys of the rows.
         odd : ndarray of int64, shape (m, 3)
-            Lines that are not plain: their number in the block from 0, where they begin, and the row that was left
-            free for them, or -1.
+            Unusual lines: the line's number in the block, counted from 0, its offset, and the row that is reserved for
+            it, or -1.
         num_lines : int
-            Lines in the block.
+            Number of lines in the block.
         """
         _check_lines(text)
         cdef const uint8_t *data = text
@@ -169,12 +170,12 @@ cdef class CriteoTokenizer:
 
 
 cdef class FieldTable:
-    """Numbers and seeds of fields, found by the bytes of their names, in the order in which they are added.
+    """A hash table of fields by name, which holds their seeds and numbers them in the order in which they are added.
 
     Parameters
     ----------
     limit : int
-        Fields after which `tokenize_examples` adds no more.
+        Maximum number of fields; `tokenize_examples` adds no more.
     """
 
     cdef object _arrays
@@ -190,10 +191,10 @@ cdef class FieldTable:
         return self.c.count
 
     cdef _make_room(self, int bits):
-        """Moves the fields to 2^bits slots."""
+        """Move the fields to 2^bits slots."""
         cdef int64_t slot, old_slots = 0 if self._arrays is None else len(self._arrays[0])
         cdef tok_fields old = self.c
-        cdef object kept = self._arrays  # what `old` points to
+        cdef object kept = self._arrays  # keeps the memory that `old` points to
         cdef int64_t slots = 1 << bits
         self._arrays = (np.zeros(slots, np.uint64), np.full(slots, -1, np.int32), np.zeros(slots, np.uint32),
                         np.empty((slots, 3), np.int64))
@@ -209,19 +210,19 @@ cdef class FieldTable:
             tok_add_field(&self.c, hashes[slot], old.seeds[slot])
 
     cdef bint _grow(self) except -1:
-        """Whether there is room for more fields now."""
+        """Grow the table if it is full; return whether there is room for more fields."""
         if self.c.count >= self.c.room and self.c.room < self.limit:
             self._make_room(65 - self.c.shift)
         return self.c.count < self.c.room
 
     def append(self, bytes name):
-        """Give `name` the next number."""
+        """Add `name`, with the next number."""
         if 2 * self.c.count + 2 > len(self._arrays[0]):
             self._make_room(65 - self.c.shift)
         tok_add_field(&self.c, murmur_hash(name, len(name), 0), mmh3.hash(name, 0, signed=False))
 
     cdef list _take_new(self, bytes text):
-        """(line, name) of the fields that the parser has added, which get their seeds."""
+        """Set the seeds of the fields that the parser has added, and return their (line, name)."""
         cdef int64_t i, first = self.c.count - self.c.num_new
         cdef list found = []
         for i in range(self.c.num_new):
@@ -232,22 +233,23 @@ cdef class FieldTable:
 
 
 def tokenize_examples(bytes text, str format, FieldTable fields, object labels, int64_t max_line_bytes):
-    """Examples of a block of whole lines. Fields that it meets for the first time are added to `fields`.
+    """Parse the examples of a block of whole lines. New fields are added to `fields`.
 
     Parameters
     ----------
     labels : dict of float to float, or None
-        At most four values that a label may have, and what they mean. None: labels are passed over.
+        At most four values that a label may have, and their meanings. None: labels are skipped.
 
     Returns
     -------
     arrays : tuple of ndarray
-        labels (None without), offsets, keys, values, fields (None for libsvm), weights (None but for vw).
+        Labels (None if `labels` is None), offsets, keys, values, fields (None for libsvm) and weights (None unless the
+        format is vw).
     faults : ndarray of int64, shape (m, 4)
-        Line, code, and the beginning and length of the part of the text that is to blame.
+        Line, code, and the beginning and length of the offending text.
     names : list of (int, bytes)
-        Lines and names of the fields that are new, in the order of their numbers. One more than `fields` has room for
-        means that the text was read up to that line only.
+        Lines and names of the new fields, in the order of their numbers. If there is one more than `fields` has room
+        for, the text was parsed only up to that line.
     """
     cdef tok_rules rules
     cdef tok_examples c
@@ -293,7 +295,7 @@ cdef tuple _example_arrays(str format, int64_t rows, int64_t features, bint labe
 
 
 cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
-    """Copies of what was filled: what is not would stay reserved as long as the batches live."""
+    """Copy the filled parts of the arrays: otherwise the unused memory would be held as long as the batches."""
     labels, offsets, keys, values, fields, weights = arrays
     return (None if labels is None else labels[:rows].copy(), offsets[:rows + 1].copy(), keys[:features].copy(),
             values[:features].copy(), None if fields is None else fields[:features].copy(),
@@ -301,12 +303,12 @@ cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
 
 
 def get_isa():
-    """The instruction set in use: "baseline" or "avx512"."""
+    """Return the instruction set in use: "baseline" or "avx512"."""
     return "avx512" if tok_uses_avx512() else "baseline"
 
 
 def set_isa(name):
-    """Uses no more than one instruction set: "baseline", "avx2" (for which there is nothing of its own) or "avx512"."""
+    """Limit the instruction set to "baseline", "avx2" (which has no separate code here) or "avx512"."""
     if name not in ("baseline", "avx2", "avx512"):
         raise ValueError(f"no instruction set {name!r}: there are baseline, avx2 and avx512")
     tok_limit_isa(name != "avx512")

@@ -1,4 +1,4 @@
-"""Files of impressions, written under a temporary name and renamed when complete."""
+"""Write files of impressions under a temporary name and rename them when they are complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (".parquet", *_TSV_CODECS)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, or removed if the block fails."""
+    """Provide a temporary path next to `path`, which is renamed to `path` at the end, or removed if the block fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_writer(path: Path, name: str) -> Iterator[Write]:
-    """A function that appends columns to the file `path`, in the format that the suffix of `name` says."""
+    """Provide a function that appends columns to the file `path`, in the format given by the suffix of `name`."""
     suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     if suffix is None:
         raise ValueError(f"{name}: the suffix must be one of {', '.join(SUFFIXES)}")

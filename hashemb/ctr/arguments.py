@@ -1,4 +1,4 @@
-"""The options of `hashemb train`, and those that other commands share: their types, parsers and help."""
+"""The options of `hashemb train` and those shared with other commands: their types, parsers and help texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 
 
 def parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse`, with its `ValueError` as a usage error that names the option."""
+    """Wrap `parse` so that its `ValueError` becomes a usage error that names the option."""
 
     def convert(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Batches of examples, consecutive rows of the input as a matrix of keys or ragged: how they are cut and joined."""
+"""Batches of consecutive examples, as a matrix of keys or in ragged form, and how they are cut and joined."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ class Batch(NamedTuple):
     Attributes
     ----------
     labels : ndarray of float32, shape (n,), or None
-        0 or 1; None when the source has no labels.
+        Labels 0 or 1; None if the source has no labels.
     keys : ndarray of uint64
-        Shape (n, num_fields), C-contiguous; column j belongs to ``reader.field_names[j]`` and is salted by that name.
-        Where `offsets` is given, shape (nnz,): examples of any number of features.
+        Keys of shape (n, num_fields), C-contiguous; column j is ``reader.field_names[j]`` and is salted by that name.
+        If `offsets` is given, keys of shape (nnz,), for examples with any number of features.
     offsets : ndarray of int64, shape (n + 1,), or None
-        Example i owns ``keys[offsets[i]:offsets[i + 1]]``.
+        Example i has the keys ``keys[offsets[i]:offsets[i + 1]]``.
     values : ndarray of float32, of the shape of `keys`, or None
         Values of the features; None: all are 1.
     fields : ndarray of int32, shape (nnz,), or None
-        Field of each key, a position in ``reader.field_names``. In the matrix form it is the column; libsvm has none.
+        Field of each key, as an index into ``reader.field_names``. It is None in the matrix form, where the column is
+        the field, and for libsvm, which has no fields.
     weights : ndarray of float32, shape (n,), or None
         Importance of the examples; None: all are 1.
     numbering : (ndarray of uint64, shape (m,), ndarray of int32, of as many elements as `keys`), or None
-        The distinct keys, and where in them each key stands, if that has been found out before the batch is learned.
+        The distinct keys, and the position of each key among them, if they were computed before the batch is learned.
     """
 
     labels: npt.NDArray[np.float32] | None
@@ -45,16 +46,16 @@ class Batch(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """Examples in the batch."""
+        """Number of examples in the batch."""
         return len(self.keys) if self.offsets is None else len(self.offsets) - 1
 
     def features(self) -> dict[str, Any]:
-        """`offsets`, `values` and `fields`, those that are not None: what a model takes beside `keys`."""
+        """Return those of `offsets`, `values` and `fields` that are not None, as keyword arguments of a model."""
         given = {"offsets": self.offsets, "values": self.values, "fields": self.fields}
         return {name: array for name, array in given.items() if array is not None}
 
     def examples(self, first: int, last: int) -> Batch:
-        """Examples `first` up to `last`, as views where possible."""
+        """Return examples `first` up to `last`, as views where possible."""
         rows = flat = slice(first, last)
         offsets = self.offsets
         if offsets is not None:
@@ -71,7 +72,7 @@ class Batch(NamedTuple):
 
 
 def number_keys(finder: DistinctKeys) -> Callable[[Batch], Batch]:
-    """What adds the `numbering` to a batch, with a finder that nobody else uses."""
+    """Return a function that adds the `numbering` to a batch; it must be the only user of `finder`."""
 
     def numbered(batch: Batch) -> Batch:
         keys = batch.keys.reshape(-1)
@@ -87,7 +88,7 @@ def _part(array: npt.NDArray[Any] | None, rows: slice) -> Any:
 
 
 def rebatch(parts: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    """The same examples in batches of `batch_size`; the last one may be shorter. Only what straddles is copied."""
+    """Cut the examples into batches of `batch_size`; the last may be shorter. Only batches across parts are copied."""
     waiting: list[Batch] = []
     missing = batch_size
     for part in parts:
@@ -104,7 +105,7 @@ def rebatch(parts: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
 
 
 def _join(batches: list[Batch]) -> Batch:
-    """One batch of several of the same form."""
+    """Join several batches of the same form."""
     if len(batches) == 1:
         return batches[0]
     labels, keys, _, values, fields, weights = (

@@ -1,4 +1,4 @@
-"""Predicted against observed click-through rates, bin by bin: quantiles of the score, and how sure one can be."""
+"""Compare predicted and observed click-through rates in quantile bins of the score, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Floats = npt.NDArray[np.float64]
 
 
 class CalibrationBin(NamedTuple):
-    """Examples whose predictions are neighbours.
+    """A bin of examples with similar predictions.
 
     Attributes
     ----------
     weight : float
-        Sum of the weights of the examples; their number, where none were given.
+        Sum of the weights of the examples; without weights, their number.
     predicted : float
         Mean of the predictions.
     observed : float
         Share of positives.
     low, high : float
-        95 % Wilson interval of the rate behind `observed`: calibrated predictions lie in it 19 times out of 20.
+        95 % Wilson interval of the true rate behind `observed`; calibrated predictions lie in it 19 times out of 20.
     """
 
     weight: float
@@ -39,7 +39,7 @@ class CalibrationBin(NamedTuple):
 
 
 def wilson_interval(rate: float, count: float) -> tuple[float, float]:
-    """The 95 % score interval of a share `rate` of `count` independent examples.
+    """Compute the 95 % score interval of a share `rate` among `count` independent examples.
 
     References
     ----------
@@ -59,21 +59,21 @@ def wilson_interval(rate: float, count: float) -> tuple[float, float]:
 def calibration_bins(
     scores: Floats, weights: Floats, positive_weights: Floats, squared_weights: Floats, num_bins: int
 ) -> list[CalibrationBin]:
-    """Bins of equal weight over groups of examples.
+    """Put groups of examples into bins of equal weight.
 
     Parameters
     ----------
     scores : ndarray of float64, shape (g,)
-        Mean prediction of each group, ascending. Groups of equal scores share a bin.
+        Mean prediction of each group, in ascending order. Groups with equal scores share a bin.
     weights, positive_weights, squared_weights : ndarray of float64, shape (g,)
-        Per group: the sum of weights, that of the positive examples, and the sum of squared weights.
+        For each group: the sum of weights, that of the positive examples, and the sum of squared weights.
     num_bins : int
-        At least 1.
+        Number of bins, at least 1.
 
     Returns
     -------
     list of CalibrationBin
-        Without empty ones. With unequal weights, the interval is that of ``(sum w)**2 / sum w**2`` examples
+        The non-empty bins. With unequal weights, the interval is computed for ``(sum w)**2 / sum w**2`` examples
         (Kish: Survey Sampling, 1965).
     """
     if num_bins < 1:
@@ -95,9 +95,9 @@ def _bin(weight: float, predicted: float, positive: float, squared: float) -> Ca
 
 
 def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Mean distance between predicted and observed rate over the bins, by weight; NaN without any.
+    """Compute the weighted mean distance between predicted and observed rates over the bins; NaN without bins.
 
-    It grows with the number of bins, and is above 0 for a calibrated model too, by the noise of the rates.
+    The error grows with the number of bins. It is above 0 for a calibrated model too, because of noise in the rates.
 
     References
     ----------

@@ -1,8 +1,8 @@
-"""Points to go on from after a kill, so that nothing is lost or learned twice; and deltas of them for serving.
+"""Checkpoints, from which training resumes after a kill without losing or repeating examples, and deltas for serving.
 
-A checkpoint is a snapshot of the model's table that carries the card of its moment, and with it the positions in the
-data. Deltas are published only once the snapshot that they lead up to is on disk: so a trainer that goes back to it
-never takes back what a server has been given.
+A checkpoint is a snapshot of the model's table that also holds the model's card at that time, and with it the positions
+in the data. A delta is published only when the snapshot that it leads up to is on disk, so a trainer that restores the
+snapshot never reverts what a server has already received.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Checkpoints:
     Parameters
     ----------
     directory : path
-        Where snapshots go, one directory each; the last two are kept. Made if need be.
+        Directory for snapshots, one subdirectory each; the last two are kept. It is created if it does not exist.
     deltas : path, optional
-        Where deltas go, for `hashemb follow`: the first holds everything. Made if need be.
+        Directory for deltas, for `hashemb follow`; the first delta holds the whole table. It is created if it does not
+        exist.
     """
 
     def __init__(self, directory: str | os.PathLike[str], deltas: str | os.PathLike[str] | None = None) -> None:
@@ -43,12 +44,12 @@ class Checkpoints:
                 path.mkdir(parents=True, exist_ok=True)
 
     def take(self, table: hashemb.EmbeddingTable, card: ModelCard) -> None:
-        """Take a checkpoint, unless there is one of this step, and publish the delta that leads up to it.
+        """Take a checkpoint, unless this step has one, and publish the delta that leads up to it.
 
         Raises
         ------
         OSError, HashembError
-            There is no room, or the deltas in the directory are not this table's.
+            The disk is full, or the deltas in the directory belong to another table.
         """
         place = self.directory / f"step-{table.step:015d}"
         if place.exists():
@@ -77,19 +78,19 @@ class Checkpoints:
         return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
 
     def resume(self, model: str | os.PathLike[str]) -> int | None:
-        """Put the model back to its last checkpoint, if its table went on after what its card says.
+        """Restore the model to its last checkpoint if its table differs from its card, as after a kill.
 
-        Nobody may have the table open for writing.
+        No process may have the table open for writing.
 
         Returns
         -------
         int or None
-            The step it is at now, if it was put back.
+            The model's current step if it was restored, else None.
 
         Raises
         ------
         HashembError
-            There is no checkpoint to put it back to, or it is damaged.
+            There is no checkpoint to restore, or it is damaged.
         """
         places = self._places()
         last = hashemb.info(places[-1]).snapshot if places else None
@@ -109,7 +110,7 @@ class Checkpoints:
         return last.step
 
     def _settle_pending(self, extra: dict[str, Any]) -> None:
-        """A delta whose snapshot was finished belongs to it; another's was not, and its steps will be done again."""
+        """Publish a pending delta if its snapshot was finished; else discard it, as its steps will be repeated."""
         for path in self.deltas.glob(f"*{PENDING}") if self.deltas else ():
             if path.stem == extra.get("delta"):
                 os.rename(path, path.with_suffix(""))
@@ -118,6 +119,6 @@ class Checkpoints:
 
 
 def _is_whole(model: str | os.PathLike[str]) -> bool:
-    """Whether the table holds what its card says, and nothing more."""
+    """Return whether the table is clean and at the step that its card records."""
     info = hashemb.info(model)
     return info.clean and info.step == read_card(model).table_step

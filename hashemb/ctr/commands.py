@@ -1,4 +1,4 @@
-"""The commands of `hashemb`: options in, work done by the modules beside this one, lines out."""
+"""The commands of `hashemb`: parse options, call the other modules of this package, and print the results."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def train(
     snapshots: Snapshots = None,
     deltas: Deltas = None,
 ) -> None:
-    """Learn files, printing the loss on each example before it is learned. Run again to resume.
+    """Train a model on files, printing the progressive validation loss. Run again to resume.
 
-    A model that exists keeps the options it was made with. Ctrl-C finishes the batch and saves.
+    An existing model keeps the options it was created with. Ctrl-C finishes the batch and saves.
     """
     options = ModelOptions(
         model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
@@ -126,7 +126,7 @@ def train(
         initial_accumulator=initial_accumulator, lr=lr,
     )  # fmt: skip
     agreed_sampling(None, negative_rate, negative_correction)
-    require("pyarrow")  # as the console, needed later: to be missed before anything is made
+    require("pyarrow")  # needed later, like the console: fail before anything is created
     console = _console()
     check_paths(files)
     table = table or default_table(files)
@@ -151,7 +151,7 @@ def train(
         sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
         card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
         if learner.kind == "fm" and not os.environ.get("HASHEMB_NUM_THREADS"):
-            # Reading an example takes as long as learning it, and threads that wait for a CPU hold both up.
+            # Reading an example takes as long as learning it, and threads that wait for a CPU delay both.
             hashemb.set_num_threads(max(1, hashemb.get_num_threads() - 1))
         trainer = Trainer(
             table, learner, card, files, passes=passes or card.passes, strict=strict, schedule=progress,
@@ -161,7 +161,7 @@ def train(
 
 
 def _resume(table: Path, snapshots: Path | None, deltas: Path | None, console: Console) -> Checkpoints | None:
-    """The checkpoints, if there are to be any, after the model is back at the last one if it was killed."""
+    """Return the checkpoints, if requested, after restoring the last one if the trainer was killed."""
     if snapshots is None:
         if deltas is not None:
             raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
@@ -186,10 +186,10 @@ def predict(
         bool, typer.Option("--skip-bad-lines", help="Leave bad lines out of the output instead of stopping at one.")
     ] = False,
 ) -> None:
-    """Print the probability of each example, one a line. Only reads the table, beside any trainer."""
+    """Print the probability of each example, one per line. The table is only read, so training may continue."""
     try:
         bad = _predict(files, table, output, data_format=data_format, label=label, strict=not skip_bad_lines)
-    except BrokenPipeError:  # whoever reads our output has had enough: `hashemb predict … | head`
+    except BrokenPipeError:  # the reader of our output has closed it: `hashemb predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if bad:
@@ -198,7 +198,7 @@ def predict(
 
 
 def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any) -> int:
-    """Score the files into `output`; the number of bad lines left out."""
+    """Score the files and write to `output`; return the number of bad lines that were skipped."""
     model, card = load_model(table)
     with closing(model.table), ExitStack() as stack:
         reader = stack.enter_context(open_for_scoring(card, files, **reading))
@@ -218,7 +218,7 @@ def inspect(
     table: Annotated[Path, typer.Argument(help="Directory of a table or model.")],
     exact: Annotated[bool, typer.Option("--exact", help="Count touched rows by reading them.")] = False,
 ) -> None:
-    """Show a table's geometry, optimiser, occupancy and size, and the model on it."""
+    """Show a table's geometry, optimiser, occupancy and size, and its model."""
     console = _console()
     for name, value in describe(table, exact=exact):
         say(console, f"{name:<16} {value}")
@@ -229,7 +229,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="Directory of a table, model or snapshot; or a delta file.")],
     suspects: Annotated[bool, typer.Option("--suspects", help="Name rows that killed processes were writing.")] = False,
 ) -> None:
-    """Check a table, snapshot or delta: every check sum and every invariant. Status 1 if something is wrong."""
+    """Check all checksums and invariants of a table, snapshot or delta. Exit with status 1 if any fails."""
     problems = _verify(path, suspects=suspects)
     for problem in problems:
         print_line(str(problem))
@@ -244,7 +244,7 @@ def repair(
     snapshot: Annotated[Path, typer.Option("--from", help="A snapshot of it.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
 ) -> None:
-    """Put a snapshot in the place of a damaged table, which is kept beside it. Does nothing to a table in order."""
+    """Replace a damaged table with a snapshot; the damaged table is kept. An intact table is not changed."""
     problems = _verify(table)
     if not problems:
         say(_console(), f"{table}: nothing is wrong, nothing to repair")
@@ -267,7 +267,7 @@ def _verify(path: Path, *, suspects: bool = False) -> list[hashemb.Problem]:
 
 @contextmanager
 def _counting(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over blocks whose number is known only when it moves."""
+    """Show a progress bar over blocks, whose total number is known only at the first update."""
     with progress_bar(_console(stderr=True), label, 1000, unit_name="blocks") as advance:
         yield lambda done, total: advance(done * 1000 // max(total, 1), done)
 
@@ -279,7 +279,7 @@ def demo(
         Any, typer.Option(parser=COUNT, metavar="COUNT", help="Impressions to generate. [default: 1,000,000]")
     ] = None,
 ) -> None:
-    """Generate a click log, learn it, and compare the model with the truth that generated it."""
+    """Generate a click log, train on it, and compare the model with the true probabilities."""
     raise typer.Exit(run_demo(dir, impressions or 1_000_000, _console()))
 
 
@@ -291,7 +291,7 @@ def snapshot(
     table: TableDirectory,
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
 ) -> None:
-    """Copy a table as it is at one point in time, while trainers go on."""
+    """Copy a table at one point in time, while training continues."""
     with hashemb.open(table, "r+") as opened:
         info = opened.snapshot(target)
     print_line(f"snapshot number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {target}")
@@ -312,7 +312,7 @@ def delta(
         ),
     ] = None,
 ) -> None:
-    """Write what changed in a table since a snapshot or delta to one file, while trainers go on."""
+    """Write the changes in a table since a snapshot or delta to one file, while training continues."""
     with hashemb.open(table, "r+") as opened:
         info = opened.export_delta(since, output, state=state, dtype=dtype)
     print_line(f"delta number {info.sequence}, step {info.step:,}: {info.num_blocks:,} blocks in {output}")
@@ -336,10 +336,10 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _output(path: Path | None) -> AbstractContextManager[IO[str]]:
-    """Standard output, left open; or the file at `path`, which appears when it is complete."""
+    """Open standard output, which stays open, or the file at `path`, which appears when it is complete."""
     if path is None:
         return nullcontext(sys.stdout)
-    if path.exists() and not path.is_file():  # /dev/null, a pipe: to be written to, never to be replaced
+    if path.exists() and not path.is_file():  # /dev/null or a pipe: write to it, never replace it
         return open(path, "w", encoding="ascii")
     return _replacing(path)
 

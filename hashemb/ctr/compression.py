@@ -1,13 +1,13 @@
-"""Tables much smaller than one row per distinct value, put together from the rows of an ordinary one.
+"""Compressed tables with far fewer rows than distinct values, built on an ordinary table.
 
-Beyond what a table has by itself (one hash, several hashes, 16-bit rows), two ways to spend few rows well:
+A table by itself offers one hash, several hashes and 16-bit rows. This module adds two ways to use few rows well:
 
-- `FrequentRows`: values that are seen often have rows of their own, the others share what is left;
-- `QuotientRemainder`: each value has a pair of rows, which are multiplied, and hardly any two have the same pair.
+- `FrequentRows`: frequent values have rows of their own, and the others share the remaining rows;
+- `QuotientRemainder`: each value has a pair of rows, which are multiplied, and few values have the same pair.
 
-Both have the three things of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a
-model takes one in place of its table. Neither holds anything that is learned: that stays in the table, for every
-process on it. docs/compression.md compares them.
+Both provide the three members of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a
+model accepts one in place of its table. All learned state stays in the table, where every process that attaches to it
+sees it. docs/compression.md compares the two.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["FrequentRows", "QuotientRemainder", "keys_for_rows", "most_frequent_
 Float32Array = npt.NDArray[np.float32]
 KeyArray = npt.NDArray[np.uint64]
 
-_FACTORS = (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser, last first
-_MAX_ROWS = 1 << 32  # up to which the inverse below is exact in 64 bits
+_FACTORS = (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD)  # the multipliers of MurmurHash3's finaliser, last first
+_MAX_ROWS = 1 << 32  # the inverse below is exact in 64 bits up to here
 _SALT = np.uint64(0x9E3779B97F4A7C15)
 
 
 def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
-    """For each row a key that the table sends there.
+    """Find a key for each row that the table maps to that row.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of at most 2**32 rows, and one hash.
+        Table with at most 2**32 rows and one hash.
     rows : array_like of int, any shape
-        In [0, num_embeddings).
+        Row numbers in [0, num_embeddings).
 
     Returns
     -------
@@ -52,12 +52,13 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
     Raises
     ------
     ValueError
-        The table has more rows or hashes, or a row is outside it.
+        The table has more rows or hashes, or a row is out of range.
 
     Notes
     -----
-    The table takes ``mulhi64(fmix64(key ^ salt), n)`` for the row. The least mixed value of row r is ``ceil(r 2**64 /
-    n)``, and `fmix64` is a bijection: its shifts and multiplications are taken back one by one. O(1) for each row.
+    The table computes the row as ``mulhi64(fmix64(key ^ salt), n)``. The smallest mixed value of row r is
+    ``ceil(r 2**64 / n)``, and `fmix64` is a bijection, whose shifts and multiplications are inverted one by one. This
+    takes O(1) per row.
 
     Examples
     --------
@@ -78,7 +79,7 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
     step, rest = divmod(1 << 64, n)
     r = wanted.astype(np.uint64)
     if n == 1:
-        return r  # every key has the only row
+        return r  # every key maps to the only row
     mixed = r * np.uint64(step) + (r * np.uint64(rest) + np.uint64(n - 1)) // np.uint64(n)
     salt = reference.splitmix64(table.seed, np.zeros(1, np.uint64))[0]
     keys: KeyArray = _unmix(mixed) ^ salt
@@ -86,19 +87,19 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
 
 
 def most_frequent_keys(keys: npt.NDArray[Any], count: int) -> KeyArray:
-    """The `count` keys that occur most often, the most frequent first; ties by key.
+    """Return the `count` most frequent keys, in descending order of frequency; ties are ordered by key.
 
     Parameters
     ----------
     keys : integer array, any shape
-        A sample of what will be learned, such as the first part of a log.
+        A sample of the training data, such as the first part of a log.
     count : int
-        At least 0. If there are fewer distinct keys, all of them come back.
+        Number of keys, at least 0. If there are fewer distinct keys, all of them are returned.
 
     Returns
     -------
     ndarray of uint64, shape (at most count,)
-        O(n log n) in the size of the sample.
+        The keys. It takes O(n log n) in the size of the sample.
 
     Examples
     --------
@@ -113,46 +114,49 @@ def most_frequent_keys(keys: npt.NDArray[Any], count: int) -> KeyArray:
 
 
 class FrequentRows:
-    """A small table in which the keys that matter most have rows of their own and the others share the rest.
+    """A small table in which frequent keys have rows of their own and all other keys share the remaining rows.
 
-    With one hash, D keys in n rows leave few of them alone, and the frequent ones are hit as often as the rare. Here
-    the first rows belong to the keys of `frequent`, one each; all other keys are hashed to the rows after them.
+    When many keys are hashed to few rows, most of them collide, and frequent keys are as likely to collide as rare
+    ones. Here the first rows belong to the keys in `frequent`, one each; all other keys are hashed to the rows after
+    them.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of one hash, and more rows than there are frequent keys.
+        Table with one hash and more rows than there are frequent keys.
     frequent : integer array, shape (m,)
-        Keys to be given rows, distinct; `most_frequent_keys` finds them. A model's bias gets one as well. The same keys
-        must be given whenever the table is opened again: keep them with the model.
+        Distinct keys that get rows of their own; `most_frequent_keys` finds them. A model's bias gets a row as well.
+        The same keys must be passed whenever the table is opened again: keep them with the model.
 
     Attributes
     ----------
     table : EmbeddingTable
+        The underlying table.
     embedding_dim : int
+        Length of a vector.
     num_own_rows : int
-        Rows 0 to `num_own_rows` belong to one key each.
+        Number of rows that belong to one key each: rows 0 to ``num_own_rows - 1``.
     index_bytes : int
-        Memory of the index of frequent keys, 4 bytes a key: part of what the model takes.
+        Memory of the index of frequent keys, 4 bytes per key; it counts towards the size of the model.
 
     Raises
     ------
     ValueError
-        The table has not more rows than there are frequent keys, more than 2**32, or several hashes; a key comes twice.
+        The table has too few rows for the frequent keys, more than 2**32 rows or several hashes; or a key occurs twice.
 
     Notes
     -----
-    The index holds 32 bits of each frequent key's hash. Another key has one of m of them with probability m / 2**32,
-    and then shares its row, as keys of a hashed table do.
+    The index holds 32 bits of each frequent key's hash. Any other key matches one of the m entries with probability
+    m / 2**32; it then shares that row, like a collision in a hashed table.
 
-    A look-up costs one binary search per key, O(log m), on top of the table's. Safe for concurrent look-ups.
+    A look-up costs one binary search per key, O(log m), on top of the table's look-up. Concurrent look-ups are safe.
 
     References
     ----------
     Ginart et al.: Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, ISIT 2021,
     for the observation that popular values deserve more of the memory. Zhang et al.: Model Size Reduction Using
-    Frequency Based Double Hashing for Recommender Systems, RecSys 2020, for own rows for frequent values and hashing
-    for the others.
+    Frequency Based Double Hashing for Recommender Systems, RecSys 2020, for the idea of separate rows for frequent
+    values and hashing for the others.
 
     Examples
     --------
@@ -176,20 +180,20 @@ class FrequentRows:
                 f"{self._own.size} keys with rows of their own (the bias is one) leave no row for the others in a "
                 f"table of {table.num_embeddings}"
             )
-        keys_for_rows(table, [])  # says what is wrong with the table
+        keys_for_rows(table, [])  # raises if the table is unsuitable
 
     @property
     def num_own_rows(self) -> int:
-        """Rows that belong to one key each."""
+        """Number of rows that belong to one key each."""
         return self._own.size
 
     @property
     def index_bytes(self) -> int:
-        """Memory of the index of frequent keys."""
+        """Memory of the index of frequent keys, in bytes."""
         return self._own.nbytes
 
     def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """The row of each key, int64, shape of `keys`."""
+        """Return the row of each key, int64, in the shape of `keys`."""
         high, low = _halves(keys)
         place = np.minimum(np.searchsorted(self._own, high), self._own.size - 1)
         shared = _scaled(low, self.table.num_embeddings - self._own.size)
@@ -197,46 +201,50 @@ class FrequentRows:
         return rows
 
     def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
-        """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
+        """Return vectors, float32, shape ``keys.shape + (embedding_dim,)``; like `EmbeddingTable.lookup`."""
         return self.table.lookup(keys_for_rows(self.table, self.rows(keys)), out=out)
 
     def update(self, keys: npt.NDArray[Any], grads: npt.NDArray[Any]) -> None:
-        """One optimiser step; `grads` as the result of `lookup`. As `EmbeddingTable.update`."""
+        """Take one optimiser step; `grads` has the shape of `lookup`'s result. Like `EmbeddingTable.update`."""
         self.table.update(keys_for_rows(self.table, self.rows(keys)), grads)
 
 
 class QuotientRemainder:
     """A small table in which a key's vector is the product of two rows, ``r * (1 + q)``, element by element.
 
-    A number is known by its remainder and quotient by m, and m + D/m rows are enough to tell D numbers apart. Keys
-    are no numbers in [0, D), but 64-bit hashes: one half of the mixed bits chooses among `num_remainders` rows and
-    the other among the rest. Two of D keys have the same pair with a probability of about D / (num_remainders *
-    num_quotients), where with one hash it would be D / (num_remainders + num_quotients).
+    The remainder and quotient by m identify a number, so m + D/m rows are enough to distinguish D numbers. Keys
+    are not numbers in [0, D) but 64-bit hashes: one half of the mixed bits selects one of `num_remainders` rows and
+    the other half one of the rest. Among D keys, a key shares its pair with another one with a probability of about
+    D / (num_remainders * num_quotients); with one hash it would be D / (num_remainders + num_quotients).
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of one hash and at least 2 rows.
+        Table with one hash and at least 2 rows.
     num_remainders : int, optional
-        Rows for remainders, at least 1 and less than the table's; the others are for quotients. Default: half of them,
-        which makes the most pairs.
+        Number of rows for remainders, at least 1 and less than the table has; the other rows are for quotients.
+        Default: half of the rows, which yields the most pairs.
 
     Attributes
     ----------
     table : EmbeddingTable
+        The underlying table.
     embedding_dim : int
+        Length of a vector.
     num_remainders, num_quotients : int
+        Number of rows of each kind.
 
     Raises
     ------
     ValueError
-        The table has more than 2**32 rows or several hashes, or `num_remainders` leaves nothing for quotients.
+        The table has more than 2**32 rows or several hashes, or `num_remainders` leaves no rows for quotients.
 
     Notes
     -----
-    Shi et al. multiply r and q, both started uniformly at random in ±1/sqrt(rows). With rows started near zero, as in a
-    factorisation machine, products would be of second order small and so would be their gradients; a row q therefore
-    says how far its factor is from one. Twice the look-ups of the table, and an update looks up once more.
+    Shi et al. multiply r and q, both initialised uniformly at random in ±1/sqrt(rows). If rows are initialised near
+    zero, as in a factorisation machine, the products would be small to second order, and so would be their gradients;
+    a row q therefore holds the difference between its factor and one. The look-ups are twice those of the table, and an
+    update takes an extra look-up.
 
     References
     ----------
@@ -262,25 +270,25 @@ class QuotientRemainder:
                 f"got {self.num_remainders}"
             )
         self.num_quotients = table.num_embeddings - self.num_remainders
-        keys_for_rows(table, [])  # says what is wrong with the table
+        keys_for_rows(table, [])  # raises if the table is unsuitable
 
     def rows(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """The two rows of each key, int64, shape ``(2,) + keys.shape``: remainder, quotient."""
+        """Return the two rows of each key, int64, shape ``(2,) + keys.shape``: remainder, quotient."""
         high, low = _halves(keys)
         quotients = _scaled(high, self.num_quotients) + self.num_remainders
         return np.stack([_scaled(low, self.num_remainders), quotients])
 
     def lookup(self, keys: npt.NDArray[Any], *, out: Float32Array | None = None) -> Float32Array:
-        """Vectors, float32, shape ``keys.shape + (embedding_dim,)``; as `EmbeddingTable.lookup`."""
+        """Return vectors, float32, shape ``keys.shape + (embedding_dim,)``; like `EmbeddingTable.lookup`."""
         r, q = self.table.lookup(keys_for_rows(self.table, self.rows(keys)))
         q += np.float32(1.0)
         vectors: Float32Array = np.multiply(r, q, out=out)
         return vectors
 
     def update(self, keys: npt.NDArray[Any], grads: npt.NDArray[Any]) -> None:
-        """One optimiser step on both rows of every key; `grads` as the result of `lookup`.
+        """Take one optimiser step on both rows of every key; `grads` has the shape of `lookup`'s result.
 
-        ``d loss / d r = (1 + q) * grads`` and ``d loss / d q = r * grads``, at the values before the step.
+        The gradients are ``(1 + q) * grads`` for r and ``r * grads`` for q, at the values from before the step.
         """
         pair = keys_for_rows(self.table, self.rows(keys))
         r, q = self.table.lookup(pair)
@@ -290,18 +298,18 @@ class QuotientRemainder:
 
 
 def _halves(keys: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    """The high and low 32 bits of the keys' hashes, independent of the row that a table would choose."""
+    """Return the high and low 32 bits of the keys' hashes, which are independent of the rows a table would choose."""
     mixed = reference.fmix64(np.asarray(keys).astype(np.uint64, copy=False) ^ _SALT)
     return (mixed >> np.uint64(32)).astype(np.uint32), mixed.astype(np.uint32)
 
 
 def _scaled(half: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.int64]:
-    """``floor(half count / 2**32)``: 32 bits onto [0, count), for a count of at most 2**32."""
+    """Scale 32 bits to [0, count), as ``floor(half count / 2**32)``, for a count of at most 2**32."""
     return (half.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
 
 def _unmix(x: KeyArray) -> KeyArray:
-    """The inverse of `reference.fmix64`."""
+    """Apply the inverse of `reference.fmix64`."""
     x = x ^ (x >> np.uint64(33))
     for factor in _FACTORS:
         x = x * np.uint64(pow(factor, -1, 1 << 64))

@@ -1,7 +1,7 @@
-"""What the command line shows: the progressive table, the progress bar, figures in people's units.
+"""Output of the command line: the progressive validation table, the progress bar, and numbers in readable units.
 
-Rows are plain text, whether they go to a terminal or a pipe; bars are drawn only on a terminal. Every line goes through
-`printable`, here or in `print_line`: names of columns, files and fields are whoever's who wrote the file.
+Rows are plain text on a terminal and in a pipe; bars are drawn only on a terminal. Every line is escaped by
+`printable`, here or in `print_line`, because the names of columns, files and fields come from untrusted files.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _WIDTHS = (14, 12, 12, 10, 10, 13)
 
 
 def say(console: Console, text: str = "") -> None:
-    """Print one line, `printable` and else as it is: no markup, no highlighting, no wrapping."""
+    """Print one line, escaped by `printable` but without markup, highlighting or wrapping."""
     console.print(printable(text, console.encoding), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def confirm(question: str) -> None:
-    """Go on if the answer is yes; end the command if it is not."""
+    """Ask the question; end the command unless the answer is yes."""
     require("typer").confirm(printable(question), abort=True)
 
 
 def row_header() -> str:
-    """Heading of the progressive table: "since last" is the logloss since the row before."""
+    """Return the heading of the progressive validation table: "since last" is the log loss since the previous row."""
     return "".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, _WIDTHS, strict=True))
 
 
 def format_row(row: ProgressRow) -> str:
-    """One row of the progressive table, aligned with `row_header`."""
+    """Format one row of the progressive validation table, aligned with `row_header`."""
     rate = "-" if row.examples_per_second != row.examples_per_second else f"{row.examples_per_second:,.0f}"
     cells = (
         f"{row.examples:,}",
@@ -55,7 +55,7 @@ def format_row(row: ProgressRow) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes with a binary unit.
+    """Format a number of bytes with a binary unit.
 
     >>> format_bytes(0), format_bytes(1536), format_bytes(2**39)
     ('0 B', '1.5 KiB', '512.0 GiB')
@@ -68,7 +68,7 @@ def format_bytes(count: float) -> str:
 
 
 def bad_line_text(bad: BadLines) -> Iterator[str]:
-    """The report of the lines that could not be used; nothing when there were none."""
+    """Yield the report on the bad lines; nothing if there were none."""
     if not bad.count:
         return
     yield f"{bad.count:,} bad line{'s' if bad.count > 1 else ''} left out:"
@@ -81,12 +81,12 @@ def bad_line_text(bad: BadLines) -> Iterator[str]:
 def progress_bar(
     console: Console, label: str, total: int | None, *, unit_name: str = "examples"
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and remaining time below what is printed; nothing at all off a terminal.
+    """Show a bar with rate and remaining time below the printed lines; off a terminal, show nothing.
 
     Yields
     ------
     advance : callable
-        ``advance(done, count)``: `done` of `total` is done, and that was `count` units.
+        ``advance(done, count)`` reports that `done` of `total` is done, in `count` units so far.
     """
     if not console.is_terminal:
         yield lambda done, count: None

@@ -1,7 +1,8 @@
-"""DeepFM and DCN-V2 on a hashed table: deep models of clicks without a vocabulary.
+"""DeepFM and DCN-V2 on a hashed table: deep click models that need no vocabulary.
 
-Both are modules of PyTorch that take hashed keys and return log-odds. Embeddings are rows of a table, which learns by
-its own optimiser (`hashemb.torch`); all else is parameters of torch. Needs the extra ``hashemb[torch]``.
+Both are PyTorch modules that take hashed keys and return log-odds. The embeddings are rows of a table, which is trained
+by its own optimiser (`hashemb.torch`); all other parameters are torch parameters. This module needs the extra
+``hashemb[torch]``.
 """
 
 from __future__ import annotations
@@ -22,30 +23,33 @@ __all__ = ["DCNv2", "DeepFM", "predict_proba"]
 
 
 class DeepFM(torch.nn.Module):
-    """A factorisation machine and a tower on the same embeddings.
+    """A factorisation machine and a tower of dense layers that share their embeddings.
 
     ``logit = bias + sum_i w_i + sum_{i<j} <v_i, v_j> + tower(v_1, …, v_F)``, over the F fields of an example.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Column 0 of a row is the linear weight w, the others are the embedding v.
+        Table of the embeddings. Column 0 of a row is the linear weight w, the others are the embedding v.
     num_fields : int
-        Keys in an example.
+        Number of keys in an example.
     hidden_units : sequence of int
         Widths of the tower's layers.
     dropout : float
-        Share of each layer's outputs that are dropped in training, in [0, 1).
+        Share of each layer's outputs that is dropped in training, in [0, 1).
     batch_norm : bool
-        Whether each layer's sums are normalised over the batch.
+        Whether batch normalisation is applied before each activation.
     l2 : float
-        Of the embeddings, as for `hashemb.torch.Embedding`.
+        L2 regularisation of the embeddings, as for `hashemb.torch.Embedding`.
 
     Attributes
     ----------
     embedding : hashemb.torch.Embedding
+        Look-ups in the table.
     tower : torch.nn.Sequential
+        The dense layers.
     bias : torch.nn.Parameter
+        The bias of the logit.
 
     References
     ----------
@@ -54,6 +58,7 @@ class DeepFM(torch.nn.Module):
     Examples
     --------
     >>> import tempfile, hashemb, torch
+    >>> _ = torch.manual_seed(0)
     >>> from hashemb.ctr.deep import DeepFM
     >>> table = hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=2**16, embedding_dim=1 + 8,
     ...                        optimizer=hashemb.Adagrad(lr=0.1))
@@ -91,7 +96,7 @@ class DeepFM(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, keys: Any) -> Tensor:
-        """Log-odds, shape (n,), of examples with keys (n, num_fields) of any integer dtype."""
+        """Return the log-odds, shape (n,), of examples with keys (n, num_fields) of any integer dtype."""
         rows = self.embedding(_check_keys(keys, self.num_fields))
         linear, vectors = rows[..., 0].sum(1), rows[..., 1:]
         sums = vectors.sum(1)
@@ -101,21 +106,21 @@ class DeepFM(torch.nn.Module):
 
 
 class DCNv2(torch.nn.Module):
-    """Deep & cross network, version 2: cross layers and a tower side by side.
+    """Deep & cross network, version 2: cross layers in parallel with a tower of dense layers.
 
-    Cross layer l maps ``x_l`` to ``x_0 * (W_l x_l + b_l) + x_l``, with x_0 all embeddings of the example in a row; the
-    logit is linear in the outputs of the last cross layer and the tower.
+    Cross layer l maps ``x_l`` to ``x_0 * (W_l x_l + b_l) + x_l``, where x_0 is the concatenation of the example's
+    embeddings; the logit is linear in the outputs of the last cross layer and the tower.
 
     Parameters
     ----------
     table : EmbeddingTable
-        A row is an embedding.
+        Table of the embeddings; each row is one embedding.
     num_fields : int
-        Keys in an example.
+        Number of keys in an example.
     num_cross_layers : int
-        L layers make the polynomial of degree L + 1.
+        Number of cross layers; L layers yield a polynomial of degree L + 1.
     hidden_units, dropout, batch_norm, l2
-        As for `DeepFM`. No hidden units: cross layers alone.
+        As for `DeepFM`. Without hidden units the model has cross layers only.
 
     References
     ----------
@@ -153,7 +158,7 @@ class DCNv2(torch.nn.Module):
         self.output = torch.nn.Linear(width + (hidden_units[-1] if hidden_units else 0), 1)
 
     def forward(self, keys: Any) -> Tensor:
-        """Log-odds, shape (n,), of examples with keys (n, num_fields) of any integer dtype."""
+        """Return the log-odds, shape (n,), of examples with keys (n, num_fields) of any integer dtype."""
         first = self.embedding(_check_keys(keys, self.num_fields)).flatten(1)
         crossed = first
         for cross in self.crosses:
@@ -163,15 +168,16 @@ class DCNv2(torch.nn.Module):
 
 
 def predict_proba(model: torch.nn.Module, keys: Any, *, batch_size: int = 8192) -> npt.NDArray[np.float32]:
-    """Probabilities of label 1, with the model in evaluation mode for the time of the call.
+    """Predict the probabilities of label 1, with the model in evaluation mode during the call.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Returns log-odds: `DeepFM`, `DCNv2`.
+        A module that returns log-odds, such as `DeepFM` or `DCNv2`.
     keys : integer array, shape (n, num_fields)
+        Keys of the examples.
     batch_size : int
-        Examples that are in memory at a time.
+        Number of examples that are scored at a time, which bounds the memory.
 
     Returns
     -------
@@ -188,9 +194,9 @@ def predict_proba(model: torch.nn.Module, keys: Any, *, batch_size: int = 8192) 
 
 
 class _Dropout(torch.nn.Module):
-    """`torch.nn.Dropout` from eight random bits an element, the share rounded to a 256th.
+    """Like `torch.nn.Dropout`, but with eight random bits per element and the share rounded to a multiple of 1/256.
 
-    On a CPU torch draws one number after the other: with its own, dropout takes almost half of a tower's time.
+    On a CPU, torch draws its random numbers one at a time: `torch.nn.Dropout` takes almost half of a tower's time.
     """
 
     def __init__(self, share: float) -> None:

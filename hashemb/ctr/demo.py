@@ -1,4 +1,4 @@
-"""The demonstration: a click log whose true probabilities are known, a model of it, and their distance."""
+"""The demonstration: train a model on a click log with known true probabilities, and compare the two."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Floats = npt.NDArray[np.float32]
 
 SEED = 0
 MIN_IMPRESSIONS = 1000
-HELD_OUT = 0.1  # of the impressions, the last ones: as in life, the model is asked about the future
+HELD_OUT = 0.1  # share of the impressions, the last ones: as in production, the model predicts the future
 OPTIONS = ModelOptions(rank=15, rows=2**22, seed=SEED)
-SAVE_EVERY_S = 0.1  # of the trainer that is killed
+SAVE_EVERY_S = 0.1  # for the trainer that is killed
 
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the demonstration keeps its things."""
+    """Paths of the demonstration's files."""
 
     train: Path
     held_out: Path
@@ -52,7 +52,7 @@ class DemoPaths:
 
     @classmethod
     def under(cls, directory: Path, impressions: int) -> DemoPaths:
-        """Paths for that many impressions; data of other sizes may lie beside them."""
+        """Return the paths for a number of impressions; `directory` may hold data of other sizes too."""
         stem = f"impressions-{impressions}"
         return cls(
             directory / f"{stem}-train.parquet",
@@ -64,7 +64,7 @@ class DemoPaths:
 
 
 def run_demo(directory: Path, impressions: int, console: Console) -> int:
-    """Run the demonstration in `directory`, which is made if need be.
+    """Run the demonstration in `directory`, which is created if it does not exist.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def run_demo(directory: Path, impressions: int, console: Console) -> int:
 
 
 def _generate(path: Path, start: int, count: int, console: Console) -> None:
-    """Write impressions `start` to `start + count` and their truth, unless an earlier run has."""
+    """Write impressions `start` to `start + count` and their true probabilities, unless an earlier run has done so."""
     if path.exists() and truth_path(path).exists():
         say(console, f"{path}: {count:,} impressions, from an earlier run")
         return
@@ -106,7 +106,7 @@ def _generate(path: Path, start: int, count: int, console: Console) -> None:
 
 
 def _train(paths: DemoPaths, console: Console) -> int:
-    """Learn the training file once, in a new model; one that an interruption left unfinished is finished."""
+    """Learn the training file once, in a new model; resume the training of an unfinished model."""
     say(console, "")
     if (paths.model / MODEL_FILE).exists() and not _is_unfinished(paths):
         shutil.rmtree(paths.model)
@@ -121,7 +121,7 @@ def _is_unfinished(paths: DemoPaths) -> bool:
 
 
 def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
-    """Probabilities and labels of the held-out impressions, from the table opened read-only."""
+    """Return the probabilities and labels of the held-out impressions, with the table opened read-only."""
     model, card = load_model(paths.model)
     with closing(model.table), open_for_scoring(card, [paths.held_out]) as reader:
         batches = list(score(model, reader))
@@ -130,7 +130,7 @@ def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
 
 
 def comparison(labels: Floats, probabilities: Floats, truth: Floats) -> Iterator[str]:
-    """A table of the best constant, the model, and the true probabilities, on the same labels."""
+    """Format a table that compares the best constant, the model and the true probabilities on the same labels."""
     constant = np.full(len(labels), np.mean(labels, dtype=np.float64))
     yield f"{f'{len(labels):,} held-out impressions':<30}{'logloss':>10}{'NE':>9}{'AUC':>9}{'calibration':>13}"
     losses = []
@@ -146,7 +146,7 @@ def comparison(labels: Floats, probabilities: Floats, truth: Floats) -> Iterator
 
 
 def _score_elsewhere(paths: DemoPaths, probabilities: Floats, console: Console) -> None:
-    """Have another process score the same impressions from the same files, and compare bit for bit."""
+    """Score the same impressions from the same files in another process, and compare bit for bit."""
     command = [sys.executable, "-m", "hashemb", "predict", str(paths.held_out)]
     command += ["--table", str(paths.model), "--output", str(paths.probabilities)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -159,7 +159,7 @@ def _score_elsewhere(paths: DemoPaths, probabilities: Floats, console: Console) 
 
 
 def _kill_and_resume(paths: DemoPaths, console: Console) -> None:
-    """Train once more, in a process that is killed half-way, while a server follows its deltas in another."""
+    """Train again, in a process that is killed halfway, while a server in another process follows its deltas."""
     shutil.rmtree(paths.serving, ignore_errors=True)
     served = Serving.under(paths.serving)
     with _following(served):
@@ -181,7 +181,7 @@ def _kill_and_resume(paths: DemoPaths, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Serving:
-    """Where the killed trainer and the server keep their things."""
+    """Paths of the files of the killed trainer and the server."""
 
     model: Path
     snapshots: Path
@@ -201,7 +201,7 @@ class Serving:
     def train_command(self, data: Path, save_every_s: float = 60.0) -> list[str]:
         command = [sys.executable, "-m", "hashemb", "train", str(data), "--table", str(self.model)]
         command += ["--snapshots", str(self.snapshots), "--deltas", str(self.deltas)]
-        command += ["--passes", "1", "--batch-size", str(ModelCard.batch_size)]  # as a log, however small
+        command += ["--passes", "1", "--batch-size", str(ModelCard.batch_size)]  # as for a log, however small
         options = ["--rank", str(OPTIONS.rank), "--rows", str(OPTIONS.rows), "--seed", str(OPTIONS.seed)]
         return [*command, *(options if OPTIONS.seed is not None else options[:4]), "--save-every", str(save_every_s)]
 
@@ -220,7 +220,7 @@ def _following(served: Serving) -> Iterator[None]:
 
 
 def _train_until_killed(paths: DemoPaths, served: Serving) -> int:
-    """Returns the step of the last checkpoint before the kill; it comes once there is one with something learned."""
+    """Kill a trainer after its first non-empty checkpoint; return the step of the last checkpoint before the kill."""
     trainer = subprocess.Popen(served.train_command(paths.train, SAVE_EVERY_S), stdout=subprocess.DEVNULL)
     try:
         _wait_for(lambda: _checkpoint_step(served) > 0 or trainer.poll() is not None, "the trainer")
@@ -251,7 +251,7 @@ def _run(command: list[str], who: str) -> None:
 
 
 def _score_table(paths: DemoPaths, table: Path) -> Floats:
-    """Probabilities of the held-out impressions from a table, which may be one of weights alone."""
+    """Return the probabilities of the held-out impressions from a table, which may hold only weights."""
     card = read_card(paths.model)
     with hashemb.open(table) as opened, open_for_scoring(card, [paths.held_out]) as reader:
         model = build_model(opened, card)

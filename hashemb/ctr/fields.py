@@ -1,8 +1,8 @@
-"""Columns of values -> one uint64 key per field: which values share a key, and which do not.
+"""Encode columns of values as one uint64 key per field; this determines which values share a key.
 
 A schema maps each field's name to its kind; the order of the schema is the order of the key columns. Values of
-different fields never share a key on purpose, because `hashemb.hash_fields` salts every field by its name.
-A missing value is a value of its own in every kind.
+different fields have different keys, barring hash collisions, because `hashemb.hash_fields` salts every field by its
+name. A missing value has a key of its own in every kind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 Kind = Literal["string", "integer", "count", "float"]
 Schema = Mapping[str, Kind]
 
-_SMALL = 4096  # counts below are most of them
+_SMALL = 4096  # most counts are smaller
 
 CRITEO_LABEL = "label"
 CRITEO_SCHEMA: dict[str, Kind] = {
@@ -42,18 +42,18 @@ CRITEO_SCHEMA: dict[str, Kind] = {
 
 
 def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Buckets of integers: ``floor(ln(x)**2)`` for x > 2, x itself below.
+    """Bucketize integers: the bucket of x is ``floor(ln(x)**2)`` for x > 2, else x itself.
 
     Parameters
     ----------
     counts : array_like of int
-        Any shape.
+        Counts in an array of any shape.
 
     Returns
     -------
     ndarray of int64
-        Same shape. 3 and 4 share bucket 1 with 1 itself, and 5 shares bucket 2 with 2; negative values and 0
-        keep a bucket each. From there on the width of a bucket grows as ``x / (2 ln x)``.
+        Buckets, in the same shape. 3 and 4 share bucket 1 with 1 itself, and 5 shares bucket 2 with 2; 0 and each
+        negative value have a bucket of their own. For larger x the width of a bucket grows as ``x / (2 ln x)``.
 
     Raises
     ------
@@ -62,9 +62,9 @@ def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
     Notes
     -----
-    This is the rule of the BARS benchmark for Criteo (Zhu et al., SIGIR 2022), after the winners of the Kaggle
-    competition ("3 Idiots", 2014). The buckets are exact for x below 2**37; above, rounding of the logarithm
-    may put an x that lies on the edge of a bucket into the neighbour.
+    This is the rule of the BARS benchmark for Criteo (Zhu et al., SIGIR 2022), which follows the winners of the Kaggle
+    competition ("3 Idiots", 2014). The buckets are exact for x below 2**37; for larger x, rounding of the logarithm
+    may move an x at the edge of a bucket to the adjacent one.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def bucketize_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 @cache
 def _small_buckets() -> npt.NDArray[np.int64]:
-    """Bucket of each count below `_SMALL`: looked up in half of the time that logarithms take."""
+    """Return the bucket of each count below `_SMALL`: a look-up takes half the time of a logarithm."""
     return _buckets_by_logarithm(np.arange(_SMALL))
 
 
@@ -93,14 +93,14 @@ def _buckets_by_logarithm(x: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int
 
 
 class CountBuckets(NamedTuple):
-    """The rule of `bucketize_counts` as tables, from which a bucket is found without a logarithm.
+    """The rule of `bucketize_counts` as lookup tables, which find a bucket without a logarithm.
 
     Attributes
     ----------
     small : ndarray of int16, shape (4096,)
         Bucket of each count below 4096.
     first : ndarray of int64
-        The smallest count x > 2 of each bucket or a later one.
+        The smallest count x > 2 whose bucket is at least the index.
     octave : ndarray of int32, shape (64,)
         Bucket of 2**k, and of the largest int64 for k = 63.
     """
@@ -111,7 +111,7 @@ class CountBuckets(NamedTuple):
 
     @classmethod
     def all(cls) -> CountBuckets:
-        """All buckets of int64, by bisection of `bucketize_counts` itself: about 3 ms.
+        """Compute the tables for all of int64, by bisection of `bucketize_counts` itself; takes about 3 ms.
 
         >>> tables = CountBuckets.all()
         >>> x = np.array([4095, 4096, 10**6, 2**40])
@@ -131,23 +131,23 @@ class CountBuckets(NamedTuple):
 
 
 def bucketize_floats(values: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Buckets of real numbers: the sign, the binary exponent and the first three bits of the mantissa.
+    """Bucketize real numbers by the sign, the binary exponent and the first three bits of the mantissa.
 
     Parameters
     ----------
     values : array_like of float
-        Any shape; float16 and float32 are widened first, which changes no bucket.
+        Values in an array of any shape; float16 and float32 are widened first, which changes no bucket.
 
     Returns
     -------
     ndarray of int64
-        Same shape. Eight buckets for each doubling of the value, so a bucket is 6 to 12 % wide at any scale;
-        0 and -0 share one; the infinities have their own, and NaN has one (readers take NaN as missing first).
+        Buckets, in the same shape. Each doubling of the value spans eight buckets, so a bucket is 6 to 12 % wide at
+        any scale; 0 and -0 share a bucket; each infinity and NaN has its own (readers treat NaN as missing).
 
     Notes
     -----
-    Only bits are moved, so the bucket of a value is the same on every machine. Unlike the logarithmic rule for
-    counts it keeps apart the values between 0 and 1, where rates and scores lie.
+    The rule only shifts bits, so the bucket of a value is the same on every machine. Unlike the logarithmic rule for
+    counts, it distinguishes values between 0 and 1, such as rates and scores.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def bucketize_floats(values: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def check_schema(schema: Schema) -> dict[str, Kind]:
-    """A copy of `schema`, or a ValueError that says what is wrong with it."""
+    """Return a copy of `schema`, or raise a ValueError that describes what is wrong with it."""
     if not schema:
         raise ValueError("the schema names no fields")
     for name, kind in schema.items():
@@ -170,21 +170,21 @@ def check_schema(schema: Schema) -> dict[str, Kind]:
 
 
 def encode(columns: Mapping[str, Any], schema: Schema) -> npt.NDArray[np.uint64]:
-    """Keys of a batch: hash every column of `schema`, salted by its name.
+    """Compute the keys of a batch: hash every column of `schema`, salted by its name.
 
     Parameters
     ----------
     columns : mapping of str to pyarrow.Array
-        Equally long. Strings (plain or dictionary-encoded) for kind ``"string"``, integers for ``"integer"``
-        and ``"count"``, floats for ``"float"``. Columns that `schema` does not name are ignored.
+        Columns of equal length: strings (plain or dictionary-encoded) for kind ``"string"``, integers for
+        ``"integer"`` and ``"count"``, floats for ``"float"``. Columns that `schema` does not name are ignored.
     schema : mapping of str to {"string", "integer", "count", "float"}
-        Fields in the order of the result's columns. Strings and integers are hashed as they are, counts by
-        `bucketize_counts`, floats by `bucketize_floats`. Null and NaN are missing.
+        Fields in the order of the result's columns. Strings and integers are hashed unchanged, counts and floats
+        after `bucketize_counts` and `bucketize_floats`. Null and NaN are missing values.
 
     Returns
     -------
     ndarray of uint64, shape (n, len(schema))
-        C-contiguous.
+        Keys, C-contiguous.
 
     Raises
     ------
@@ -207,9 +207,9 @@ def _as_it_is(column: Any) -> Any:
 
 
 def _counts(column: Any) -> Any:
-    """Buckets with the validity bitmap of the counts: what lies below a null is computed and never seen."""
+    """Return the buckets with the validity bitmap of the counts; values under a null are computed but never used."""
     pa = require("pyarrow")
-    dtype = np.uint64 if column.type == pa.uint64() else np.int64  # no other type has values that int64 lacks
+    dtype = np.uint64 if column.type == pa.uint64() else np.int64  # only uint64 has values that do not fit int64
     column = column if dtype is np.uint64 else column.cast(pa.int64())
     validity, values = column.buffers()
     counts = np.frombuffer(values, dtype, column.offset + len(column)) if len(column) else np.empty(0, dtype)

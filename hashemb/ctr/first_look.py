@@ -1,4 +1,4 @@
-"""What a new model takes from its first files before it learns: how they are read, and how long to learn from them."""
+"""Inspect the first files of a new model, to choose how they are read and how many passes to make."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hashemb.ctr.trainer import Columns, is_stream, open_source
 __all__ = ["Plan", "default_table", "look", "reading_text"]
 
 SMALL_EXAMPLES = 50_000
-LOG_FORMATS = ("criteo", "vw")  # of streams, which come once
+LOG_FORMATS = ("criteo", "vw")  # formats of streams, which are read once
 LOG_BATCH, TABLE_BATCH = 1024, 32
-WARM_UP_EXAMPLES = 1 << 17  # of a log
+WARM_UP_EXAMPLES = 1 << 17  # for a log
 TABLE_PASSES, CHOSEN_MODEL_PASSES = 10, 5
 
 
 class Plan(NamedTuple):
-    """Examples per update and passes, and how many examples there are; None: many, or a log."""
+    """Batch size and number of passes, and the number of examples (None for many, or for a log)."""
 
     batch_size: int = LOG_BATCH
     passes: int = 1
@@ -31,10 +31,10 @@ class Plan(NamedTuple):
     warm_up: int = WARM_UP_EXAMPLES
 
     def refine(self, options: ModelOptions) -> tuple[Plan, ModelOptions]:
-        """For a small table logistic regression that learns fast, unless a model or how it learns was asked for.
+        """Choose logistic regression with a high learning rate for a small table, unless other options are given.
 
-        On six of seven small tables that came within .01 of the AUC of scikit-learn's logistic regression on the same
-        keys, while factors fitted the noise (docs/cli.md); after 5 passes they have done less of that than after 10.
+        On six of seven small tables its AUC was within .01 of scikit-learn's logistic regression on the same keys,
+        while factors fitted the noise (docs/cli.md); they overfit less after 5 passes than after 10.
         """
         if self.examples is None:
             return self, options
@@ -44,13 +44,13 @@ class Plan(NamedTuple):
         return self, replace(options, model="lr", lr=0.1, initial_accumulator=1.0)
 
     def settle(self, card: ModelCard, looked_at: ModelCard) -> None:
-        """Write into the card of a new model how `looked_at` says to read, and this."""
+        """Write this plan, and the reading options from `looked_at`, to the card of a new model."""
         card.schema, card.label, card.label_values = looked_at.schema, looked_at.label, looked_at.label_values
         card.batch_size, card.passes, card.warm_up = self.batch_size, self.passes, self.warm_up
 
 
 def default_table(files: Sequence[Path]) -> Path:
-    """The model's directory where none is named: ``<stem>.model`` in the working directory.
+    """Return the default directory of a model: ``<stem>.model`` in the working directory.
 
     >>> default_table([Path("data/clicks.csv.gz")]).name
     'clicks.model'
@@ -66,15 +66,15 @@ def default_table(files: Sequence[Path]) -> Path:
 
 
 def look(card: ModelCard, files: Sequence[Path], columns: Columns) -> Plan:
-    """Take from the files how they are read, into `card`, and how to learn from them.
+    """Infer from the files how they are read, store that in `card`, and return how to learn from them.
 
-    Small tables, whose examples are all there is, are learned in small batches and more than once; logs and large
-    files are learned once, as they come. A pipe can't be looked at.
+    Small tables, which hold all the examples there are, are learned in small batches and in several passes; logs and
+    large files are learned in one pass. A pipe cannot be inspected.
 
     Raises
     ------
     ValueError
-        As `open_source`: before anything is made.
+        As for `open_source`, before anything is created.
     """
     examples = 0
     for path in files:
@@ -92,7 +92,7 @@ def look(card: ModelCard, files: Sequence[Path], columns: Columns) -> Plan:
 
 
 def reading_text(card: ModelCard, plan: Plan) -> Iterator[str]:
-    """Lines on what was decided for a new model without being asked."""
+    """Yield lines that describe the choices made for a new model."""
     if card.label_values is not None:
         negative, positive = card.label_values
         yield f"Label {card.label!r}: {positive!r} is 1, {negative!r} is 0 (--positive chooses the other)."

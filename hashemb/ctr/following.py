@@ -1,4 +1,4 @@
-"""`hashemb follow`: looks at a directory of deltas again and again, and says what it did."""
+"""`hashemb follow`: poll a directory of deltas, apply new ones, and report them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["follow_deltas"]
 def follow_deltas(
     directory: str | os.PathLike[str], table: str | os.PathLike[str], *, interval_s: float = 1.0, once: bool = False
 ) -> None:
-    """Apply deltas as they come, printing a line for each, and one whenever what holds up the rest has changed.
+    """Apply deltas as they arrive, printing a line for each, and a line when the reason for a delay changes.
 
     Parameters
     ----------
     directory, table : path
         As for `hashemb.follow`.
     interval_s : float
-        Seconds between looks.
+        Seconds between polls.
     once : bool
-        Return after the first.
+        Return after the first poll.
     """
     trouble: list[str] = []
     while True:

@@ -1,4 +1,4 @@
-"""What the models have in common: how examples become look-ups, probabilities, and gradients of rows of one table."""
+"""The base of all models: convert examples to look-ups, probabilities, and gradients of the rows of one table."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ KeyArray = npt.NDArray[Any]
 Numbering = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]
 
 BIAS_FIELD = "hashemb.bias"  # reserved: no data column may have this name
-_CHUNK_BYTES = 1 << 20  # of vectors between look-up and maths: half of a common per-core L2 cache
+_CHUNK_BYTES = 1 << 20  # bytes of vectors per look-up: half of a common per-core L2 cache
 _LINE_BYTES = 64
 
 
 class HashedModel:
-    """What the models have in common: examples in, probabilities out, gradients to the table.
+    """Base class of the models: computes probabilities of examples and passes gradients to the table.
 
-    An example is a set of keys, each with a field and a value x. It comes in one of two forms:
+    An example is a set of keys, each with a field and a value x. Examples are passed in one of two forms:
 
-    * matrix: `keys` (n, num_fields), column j being field j, as `hashemb.hash_fields` returns them;
-    * ragged: `keys` (num_keys,) and `offsets` (n + 1,); example i owns ``keys[offsets[i]:offsets[i + 1]]``, which may
-      be none, and `fields` says the field of each.
+    * matrix: `keys` (n, num_fields), where column j is field j, as returned by `hashemb.hash_fields`;
+    * ragged: `keys` (num_keys,) and `offsets` (n + 1,); example i has the keys ``keys[offsets[i]:offsets[i + 1]]``,
+      which may be empty, and `fields` holds the field of each key.
 
-    A vector's element 0 is the linear weight w, the rest are the factors v. The bias is element 0 of the vector of one
-    reserved key (`BIAS_FIELD`), so that all that is learned is in the table and shared by every process attached to it.
+    Element 0 of a vector is the linear weight w, the others are the factors v. The bias is element 0 of the vector of a
+    reserved key (`BIAS_FIELD`), so all learned state is in the table and shared by every process attached to it.
 
     Attributes
     ----------
     table : EmbeddingTable
+        The table that holds all parameters.
     rank : int
+        Number of latent factors.
     num_fields : int or None
-        Of a model that tells fields apart.
+        Number of fields, for models that distinguish fields.
 
     Notes
     -----
-    The loss is *summed* over the batch, each example's times its weight, never averaged. Adagrad doesn't see a constant
-    factor of the gradient, and with SGD `lr` keeps its meaning per example whatever the batch size.
+    The loss is the weighted *sum* over the batch, never the average. Adagrad is invariant to a constant factor of the
+    gradient, and with SGD the meaning of `lr` per example does not depend on the batch size.
 
-    An example's probability doesn't depend on the batch it comes in, nor do bits on the CPU or the number of threads:
-    sums have a fixed order, and the logistic function is computed with +, -, *, / alone, in double precision, and
-    rounded to float32 once (off by at most .501 units in the last place).
+    An example's probability does not depend on its batch, and no bit depends on the CPU or the number of threads: sums
+    have a fixed order, and the logistic function is computed only with +, -, * and /, in double precision, and rounded
+    to float32 once (with an error of at most .501 units in the last place).
 
-    Not safe for concurrent calls on one object (it reuses its buffers); give each thread its own object on the
+    One object is not safe for concurrent calls, because it reuses its buffers; give each thread its own object on the
     shared table.
     """
 
@@ -75,30 +77,30 @@ class HashedModel:
         return f"{type(self).__name__}({fields}rank={self.rank}, table={self.table!r})"
 
     def _reserved(self) -> npt.NDArray[np.uint64]:
-        """The reserved keys, that of the bias first."""
+        """Return the reserved keys, starting with that of the bias."""
         return hashemb.hash_keys(["bias"], field=BIAS_FIELD)
 
     def predict_logits(
         self, keys: KeyArray, *, offsets: Any = None, values: Any = None, fields: Any = None
     ) -> Float32Array:
-        """Log-odds of each example, float32 (n,); arguments as for `predict_proba`."""
+        """Predict the log-odds of each example, float32 (n,); arguments as for `predict_proba`."""
         return self._predict(check_examples(keys, offsets, values, fields, num_fields=self.num_fields), logits=True)
 
     def predict_proba(
         self, keys: KeyArray, *, offsets: Any = None, values: Any = None, fields: Any = None
     ) -> Float32Array:
-        """Probability of label 1 for each example.
+        """Predict the probability of label 1 for each example.
 
         Parameters
         ----------
         keys : integer array, shape (n, num_fields); or (num_keys,) with `offsets`
             Hashed keys.
         offsets : integer array, shape (n + 1,), optional
-            Of the ragged form: 0 first, never falling, ``len(keys)`` last.
+            Offsets of the ragged form: they start with 0, never decrease, and end with ``len(keys)``.
         values : array_like of float, shape of keys, optional
             Feature values x. Default: all 1.
         fields : integer array, shape (num_keys,), optional
-            Field of each key, in the ragged form; needed by models that tell fields apart, ignored by others.
+            Field of each key, in the ragged form; required by models that distinguish fields, ignored by others.
 
         Returns
         -------
@@ -107,7 +109,7 @@ class HashedModel:
         Raises
         ------
         TypeError, ValueError
-            Arguments of wrong type, shape or range, values that are not finite.
+            An argument has the wrong type, shape or range, or a value is not finite.
         """
         return self._predict(check_examples(keys, offsets, values, fields, num_fields=self.num_fields), logits=False)
 
@@ -129,34 +131,34 @@ class HashedModel:
         keys, offsets, values, fields
             As for `predict_proba`.
         labels : array_like, shape (n,)
-            In [0, 1]; 0 or 1 for clicks.
+            Labels in [0, 1]; 0 or 1 for clicks.
         weights : array_like, shape (n,), optional
-            Importance of each example, finite and >= 0: what its loss is multiplied by. Default: all 1.
+            Importance of each example, finite and >= 0: a factor of its loss. Default: all 1.
         numbering : (ndarray of uint64, ndarray of int32), optional
-            The distinct keys of the batch, and where in them each key stands, if they are known: `Batch.numbering`.
-            That they are those of `keys` is not checked.
+            The distinct keys of the batch, and the position of each key among them, if they are known:
+            `Batch.numbering`. Whether they match `keys` is not checked.
 
         Returns
         -------
         ndarray of float32, shape (n,)
-            Probabilities *before* the update: what progressive validation is made of.
+            Probabilities from *before* the update, as used by progressive validation.
 
         Raises
         ------
         TypeError, ValueError
-            Arguments of wrong type, shape or range.
+            An argument has the wrong type, shape or range.
         FloatingPointError
             A logit is not finite: the model has diverged.
         ReadOnlyTableError
-            The table is open "r".
+            The table is open in mode "r".
 
-            The table is as before the call after any of them.
+            None of these errors changes the table.
 
         Notes
         -----
-        One look-up and one update of the rows of the batch's distinct keys, and O(keys x embedding_dim) arithmetic; for
-        field-weighted and field-aware models O(keys x keys of the example x rank). The gradients of a key are summed in
-        the order of the examples.
+        The call takes one look-up and one update of the rows of the batch's distinct keys, and O(keys x embedding_dim)
+        arithmetic; for field-weighted and field-aware models, O(keys x keys of the example x rank). The gradients of a
+        key are summed in the order of the examples.
         """
         examples = check_examples(keys, offsets, values, fields, num_fields=self.num_fields)
         y, w = check_labels(labels, examples.count), check_weights(weights, examples.count)
@@ -174,7 +176,7 @@ class HashedModel:
         return probabilities
 
     def _predict(self, examples: Examples, *, logits: bool) -> Float32Array:
-        """Look up, then compute, chunk by chunk, so that vectors are still in cache when they are used."""
+        """Look up and compute chunk by chunk, so that vectors are still in cache when they are used."""
         first = len(self._reserved_keys)
         out = np.empty(examples.count, np.float32)
         for start, stop in self._chunks(examples):
@@ -187,7 +189,7 @@ class HashedModel:
         return out
 
     def _run(self, vectors: Float32Array, examples: Examples, out: Float32Array, **learning: Any) -> None:
-        """The kernels, on the vectors of the reserved keys and then those of the examples."""
+        """Run the kernels on the vectors of the reserved keys and those of the examples."""
         first = len(self._reserved_keys)
         self._maths.run(
             vectors[first:],
@@ -204,9 +206,10 @@ class HashedModel:
     def _find_distinct(
         self, keys: KeyArray, numbering: Numbering | None
     ) -> tuple[npt.NDArray[np.uint64], Float32Array, Float32Array, npt.NDArray[np.int32]]:
-        """The reserved and the distinct keys, room for their vectors, gradients of 0, and where each key stands.
+        """Find the distinct keys; return them after the reserved keys, with buffers and the position of each key.
 
-        A batch of clicks repeats most of its keys: 1,024 rows of Criteo's file have 8 distinct keys a row, of 39.
+        The buffers are space for the vectors and gradients of 0. A batch of clicks repeats most of its keys: in 1,024
+        rows of Criteo's file there are 8 distinct keys per row, out of 39.
         """
         first = len(self._reserved_keys)
         self._reserve(keys.size)
@@ -222,14 +225,14 @@ class HashedModel:
         return self._keys[:count], self._vectors[:count], gradients, index
 
     def _chunks(self, examples: Examples) -> Iterator[tuple[int, int]]:
-        """Ranges of examples whose vectors fit the cache; cut where no sum depends on it."""
+        """Yield ranges of examples whose vectors fit the cache; no sum depends on where they are cut."""
         keys_each = examples.keys.size // max(1, examples.count) + 1
         size = max(1, _CHUNK_BYTES // (4 * self.table.embedding_dim * keys_each * BLOCK_EXAMPLES)) * BLOCK_EXAMPLES
         for start in range(0, examples.count, size):
             yield start, min(start + size, examples.count)
 
     def _reserve(self, num_keys: int) -> None:
-        """Make room for the reserved keys and so many others."""
+        """Reserve buffers for the reserved keys and `num_keys` others."""
         first, dim = len(self._reserved_keys), self.table.embedding_dim
         count = first + num_keys
         if self._keys.size < count:
@@ -238,17 +241,17 @@ class HashedModel:
             self._vectors, self._gradients = (_empty_at_line(count * dim).reshape(count, dim) for _ in range(2))
 
     def _shared(self, vectors: Float32Array) -> dict[str, Any]:
-        """What all examples share, from the vectors of the reserved keys, as arguments of the kernels."""
+        """Return the parameters shared by all examples, from the vectors of the reserved keys, as kernel arguments."""
         return {"bias": float(vectors[0, 0])}
 
     def _put_shared_gradients(self, vectors: Float32Array) -> None:
-        """Turn the vectors of the reserved keys into their gradients."""
+        """Replace the vectors of the reserved keys by their gradients."""
         vectors[...] = 0.0
         vectors[0, 0] = self._maths.residual
 
 
 def _empty_at_line(count: int) -> Float32Array:
-    """An array of `count` floats that begins at a cache line, so that rows of 64 bytes are one line each."""
+    """Allocate `count` floats, aligned to a cache line, so that each row of 64 bytes takes one line."""
     raw = np.empty(count + _LINE_BYTES // 4, np.float32)
     first = -(raw.ctypes.data // 4) % (_LINE_BYTES // 4)
     return raw[first : first + count]

@@ -1,4 +1,4 @@
-"""What is in a directory: the table's geometry, how full it is, what it costs, and the model on it, if any."""
+"""Describe the contents of a directory: the table's geometry, occupancy and size, and its model, if any."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Facts = list[tuple[str, str]]
 
 
 def describe(directory: str | os.PathLike[str], *, exact: bool = False) -> Facts:
-    """Facts about a table as (name, value) lines, and about the model where the directory holds one.
+    """Return facts about a table, and about its model if there is one, as (name, value) lines.
 
     Parameters
     ----------
     directory : path
+        Directory of the table.
     exact : bool
-        Count the touched rows by reading every block ever written, instead of taking the table's own count.
+        Count the touched rows by reading every block ever written, instead of using the table's own count.
     """
     facts = _table_facts(directory, exact)
     if Path(directory, MODEL_FILE).exists():
@@ -32,12 +33,12 @@ def describe(directory: str | os.PathLike[str], *, exact: bool = False) -> Facts
 
 
 def steps_lost(table: str | os.PathLike[str], snapshot: str | os.PathLike[str]) -> str:
-    """What goes when a snapshot replaces a table, in a sentence.
+    """Describe in a sentence what is lost when a snapshot replaces a table.
 
     Raises
     ------
     ValueError
-        The snapshot is of another table.
+        The snapshot was taken of another table.
     """
     kept = hashemb.info(snapshot)
     try:

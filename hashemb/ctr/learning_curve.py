@@ -1,4 +1,4 @@
-"""The progressive table as it is kept: its rows, thinned out when they become many."""
+"""The stored progressive validation table, whose rows are merged when there are too many."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MAX_ROWS = 256
 
 @dataclass(frozen=True)
 class ProgressRow:
-    """One row of the progressive table. Loss figures are of predictions made before learning.
+    """One row of the progressive validation table. The metrics are those of predictions made before learning.
 
     Attributes
     ----------
     examples : int
         Examples scored and learned so far in this pass.
     logloss_since_last, logloss : float
-        Mean logistic loss (nats) since the row before, and since the pass began.
+        Mean logistic loss (nats) since the previous row, and since the pass began.
     normalized_entropy, auc : float
-        Since the pass began.
+        Metrics since the pass began.
     examples_per_second : float
-        Since the row before, in this process; NaN for a row made when nothing was learned yet.
+        Speed since the previous row, in this process; NaN if nothing had been learned yet.
     """
 
     examples: int
@@ -40,9 +40,9 @@ class ProgressRow:
 
 
 class LearningCurve:
-    """Rows of one pass, at most `MAX_ROWS`: past that, every two neighbours become one.
+    """Rows of one pass, at most `MAX_ROWS`: when there are more, every two adjacent rows are merged.
 
-    What is "since the row before" is then averaged over both, so that nothing is lost but resolution.
+    Values "since the previous row" are then averaged over both, so that only resolution is lost.
 
     Examples
     --------
@@ -64,7 +64,7 @@ class LearningCurve:
         return len(self._rows)
 
     def add(self, row: ProgressRow) -> None:
-        """Append a row; it has more examples than those before it."""
+        """Append a row, which must have more examples than the previous ones."""
         self._rows.append(row)
         if len(self._rows) > MAX_ROWS:
             starts = [0, *(previous.examples for previous in self._rows[:-1])]
@@ -73,13 +73,13 @@ class LearningCurve:
             self._rows = merged + self._rows[2 * len(merged) :]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows as JSON holds them: what is not a number is null, and the speed, which is of one run, left out."""
+        """Return the rows as JSON values: NaN becomes null, and the speed, which depends on the run, is left out."""
         rows = [replace(row, examples_per_second=math.nan) for row in self._rows]
         return [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]
 
     @classmethod
     def from_json(cls, rows: Any) -> LearningCurve:
-        """The curve that `to_json` gave; `ValueError` for anything else."""
+        """Parse the result of `to_json`; raise a ValueError for anything else."""
         curve, examples = cls(), 0
         for row in map(_parse_row, as_list(rows, "rows")):
             if row.examples <= examples:

@@ -1,9 +1,9 @@
-"""How good predicted click probabilities are: AUC, GAUC, log loss, normalised entropy, calibration.
+"""Metrics of predicted click probabilities: AUC, GAUC, log loss, normalised entropy and calibration.
 
-The functions take whole arrays; `StreamingMetrics` takes batches, in bounded memory. Where a metric is not
-defined (no examples, or only one class) the value is NaN, without a warning. Losses are in nats per example.
-Probabilities of exactly 0 or 1 are clipped to [eps, 1 - eps], eps = 2**-52, as scikit-learn clips float64.
-An example of weight w counts as w examples; a weight of 0 leaves it out.
+The functions take whole arrays; `StreamingMetrics` takes batches, in bounded memory. An undefined metric (no
+examples, or only one class) is NaN, without a warning. Losses are in nats per example. Probabilities of exactly 0
+or 1 are clipped to [eps, 1 - eps], eps = 2**-52, as scikit-learn clips float64. An example of weight w counts as w
+examples; one of weight 0 is ignored.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ __all__ = [
 
 
 def auc(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
-    """Area under the ROC curve: how often a random positive scores above a random negative; ties count half.
+    """Compute the area under the ROC curve.
+
+    This is the probability that a random positive scores above a random negative; ties count half.
 
     Parameters
     ----------
     labels : array_like of 0/1, shape (n,)
     probabilities : array_like of float, shape (n,)
-        In [0, 1].
+        Predicted probabilities in [0, 1].
     weights : array_like of float, shape (n,), optional
-        Of the examples, finite and at least 0. Default: all 1.
+        Weights of the examples, finite and at least 0. Default: all 1.
 
     Returns
     -------
     float
-        NaN if one of the classes is absent. O(n log n), by scikit-learn.
+        The area; NaN if one of the classes is absent. scikit-learn computes it in O(n log n).
 
     Raises
     ------
     ValueError
-        Shapes differ, a label is not 0 or 1, a probability is not in [0, 1], a weight is negative or not finite.
+        Shapes differ, a label is not 0 or 1, a probability is not in [0, 1], or a weight is negative or not finite.
 
     Examples
     --------
@@ -71,27 +73,27 @@ def gauc(
     users: npt.ArrayLike,
     weights: npt.ArrayLike | None = None,
 ) -> float:
-    """AUC within each user, averaged over the users who have both classes, by their number of impressions.
+    """Compute the AUC within each user, averaged over the users that have both classes.
 
-    A model that knows only which users click a lot has a good AUC and a GAUC of .5: this one measures the order in
-    which each user's impressions are put.
+    The average is weighted by each user's number of impressions. A model that only knows which users click often has
+    a good AUC and a GAUC of .5: GAUC measures how well each user's impressions are ranked.
 
     Parameters
     ----------
     labels, probabilities, weights
-        As for `auc`. With weights, a user's number of impressions is the sum of theirs.
+        As for `auc`. With weights, a user's number of impressions is the sum of its examples' weights.
     users : array_like, shape (n,)
-        Who saw it: integers or strings. Ragged or missing values are not accepted.
+        User of each impression: integers or strings. Ragged and missing values are rejected.
 
     Returns
     -------
     float
-        NaN if no user has both classes. O(n log n), without a loop over users.
+        The averaged AUC; NaN if no user has both classes. It takes O(n log n), without a loop over users.
 
     Raises
     ------
     ValueError
-        As for `auc`; `users` has another length.
+        As for `auc`; or `users` has a different length.
 
     References
     ----------
@@ -114,9 +116,9 @@ def gauc(
 
 
 def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """AUC and weight of each group, numbered from 0; NaN where a class is absent.
+    """Compute the AUC and the weight of each group, numbered from 0; the AUC is NaN where a class is absent.
 
-    One sort by (group, score). A positive scores above the negatives before its tie, and half of those in it.
+    It takes one sort by (group, score). A positive scores above all negatives before its tie and half of those in it.
     """
     order = np.lexsort((p, groups))
     y, p, w, groups = y[order], p[order], w[order], groups[order]
@@ -126,7 +128,7 @@ def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tup
     tie_groups = groups[new_tie]
     negatives, positives = np.bincount(ties, w * (1.0 - y)), np.bincount(ties, w * y)
     negatives_of, positives_of = np.bincount(tie_groups, negatives), np.bincount(tie_groups, positives)
-    # Summed from the beginning of all groups: exact for whole weights up to 2**53, rounded for others.
+    # The sums run from the beginning of all groups: they are exact for whole weights up to 2**53, else rounded.
     before = np.cumsum(negatives) - negatives - (np.cumsum(negatives_of) - negatives_of)[tie_groups]
     ordered = np.bincount(tie_groups, positives * (before + 0.5 * negatives))
     pairs = negatives_of * positives_of
@@ -137,7 +139,7 @@ def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tup
 
 
 def logloss(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
-    """Mean of ``-(y ln p + (1 - y) ln(1 - p))``, by scikit-learn; arguments and errors as for `auc`.
+    """Compute the mean of ``-(y ln p + (1 - y) ln(1 - p))``, with scikit-learn; arguments and errors as for `auc`.
 
     Examples
     --------
@@ -153,10 +155,10 @@ def logloss(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.Ar
 def normalized_entropy(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None
 ) -> float:
-    """Log loss divided by that of the best constant, the mean label; arguments and errors as for `auc`.
+    """Compute the log loss divided by that of the best constant, the mean label; arguments and errors as for `auc`.
 
-    1 means no better than knowing the click-through rate; it can be compared between data of different rates,
-    which a log loss cannot. NaN if one of the classes is absent.
+    A value of 1 is no better than predicting the click-through rate. Unlike the log loss, it can be compared between
+    data sets with different rates. It is NaN if one of the classes is absent.
 
     References
     ----------
@@ -172,9 +174,9 @@ def normalized_entropy(
 
 
 def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
-    """Expected over observed clicks, ``sum(p) / sum(y)``; arguments and errors as for `auc`.
+    """Compute expected over observed clicks, ``sum(p) / sum(y)``; arguments and errors as for `auc`.
 
-    Above 1 the predictions are too high. NaN if there are no clicks.
+    A value above 1 means that the predictions are too high. It is NaN if there are no clicks.
 
     Examples
     --------
@@ -192,29 +194,29 @@ def calibration_by_quantile(
     *,
     num_bins: int = 10,
 ) -> list[CalibrationBin]:
-    """Predicted against observed click-through rate in bins of equally many examples: by decile, unless told otherwise.
+    """Compare predicted and observed click-through rates in bins of equally many examples, by default deciles.
 
     Parameters
     ----------
     labels, probabilities, weights
         As for `auc`.
     num_bins : int
-        At least 1. Equal probabilities share a bin, so that there may be fewer.
+        Number of bins, at least 1. Equal probabilities share a bin, so there may be fewer.
 
     Returns
     -------
     list of CalibrationBin
-        In ascending order of the predictions, without empty ones. O(n log n).
+        The non-empty bins, in ascending order of the predictions. It takes O(n log n).
 
     Raises
     ------
     ValueError
-        As for `auc`; `num_bins` below 1.
+        As for `auc`; or `num_bins` is below 1.
 
     Notes
     -----
-    The bins are those of scikit-learn's ``calibration_curve(strategy="quantile")`` but for its interpolation of
-    edges. With weights, a bin's share is of their sum.
+    The bins are those of scikit-learn's ``calibration_curve(strategy="quantile")`` except for its interpolation of
+    edges. With weights, each bin gets an equal share of their sum.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """A trained model on disk: one directory, the table's files plus `model.json`.
 
-The table holds all that was learned; `model.json` says what the table's rows mean (kind, rank, fields), how to read
-data for it, how far each source has been learned and how that went. It is replaced as a whole (written beside,
-synced, renamed), so that a reader finds the old one or the new one, never a mixture.
+The table holds all learned state; `model.json` specifies what the table's rows mean (kind, rank, fields), how to read
+data for the model, the position in each source, and the progress of training. It is replaced atomically (written to
+a temporary file, synced, renamed), so a reader finds either the old version or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODEL_FILE = "model.json"
 LOCK_FILE = "model.lock"
 MODEL_FORMAT = 1
 SMALLEST_BATCH = 32
-MAX_FIELDS = 1 << 16  # of a model that tells them apart
+MAX_FIELDS = 1 << 16  # for models that distinguish fields
 KINDS = {
     "factorization_machine": "factorization machine",
     "field_weighted_fm": "field-weighted factorization machine",
@@ -59,20 +59,20 @@ _DIGEST_BYTES = 64 * 1024
 
 @dataclass
 class SourcePosition:
-    """How far one file has been learned.
+    """Position of training in one file.
 
     Attributes
     ----------
     size_bytes, digest : int, str
-        Of the file when it was last opened; the digest is over the first and the last 64 KiB.
+        Size and digest of the file when it was last opened; the digest covers the first and the last 64 KiB.
     passes : int
-        Passes completed.
+        Number of completed passes.
     rows : int
-        Good rows learned in the pass under way; 0 between passes.
+        Good rows learned in the current pass; 0 between passes.
     rows_per_pass : int
-        Good rows of the last pass that was completed.
+        Good rows of the last completed pass.
     bad_rows, bad_lines : int, list of str
-        Rows that could not be used when the file was last read, and the first of them, with the reasons.
+        Number of bad rows when the file was last read, and the first of them, with the reasons.
     """
 
     size_bytes: int
@@ -85,14 +85,14 @@ class SourcePosition:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourcePosition:
-        """The beginning of the file at `path`; reads at most 128 KiB of it."""
+        """Return the position at the beginning of the file at `path`; reads at most 128 KiB of it."""
         size_bytes = os.path.getsize(path)
         return cls(size_bytes, _digest(path, size_bytes))
 
     def in_file(self, path: str | os.PathLike[str]) -> SourcePosition | None:
-        """This position in the file as it is now: it may have grown since. None if it has changed otherwise.
+        """Return this position in the current file, which may have grown since; None if it has changed otherwise.
 
-        In a file that was learned to its end and then grew, the last pass goes on with what has been added.
+        If a file was learned to its end and has then grown, the last pass resumes with the added data.
         """
         now = SourcePosition.of(path)
         if now.size_bytes < self.size_bytes or _digest(path, self.size_bytes) != self.digest:
@@ -102,12 +102,12 @@ class SourcePosition:
         return replace(self, size_bytes=now.size_bytes, digest=now.digest)
 
     def note_bad_lines(self, report: ReadReport) -> None:
-        """Take over what the reader of the file says; it counts from the file's beginning, wherever it started."""
+        """Store the bad rows from the reader's report, which counts from the file's beginning, wherever it started."""
         self.bad_rows, self.bad_lines = report.rows_bad, [str(line) for line in report.bad_lines]
 
 
 def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
-    """Of the first 64 KiB of the file's first `size_bytes`, and of the last 64 KiB of those."""
+    """Return the digest of the first and the last 64 KiB of the file's first `size_bytes` bytes."""
     with open(path, "rb") as file:
         digest = hashlib.blake2b(file.read(min(_DIGEST_BYTES, size_bytes)), digest_size=16)
         tail = max(0, size_bytes - _DIGEST_BYTES)
@@ -118,35 +118,35 @@ def _digest(path: str | os.PathLike[str], size_bytes: int) -> str:
 
 @dataclass
 class ModelCard:
-    """What `model.json` holds.
+    """The contents of `model.json`.
 
     Attributes
     ----------
     rank : int
-        Of the model; 0 is logistic regression.
+        Rank of the model; 0 is logistic regression.
     kind : {"factorization_machine", "field_weighted_fm", "field_aware_fm"}
+        Kind of the model.
     num_fields : int or None
-        Of a model that tells fields apart, i.e. of the last two kinds.
+        Number of fields, for models that distinguish fields, i.e. the last two kinds.
     schema : dict
-        Field -> kind, in the order of the key columns: how the reader made keys of the first file, and has to of
-        all others. Empty until then.
+        Kind of each field, in the order of the key columns: how the reader encoded the first file and must encode all
+        others. It is empty until the first file is read.
     data_format, label : str, str or None
-        Format that the data is read as, and the column that is the label.
+        Format of the data and name of the label column.
     label_values : sequence of two str, or None
-        What means 0 and what means 1 in that column; None: 0 and 1.
+        The values of that column that mean 0 and 1; None: 0 and 1.
     batch_size, passes : int
-        Examples per update, and how often files are learned unless another number is asked for.
+        Number of examples per update, and default number of passes over each file.
     warm_up : int
-        Examples of the first pass over which batches grow to `batch_size`, from 32.
+        Number of examples at the start of the first pass over which batches grow from 32 to `batch_size`.
     table_step : int
-        The table's step when this card was written; more updates than that in the table mean that it was trained
-        without the card following.
+        The table's step when this card was written; a table at a later step was trained without an update of the card.
     sources : dict
-        Absolute path -> `SourcePosition`.
+        The `SourcePosition` of each file, by absolute path.
     progress : dict
-        Pass under way and the state of its `ProgressiveValidator`; empty before the first batch.
+        The current pass and the state of its `ProgressiveValidator`; empty before the first batch.
     negative_rate, negative_correction : float, str
-        Share of the negatives that the model learns from, and what corrects for it; see `NegativeSampling`.
+        Share of the negatives that the model learns from, and the correction for it; see `NegativeSampling`.
     hashemb_version : str
         Version that wrote the card.
     """
@@ -170,7 +170,7 @@ class ModelCard:
 
     @property
     def description(self) -> str:
-        """The model in a few words.
+        """Describe the model in a few words.
 
         >>> ModelCard(rank=0).description, ModelCard(rank=4, kind="field_aware_fm", num_fields=39).description
         ('logistic regression', 'field-aware factorization machine of rank 4 over 39 fields')
@@ -182,12 +182,12 @@ class ModelCard:
 
     @property
     def embedding_dim(self) -> int:
-        """Elements of a row of the model's table."""
+        """Number of elements in a row of the model's table."""
         vectors = (self.num_fields or 0) if self.kind == "field_aware_fm" else 1
         return 1 + vectors * self.rank
 
     def warm_batch_size(self, learned: int) -> int:
-        """Examples per update after `learned` of the first pass: doubled whenever those have doubled.
+        """Return the batch size after `learned` examples of the first pass; it doubles whenever these double.
 
         >>> card = ModelCard(rank=0, batch_size=1000, warm_up=100_000)
         >>> [card.warm_batch_size(learned) for learned in (0, 6_399, 6_400, 99_999, 100_000)]
@@ -199,22 +199,22 @@ class ModelCard:
         return min(max(SMALLEST_BATCH, 1 << (share.bit_length() - 1) if share else 0), self.batch_size)
 
     def negatives(self, seed: int = 0) -> NegativeSampling | None:
-        """Which negatives the model learns from, chosen by `seed`, and its correction; None if all."""
+        """Return the sampling of negatives, with the choice determined by `seed`; None if all are learned."""
         sampling = NegativeSampling(self.negative_rate, self.negative_correction, seed)
         return None if self.negative_rate == 1.0 else sampling
 
 
 def card_values(card: ModelCard) -> dict[str, Any]:
-    """The card as JSON values; `parse_card` is the inverse."""
+    """Convert the card to JSON values; `parse_card` is the inverse."""
     return {"format": MODEL_FORMAT, **asdict(card)}
 
 
 def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
-    """Replace the directory's `model.json`, atomically and durably. One writer at a time: `training_lock`."""
+    """Replace the directory's `model.json`, atomically and durably. The caller must hold the `training_lock`."""
     card.hashemb_version = hashemb.__version__
     text = json.dumps(card_values(card), indent=1)
     temporary = Path(directory, MODEL_FILE + ".new")
-    temporary.unlink(missing_ok=True)  # of a writer that was killed; or a link, which is not to be followed
+    temporary.unlink(missing_ok=True)  # left by a killed writer; or a link, which must not be followed
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -229,9 +229,9 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     Raises
     ------
     FileNotFoundError
-        There is none: no model, or a table without one.
+        The file does not exist: the directory has no model, or is a table without one.
     FormatError
-        Not a model card, or one of a newer format.
+        The file is not a model card, or has a newer format.
     """
     path = Path(directory, MODEL_FILE)
     try:
@@ -241,7 +241,7 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
 
 
 def parse_card(values: Any) -> ModelCard:
-    """The card that `card_values` gave; `ValueError` for anything else, so that all who read one can rely on it."""
+    """Parse the result of `card_values`; raise a ValueError for anything else, so that every card is valid."""
     found = as_object(values, "the card")
     version = as_whole(found.get("format"), "format", 1)
     if version > MODEL_FORMAT:
@@ -297,12 +297,12 @@ def _check_reading(card: ModelCard) -> None:
 
 
 def build_model(table: hashemb.EmbeddingTable, card: ModelCard) -> HashedModel:
-    """The model that the card describes, on an open table.
+    """Build the model that the card describes, on an open table.
 
     Raises
     ------
     ValueError
-        The table's rows are not of the size that this model has.
+        The table's rows do not have the size that the model requires.
     """
     if card.kind == "factorization_machine":
         return FactorizationMachine(table, rank=card.rank)
@@ -316,19 +316,20 @@ def load_model(directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
     Parameters
     ----------
     directory : path
-        What `hashemb train --table` wrote.
+        Directory that `hashemb train --table` wrote.
     mode : {"r", "r+"}
-        As for `hashemb.open`: "r" to score, "r+" to go on learning.
+        As for `hashemb.open`: "r" to predict, "r+" to train further.
 
     Returns
     -------
     (HashedModel, ModelCard)
-        A `FactorizationMachine`, `FieldWeightedFM` or `FieldAwareFM`. Close `model.table` when done with it.
+        A `FactorizationMachine`, `FieldWeightedFM` or `FieldAwareFM`, and its card. Close `model.table` after use.
 
     Raises
     ------
     FileNotFoundError, FormatError
-        No such directory; no model in it; not one that this version reads; or one that the table is not of.
+        The directory does not exist or has no model, or this version cannot read the model, or it does not fit the
+        table.
     """
     card = read_card(directory)
     table = hashemb.open(directory, mode=mode)
@@ -344,14 +345,14 @@ def load_model(directory: str | os.PathLike[str], mode: Literal["r", "r+"] = "r"
 
 @contextmanager
 def training_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the directory against a second trainer, which would overwrite this one's positions.
+    """Lock the directory against a second trainer, which would overwrite the positions of this one.
 
-    The kernel lets go of the lock when its holder dies, however it dies. Readers take no lock.
+    The kernel releases the lock when its holder ends, even if it is killed. Readers take no lock.
 
     Raises
     ------
     HashembError
-        Another trainer holds it.
+        Another trainer holds the lock.
     """
     with open(Path(directory, LOCK_FILE), "a+", encoding="utf-8", errors="replace") as file:
         try:

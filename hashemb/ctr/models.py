@@ -1,7 +1,7 @@
-"""Click-through-rate models whose every parameter is a row of one embedding table.
+"""Click-through-rate models that keep all their parameters in the rows of one embedding table.
 
-A model is a formula, not a store: it looks rows up, computes a probability, and hands gradients back to the table.
-Two processes that attach to one table therefore hold one model, and nothing needs saving beside the table.
+A model is a formula without state: it looks up rows, computes a probability, and passes gradients back to the table.
+Two processes that attach to one table therefore share one model, and only the table needs to be saved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAIR_FIELD = "hashemb.pair"  # reserved, as is BIAS_FIELD: no data column may ha
 
 
 def logistic_loss(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Logistic loss of each example, ``log(1 + exp(-z))`` for label 1, without overflow at any logit.
+    """Compute the logistic loss of each example, ``log(1 + exp(-z))`` for label 1, without overflow at any logit.
 
     Parameters
     ----------
@@ -56,20 +56,21 @@ def logistic_loss(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDA
 class FactorizationMachine(HashedModel):
     """Second-order factorisation machine over hashed features; with rank 0, logistic regression.
 
-    ``logit = bias + sum_i w_i x_i + sum_{i<j} <v_i, v_j> x_i x_j``, i and j running over an example's keys.
+    ``logit = bias + sum_i w_i x_i + sum_{i<j} <v_i, v_j> x_i x_j``, where i and j run over an example's keys.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of rows of 1 + rank elements: the linear weight w, then the latent factors v. To learn, open "r+".
+        Table with rows of 1 + rank elements: the linear weight w, then the latent factors v. Training needs mode
+        "r+".
     rank : int, optional
-        Number of latent factors; the table's `embedding_dim` must be ``1 + rank``. Default: what the table has.
+        Number of latent factors; the table's `embedding_dim` must be ``1 + rank``. Default: inferred from the table.
 
     Notes
     -----
-    The weight of all interactions is computed as ``1/2 sum_i <y_i, s - y_i>``, ``y_i = x_i v_i``, ``s = sum_i y_i``, in
-    time linear in keys x rank; ``x_i (s - y_i)`` is also the gradient of v_i, and the form has none of the
-    cancellation of ``|s|^2 - sum |y_i|^2``. See `HashedModel` for what the models have in common.
+    The sum of all interactions is computed as ``1/2 sum_i <y_i, s - y_i>``, ``y_i = x_i v_i``, ``s = sum_i y_i``, in
+    time linear in keys x rank; ``x_i (s - y_i)`` is also the gradient of v_i, and this form avoids the cancellation
+    of ``|s|^2 - sum |y_i|^2``. `HashedModel` documents what the models have in common.
 
     References
     ----------
@@ -101,24 +102,26 @@ class FactorizationMachine(HashedModel):
 
 
 class FieldWeightedFM(HashedModel):
-    """Factorisation machine in which each pair of fields has a weight of its own.
+    """Factorisation machine with a learned weight for each pair of fields.
 
-    ``logit = bias + sum_i w_i x_i + sum_{i<j} r_{F(i) F(j)} <v_i, v_j> x_i x_j``, F(i) being the field of key i.
+    ``logit = bias + sum_i w_i x_i + sum_{i<j} r_{F(i) F(j)} <v_i, v_j> x_i x_j``, where F(i) is the field of key i.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of rows of 1 + rank elements, as for `FactorizationMachine`. What the pair weights r differ from 1 by is learned
-        too, in the rows of reserved keys (`PAIR_FIELD`), ``1 + rank`` pairs to a row: pair {f, g}, g <= f, is number
-        f (f + 1) / 2 + g. So the model starts as a factorisation machine, and weight decay draws it back to one.
+        Table with rows of 1 + rank elements, as for `FactorizationMachine`. The differences r - 1 of the pair weights
+        are learned in the rows of reserved keys (`PAIR_FIELD`), ``1 + rank`` pairs per row: pair {f, g}, g <= f, has
+        number f (f + 1) / 2 + g. The model therefore starts as a factorisation machine, and weight decay pulls it back
+        to one.
     num_fields : int
+        Number of fields.
     rank : int, optional
-        Number of latent factors, at least 1. Default: what the table has.
+        Number of latent factors, at least 1. Default: inferred from the table.
 
     Notes
     -----
-    Nearly as good as a field-aware machine with a few per cent of its parameters, by its authors' measurements. Values
-    of one field in the same example (ragged form) interact too, with weight r_{F F}.
+    In its authors' measurements the model is nearly as good as a field-aware machine and has a few per cent of its
+    parameters. Values of one field in the same example (ragged form) interact too, with weight r_{F F}.
 
     References
     ----------
@@ -155,7 +158,7 @@ class FieldWeightedFM(HashedModel):
         self._pair_of = high * (high + 1) // 2 + low
 
     def pair_weights(self) -> Float32Array:
-        """The weights r of pairs of fields as they are in the table now, float32 (num_fields, num_fields)."""
+        """Return the current weights r of the field pairs, float32 (num_fields, num_fields)."""
         return self._pair_weights(self.table.lookup(self._reserved_keys))
 
     def _reserved(self) -> npt.NDArray[np.uint64]:
@@ -178,24 +181,25 @@ class FieldWeightedFM(HashedModel):
 
 
 class FieldAwareFM(HashedModel):
-    """Factorisation machine in which a feature has a vector for each field that it may meet.
+    """Factorisation machine in which a feature has a separate vector for each field that it interacts with.
 
-    ``logit = bias + sum_i w_i x_i + sum_{i<j} <v_i[F(j)], v_j[F(i)]> x_i x_j``, F(i) being the field of key i.
+    ``logit = bias + sum_i w_i x_i + sum_{i<j} <v_i[F(j)], v_j[F(i)]> x_i x_j``, where F(i) is the field of key i.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of rows of ``1 + num_fields * rank`` elements: the linear weight w, then the vectors v[0], v[1], …
+        Table with rows of ``1 + num_fields * rank`` elements: the linear weight w, then the vectors v[0], v[1], …
     num_fields : int
-        Fixed for good: it is in the shape of the table.
+        Number of fields. It determines the shape of the table and cannot change later.
     rank : int, optional
-        Elements of each vector, at least 1; 4 and 8 have loops of their own. Default: what the table has.
+        Elements of each vector, at least 1; ranks 4 and 8 have specialised loops. Default: inferred from the table.
 
     Notes
     -----
-    Costs num_fields times the memory of a factorisation machine of the same rank, and reads and writes as much more per
-    key. It overfits in a few passes: stop early, or decay the weights. Values of one field in the same example (ragged
-    form) interact too. Examples are not scaled to unit length, as libffm does by default; give `values` for that.
+    The model takes about num_fields times the memory of a factorisation machine of the same rank, and reads and writes
+    about num_fields times as much per key. It overfits in a few passes: use early stopping or weight decay. Values of
+    one field in the same example (ragged form) interact too. Examples are not scaled to unit length, which libffm does
+    by default; pass `values` to scale them.
 
     References
     ----------

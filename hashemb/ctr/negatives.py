@@ -1,8 +1,8 @@
-"""Learning from all positives and a share of the negatives, with probabilities that are right all the same.
+"""Negative sampling: learn from all positives and a share of the negatives, and still predict calibrated probabilities.
 
-Which negatives are kept is a function of (seed, number of the example), so that a run that was interrupted keeps the
-same ones. A model that learns from them as they are predicts odds that are 1 / rate too high: either every kept
-negative weighs 1 / rate in the loss, or the predictions are corrected afterwards.
+Whether a negative is kept is a function of (seed, number of the example), so a resumed run keeps the same ones. A model
+that learns from the kept examples without correction predicts odds that are too high by a factor of 1 / rate; either
+every kept negative therefore weighs 1 / rate in the loss, or the predictions are corrected afterwards.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class NegativeSampling:
-    """Which examples to learn from, and what corrects for it.
+    """Selects the examples to learn from, and corrects for the selection.
 
     Parameters
     ----------
     rate : float
         Share of the negatives to keep, in (0, 1].
     correction : {"predictions", "weights"}
-        ``"predictions"``: the model learns the kept examples as they are, and a prediction p becomes
-        ``p / (p + (1 - p) / rate)``. ``"weights"``: a kept negative's loss counts 1 / rate times, which makes its
-        gradient an unbiased estimate of that of all examples, though a noisier one; predictions stay as they are.
+        ``"predictions"``: the model learns the kept examples unweighted, and a prediction p is corrected to
+        ``p / (p + (1 - p) / rate)``. ``"weights"``: a kept negative's loss is multiplied by 1 / rate, so that the
+        gradient is an unbiased but noisier estimate of that of all examples; predictions are not changed.
     seed : int
-        Of the choice.
+        Seed of the selection.
 
     References
     ----------
@@ -65,26 +65,26 @@ class NegativeSampling:
             raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, got {self.correction!r}")
 
     def keep(self, labels: npt.ArrayLike, start: int) -> npt.NDArray[np.bool_]:
-        """Which of the examples `start`, `start` + 1, … with these labels to keep: a mask of their shape, (n,)."""
+        """Return a mask, (n,), of the examples to keep; they have numbers `start`, `start` + 1, … and these labels."""
         y = np.asarray(labels)
         uniform = draws(next(splitmix(self.seed)), start, len(y)) >> np.uint64(11)
         kept: npt.NDArray[np.bool_] = (y != 0.0) | (uniform.astype(np.float64) < self.rate * 2.0**53)
         return kept
 
     def select(self, batch: Batch, start: int) -> Batch:
-        """The examples of the batch that are kept; `start` is the number of its first."""
+        """Return the kept examples of the batch; `start` is the number of its first example."""
         assert batch.labels is not None
         kept = self.keep(batch.labels, start)
         return batch if kept.all() else _selected(batch, kept)
 
     def importance(self, batch: Batch) -> Float32Array:
-        """How many examples each kept one stands for, times its own weight: (n,)."""
+        """Return the number of examples that each kept one represents, times its own weight: (n,)."""
         assert batch.labels is not None
         weights = np.where(batch.labels == 0.0, 1.0 / self.rate, 1.0)
         return (weights if batch.weights is None else weights * batch.weights).astype(np.float32)
 
     def corrected(self, probabilities: npt.NDArray[np.float32]) -> Float32Array:
-        """What a model that learned from the kept examples predicts, as probabilities among all examples: (n,)."""
+        """Convert the predictions of a model of the kept examples to probabilities among all examples: (n,)."""
         if self.correction == "weights":
             return probabilities
         p = probabilities.astype(np.float64)
@@ -94,12 +94,12 @@ class NegativeSampling:
 def agreed_sampling(
     learned_with: NegativeSampling | None, rate: float | None, correction: Correction | None
 ) -> NegativeSampling:
-    """The sampling to go on with, from what a model has learned with (None: nothing yet) and what is asked for.
+    """Return the sampling to use, from that of the trained model (None: not trained yet) and the requested one.
 
     Raises
     ------
     ValueError
-        What is asked for is not what the model has learned with: its predictions could not be corrected.
+        The requested sampling differs from that of the model, so its predictions could not be corrected.
     """
     known = learned_with or NegativeSampling(1.0)
     asked = NegativeSampling(
@@ -114,7 +114,7 @@ def agreed_sampling(
 
 
 def _selected(batch: Batch, kept: npt.NDArray[np.bool_]) -> Batch:
-    """The rows of the mask; in a ragged batch each example's keys go with it."""
+    """Return the examples of the mask; in a ragged batch, with all their keys."""
     of_keys, offsets = kept, None
     if batch.offsets is not None:
         lengths = np.diff(batch.offsets)

@@ -1,7 +1,7 @@
-"""How a table is used: which keys of the data share rows, and how large the rows have become.
+"""Measure how a table is used: which keys of the data share rows, and how large the rows have become.
 
-What is counted here is exact for the data that it is counted on. `EmbeddingTable.stats` has the estimates that need
-none: from the number of rows touched.
+The counts are exact for the data on which they are made. `EmbeddingTable.stats` has estimates that need no data, based
+on the number of touched rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FMIX_INVERSES = (0x9CB4B2F8129337DB, 0x4F74430C22A54005)  # of MurmurHash3's mu
 
 
 class FieldCollisions(NamedTuple):
-    """One field's distinct keys, and how many of them share every row of theirs with another key of the data."""
+    """Number of distinct keys in a field, and of those that share all their rows with other keys of the data."""
 
     field: str
     distinct_keys: int
@@ -42,14 +42,14 @@ class FieldCollisions(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Share of the keys; 0 without keys."""
+        """Share of the keys that collide; 0 if there are no keys."""
         return self.sharing_keys / self.distinct_keys if self.distinct_keys else 0.0
 
 
 def expected_rate(distinct_keys: int, num_embeddings: int, num_hashes: int = 1) -> float:
-    """Share of so many keys that are expected to share every row of theirs with another one of them.
+    """Return the expected share of keys that share all their rows with other keys.
 
-    ``(1 - (1 - 1/n)**(k (D - 1)))**k``, for D keys and k hashes into n rows.
+    The share is ``(1 - (1 - 1/n)**(k (D - 1)))**k``, for D keys and k hashes into n rows.
 
     >>> round(expected_rate(1000, 1000), 3), expected_rate(1, 1000), round(expected_rate(1000, 1000, 2), 3)
     (0.632, 0.0, 0.747)
@@ -61,7 +61,7 @@ def expected_rate(distinct_keys: int, num_embeddings: int, num_hashes: int = 1) 
 
 
 class KeyCensus:
-    """The distinct keys of each field, gathered batch by batch. Holds 8 bytes for each of them, and 8 MiB.
+    """Collects the distinct keys of each field, batch by batch. It takes 8 bytes per distinct key, plus 8 MiB.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class KeyCensus:
         self._num_pending = 0
 
     def add(self, batch: Batch) -> None:
-        """Take in the keys of a batch; of a ragged one those whose field has a name here."""
+        """Add the keys of a batch; of a ragged batch, only those whose field is in `fields`."""
         for number in range(len(self.fields)):
             keys = batch.keys[:, number] if batch.keys.ndim == 2 else batch.keys[_in_field(batch, number)]
             self._pending[number].append(keys)
@@ -93,7 +93,7 @@ class KeyCensus:
             self._merge()
 
     def distinct(self) -> list[U64]:
-        """The distinct keys of each field, ascending."""
+        """Return the distinct keys of each field, in ascending order."""
         self._merge()
         return self._distinct
 
@@ -104,7 +104,7 @@ class KeyCensus:
         self._num_pending = 0
 
     def collisions(self, table: EmbeddingTable) -> list[FieldCollisions]:
-        """Who shares rows in `table`, field by field. O(n log n) in all distinct keys."""
+        """Count the keys that collide in `table`, field by field; O(n log n) in the number of distinct keys."""
         columns = self.distinct()
         keys, codes = np.unique(np.concatenate([*columns, np.empty(0, np.uint64)]), return_inverse=True)
         sharing = _sharing(table.rows(keys).reshape(len(keys), table.num_hashes))[codes.reshape(-1)]
@@ -123,7 +123,7 @@ def _in_field(batch: Batch, number: int) -> npt.NDArray[np.bool_]:
 
 
 def _sharing(rows: I64) -> npt.NDArray[np.bool_]:
-    """Whether all rows of each key (one line of `rows`) are those of another key too."""
+    """Return for each key (one line of `rows`) whether all its rows are also rows of other keys."""
     _, codes, counts = np.unique(rows, return_inverse=True, return_counts=True)
     own = (rows[:, :, None] == rows[:, None, :]).sum(axis=2)
     shared: npt.NDArray[np.bool_] = (counts[codes.reshape(rows.shape)] > own).all(axis=1)
@@ -136,11 +136,12 @@ class RowNorms(NamedTuple):
     Attributes
     ----------
     norms : ndarray of float32
+        The norms.
     sampled : bool
-        Whether they are those of some of the written blocks, evenly spaced, and not of all.
+        Whether they come from an evenly spaced sample of the rows instead of all rows.
     as_stored : bool
-        Whether the decay that a row still owes is missing; only where rows can't be looked up one by one, in a table
-        with several hashes per key.
+        Whether the norms exclude weight decay that is still owed. This happens only in a table with several hashes per
+        key, where rows cannot be looked up one by one.
     """
 
     norms: npt.NDArray[np.float32]
@@ -149,10 +150,10 @@ class RowNorms(NamedTuple):
 
 
 def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int = 1 << 16) -> RowNorms:
-    """Norms of the rows touched: of all, or of at most `max_rows` in at most `max_blocks` of the blocks written.
+    """Compute the norms of all touched rows, or of at most `max_rows` rows in at most `max_blocks` written blocks.
 
-    Both are evenly spaced. Reads the marks of written blocks and those blocks, by default at most 64 MiB of rows;
-    blocks never written, holes in the files, are left alone.
+    The samples of blocks and of rows are evenly spaced. The function reads the marks of written blocks and the chosen
+    blocks, by default at most 64 MiB of rows; blocks that were never written are holes in the files and are skipped.
     """
     block_rows = parse_file(Path(table.path, "meta.json"), "a table's metadata", _block_rows)
     written = _written_blocks(table.path)
@@ -176,14 +177,14 @@ def _block_rows(values: object) -> int:
 
 
 def _evenly(numbers: I64, most: int) -> I64:
-    """All of them, or so many at equal distances."""
+    """Return all numbers, or `most` evenly spaced ones."""
     if len(numbers) <= most:
         return numbers
     return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
 
 
 def _written_blocks(path: str | os.PathLike[str]) -> I64:
-    """Numbers of the blocks ever written, ascending; holes of the file are skipped."""
+    """Return the numbers of the blocks ever written, in ascending order; holes in the file are skipped."""
     found = [np.empty(0, np.int64)]
     with open(Path(path, "blocks.npy"), "rb", buffering=0) as file:
         for first, count in _data_ranges(file.fileno()):
@@ -195,12 +196,12 @@ def _written_blocks(path: str | os.PathLike[str]) -> I64:
 
 
 def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    """(first epoch, number of epochs) of the parts of blocks.npy that are not holes."""
+    """Yield (first epoch, number of epochs) for the parts of blocks.npy that are not holes."""
     end, position = os.fstat(descriptor).st_size, _BLOCKS_OFFSET_BYTES
     while position < end:
         try:
             begin = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end
+        except OSError:  # ENXIO: the rest of the file is a hole
             return
         position = os.lseek(descriptor, begin, os.SEEK_HOLE)
         first = (begin - _BLOCKS_OFFSET_BYTES) // 4
@@ -208,7 +209,7 @@ def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def _keys_of_rows(rows: I64, num_embeddings: int, seed: int) -> U64:
-    """A key for each row: the inverse of ``row = mulhi64(fmix64(key ^ salt), num_embeddings)``."""
+    """Return a key for each row: the inverse of ``row = mulhi64(fmix64(key ^ salt), num_embeddings)``."""
     mixed = np.array([-(-(row << 64) // num_embeddings) for row in rows.tolist()], np.uint64)
     for inverse in _FMIX_INVERSES:
         mixed ^= mixed >> np.uint64(33)

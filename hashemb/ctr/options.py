@@ -1,6 +1,6 @@
-"""From what a command line says to a table: counts with suffixes, optimisers by name, options that must agree.
+"""Options of the command line: counts with suffixes, optimisers by name, and options that must agree with a model.
 
-An option that is not given is `None` here: a new model then takes its default, an existing one keeps what it has.
+An option that is not given is `None` here: a new model then uses the default, an existing model keeps its value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What fixes a model when it is made. `None`: not given."""
+    """Options that are fixed when a model is created. `None`: not given."""
 
     model: str | None = None
     num_fields: int | None = None
@@ -37,15 +37,15 @@ class ModelOptions:
     optimizer: str | None = None
     weight_decay: float | None = None
     initial_accumulator: float | None = None
-    lr: float | None = None  # the one that may be changed later
+    lr: float | None = None  # the only option that may be changed later
 
     def filled(self) -> ModelOptions:
-        """With the defaults of a new model in place of what was not given.
+        """Fill in the defaults of a new model for the options that are not given.
 
         Raises
         ------
         ValueError
-            An unknown model, or a rank that it can't have.
+            The model is unknown, or cannot have this rank.
         """
         rank = DEFAULT_RANKS.get(self.model or "", DEFAULTS["rank"])
         filled = {"num_fields": self.num_fields, "rank": _first(self.rank, rank)}
@@ -77,10 +77,10 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
 }
 
-DEFAULT_RANKS = {"lr": 0, "ffm": 4}  # where another than DEFAULTS says; 4 is libffm's
+DEFAULT_RANKS = {"lr": 0, "ffm": 4}  # where they differ from DEFAULTS; 4 is libffm's
 
-# (lr, initial accumulator). Adagrad's first step in an element is lr whatever the gradient's size, and the 40 rows
-# of an impression step together: from accumulators of 0 with lr 0.05, a factorisation machine is worse than a
+# (lr, initial accumulator). Adagrad's first step in an element is lr whatever the gradient's size, and the 40 rows of
+# an impression take it at the same time: with accumulators of 0 and lr 0.05, a factorisation machine is worse than a
 # constant for most of its first 10,000 Criteo impressions (NE 1.21 over all of them; 0.92 with these values).
 DEFAULT_RATES: dict[str, tuple[float, float | None]] = {
     "adagrad": (0.04, 5.0),
@@ -89,13 +89,13 @@ DEFAULT_RATES: dict[str, tuple[float, float | None]] = {
     "ftrl": (0.03, None),
 }
 
-# Logistic regression has no factors to throw off: log loss .4683 on the first 10,000 Criteo impressions, with the
-# rates above .4722.
+# Logistic regression has no factors that large steps could disturb: its log loss on the first 10,000 Criteo impressions
+# is .4683; with the rates above it is .4722.
 LINEAR_RATES = {"adagrad": (0.06, 2.0)}
 
 
 def parse_count(text: str) -> int:
-    """A count as people write it.
+    """Parse a count with an optional suffix.
 
     >>> [parse_count(s) for s in ("4194304", "4_194_304", "4,194,304", "2^22", "2**22", "4Mi", "1.5M", "1e6")]
     [4194304, 4194304, 4194304, 4194304, 4194304, 4194304, 1500000, 1000000]
@@ -103,7 +103,7 @@ def parse_count(text: str) -> int:
     Raises
     ------
     ValueError
-        Not a whole number from 1 to 2^63 - 1 in one of these forms.
+        The text is not an integer from 1 to 2^63 - 1 in one of these forms.
     """
     compact = text.replace("_", "").replace(",", "").strip()
     power = re.fullmatch(r"(\d{1,3})(?:\^|\*\*)(\d{1,3})", compact)
@@ -122,12 +122,12 @@ def parse_count(text: str) -> int:
 
 
 def build_optimizer(options: ModelOptions) -> hashemb.Adagrad | hashemb.SGD | hashemb.FTRL:
-    """The optimiser that `options` (with defaults filled in) name.
+    """Build the optimiser that `options` (with defaults filled in) specify.
 
     Raises
     ------
     ValueError
-        Unknown name, or a hyper-parameter that this optimiser doesn't have.
+        The name is unknown, or the optimiser does not have one of the given hyper-parameters.
     """
     given: dict[str, Any] = asdict(options)
     name, lr, decay, start = (given[key] for key in ("optimizer", "lr", "weight_decay", "initial_accumulator"))
@@ -146,17 +146,17 @@ def build_optimizer(options: ModelOptions) -> hashemb.Adagrad | hashemb.SGD | ha
 
 
 def open_or_create(directory: str | os.PathLike[str], options: ModelOptions) -> tuple[HashedModel, ModelCard]:
-    """Open the model in `directory` for learning; make it if the directory does not exist.
+    """Open the model in `directory` for training; create it if the directory does not exist.
 
-    An untrained table without `model.json` is taken as the beginning of a model: that is how to train with
-    options that only `hashemb.create` has.
+    An untrained table without `model.json` is used as a new model; this makes it possible to train with options that
+    only `hashemb.create` has.
 
     Raises
     ------
     ValueError
-        `options` differ from what the model was made with, or can't be together.
+        `options` differ from those that the model was created with, or cannot be combined.
     HashembError
-        The directory holds a table that was trained as something else.
+        The directory holds a table that has been trained but is not a model.
     """
     path = Path(directory)
     if not path.exists():
@@ -192,7 +192,7 @@ def _create(path: Path, options: ModelOptions) -> tuple[HashedModel, ModelCard]:
 
 
 def _card(model: str, rank: int, num_fields: int | None) -> ModelCard:
-    """Of a new model. One that doesn't tell fields apart has no number of them."""
+    """Return the card of a new model; `num_fields` is ignored by models that do not distinguish fields."""
     if model in ("lr", "fm"):
         return ModelCard(rank=rank)
     if num_fields is None:
@@ -201,7 +201,7 @@ def _card(model: str, rank: int, num_fields: int | None) -> ModelCard:
 
 
 def _adopt(path: Path, options: ModelOptions) -> None:
-    """Write the card of a table that was made by `hashemb.create` and never trained."""
+    """Write the card of a table that was created by `hashemb.create` and never trained."""
     name = options.model or DEFAULTS["model"]
     with hashemb.open(path, mode="r") as table:
         if table.step:
@@ -210,7 +210,7 @@ def _adopt(path: Path, options: ModelOptions) -> None:
             )
         factors = table.embedding_dim - 1
         card = _card(name, factors // (options.num_fields or 1) if name == "ffm" else factors, options.num_fields)
-        build_model(table, card)  # or an error: the table is of another shape
+        build_model(table, card)  # raises if the table has another shape
         write_card(path, card)
 
 

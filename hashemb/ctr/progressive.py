@@ -1,11 +1,12 @@
 """Progressive validation: every example is scored before it is learned.
 
-The running loss is then that of unseen data, without a held-out set and in one pass: the number that a model
-serving live traffic would have had (Blum, Kalai, Langford: Beating the Hold-Out, COLT 1999; the "average loss" of
-Vowpal Wabbit). It stops being so when an example comes round again; hence one validator per pass over the data.
+The running loss is therefore measured on unseen data, in one pass and without a held-out set: it is the loss that a
+model serving live traffic would have had (Blum, Kalai, Langford: Beating the Hold-Out, COLT 1999; the "average loss" of
+Vowpal Wabbit). This no longer holds when an example is seen again, so each pass over the data has its own validator.
 
-In life a label comes later than its impression: a model that is asked about the next one has not learned it yet. With
-a *label delay* an example is scored when it comes, and learned when its label is known (River's ``delay``).
+In production a label arrives later than its impression, and the next impressions are scored by a model that has not
+learned it yet. With a *label delay* an example is scored when it arrives and learned when its label is known (River's
+``delay``).
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ __all__ = ["EveryN", "Learner", "PowersOfTwo", "ProgressRow", "ProgressiveValida
 
 
 class Learner(Protocol):
-    """A model that learns in batches and answers what it believed before it saw the labels.
+    """Protocol of a model that learns in batches and returns its predictions from before each update.
 
-    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name, `learn` its ``weights`` and
-    ``numbering`` too; what a batch does not have is not passed.
+    Both methods take the batch's ``offsets``, ``values`` and ``fields`` by name; `learn` also takes its ``weights`` and
+    ``numbering``. Arrays that a batch does not have are not passed.
     """
 
     def learn(
@@ -49,7 +50,7 @@ class Learner(Protocol):
         weights: npt.NDArray[np.float32] | None = None,
         numbering: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Probabilities before the update, shape (n,)."""
+        """Learn a batch and return the probabilities from before the update, shape (n,)."""
 
     def predict_proba(
         self,
@@ -59,24 +60,24 @@ class Learner(Protocol):
         values: npt.NDArray[np.float32] | None = None,
         fields: npt.NDArray[np.int32] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Probabilities, shape (n,); asked for only where labels are delayed."""
+        """Return probabilities, shape (n,); called only if labels are delayed."""
 
 
 class Schedule(Protocol):
-    """When a row of the progressive table is due."""
+    """Protocol of a schedule, which determines when rows of the progressive validation table are due."""
 
     def after(self, examples: int) -> int:
-        """Count of examples, greater than `examples`, at which the next row is due."""
+        """Return the number of examples, greater than `examples`, at which the next row is due."""
 
 
 @dataclass(frozen=True)
 class PowersOfTwo:
-    """A row at 1,024, 2,048, 4,096 … examples: as many rows for any size of data."""
+    """Schedule a row at 1,024, 2,048, 4,096 … examples, so that the table stays short for any amount of data."""
 
     first: int = 1024
 
     def after(self, examples: int) -> int:
-        """The next power of two.
+        """Return the next power of two.
 
         >>> PowersOfTwo().after(0), PowersOfTwo().after(1024), PowersOfTwo().after(5000)
         (1024, 2048, 8192)
@@ -86,7 +87,7 @@ class PowersOfTwo:
 
 @dataclass(frozen=True)
 class EveryN:
-    """A row every `n` examples, n >= 1."""
+    """Schedule a row every `n` examples, n >= 1."""
 
     n: int
 
@@ -95,7 +96,7 @@ class EveryN:
             raise ValueError(f"EveryN: n must be at least 1, got {self.n}")
 
     def after(self, examples: int) -> int:
-        """The next multiple of `n`.
+        """Return the next multiple of `n`.
 
         >>> EveryN(1000).after(0), EveryN(1000).after(1000), EveryN(1000).after(1500)
         (1000, 2000, 2000)
@@ -106,13 +107,13 @@ class EveryN:
 class _Waiting(NamedTuple):
     """A batch that has been scored and whose labels are not known yet."""
 
-    batch: Batch  # what is learned of it
-    examples: int  # that it came with
+    batch: Batch  # the examples to be learned
+    examples: int  # the size of the batch before negatives were dropped
     last_time: float
 
 
 class _State(NamedTuple):
-    """What `ProgressiveValidator.state` has put into words."""
+    """The parsed result of `ProgressiveValidator.state`."""
 
     metrics: StreamingMetrics
     at_last_row: StreamingMetrics
@@ -122,7 +123,7 @@ class _State(NamedTuple):
 
 
 def _parse_state(values: Any) -> _State:
-    """`ValueError` for what is no state, or one that a validator could not go on from."""
+    """Parse a state; raise a ValueError if it is invalid or a validator could not resume from it."""
     state = as_object(values, "progress")
     metrics = StreamingMetrics.from_state_dict(as_object(state.get("metrics"), "metrics"))
     at_last_row = StreamingMetrics.from_state_dict(as_object(state.get("at_last_row"), "at_last_row"))
@@ -136,7 +137,7 @@ def _parse_state(values: Any) -> _State:
 
 
 def check_progress(values: Any) -> None:
-    """Raise a ValueError where what a model's card says of its learning is not what a trainer has written there."""
+    """Raise a ValueError if the progress recorded in a model's card cannot have been written by a trainer."""
     progress = as_object(values, "progress")
     if progress:
         as_whole(progress.get("pass"), "pass", 1)
@@ -145,39 +146,42 @@ def check_progress(values: Any) -> None:
 
 
 class ProgressiveValidator:
-    """Feeds batches to a model and keeps the metrics of what it predicted before learning them.
+    """Trains a model on batches and tracks the metrics of its predictions from before each update.
 
-    Rows fall due at exact counts of examples, wherever batches begin and end: all predictions of a batch come
-    before its one update, so the metrics may be read between any two of them.
+    Rows fall due at exact counts of examples, wherever batches begin and end: all predictions of a batch are made
+    before its single update, so the metrics are valid between any two of them.
 
     Parameters
     ----------
     model : Learner
+        The model to train.
     schedule : Schedule
+        Schedule of the rows. Default: `PowersOfTwo`.
     delay : float
-        How long after its impression a label is known, at least 0: in examples, or in the unit of the times that
-        `learn` is given. A batch is learned, in one update, once the label of its last example is known when the
-        next batch begins. With 0 (as with any delay that ends before the next batch) that is at once.
+        Time between an impression and its label, at least 0: in examples, or in the unit of the times that are passed
+        to `learn`. A batch is learned, in one update, when a later batch begins and the label of its last example is
+        known by then. With delay 0 each batch is learned at once; any delay that ends before the next batch has the
+        same effect.
     negatives : NegativeSampling, optional
         Learn and score only the examples that it keeps. Metrics are estimates for all examples: probabilities are
         corrected, and a kept negative weighs 1 / rate.
     state : dict, optional
-        What `state` of an earlier validator returned; the table goes on as if there had been no pause, if it is
-        given the batches that had not been learned then, and those that follow.
+        The result of `state` of an earlier validator. The table continues as if there had been no pause, provided that
+        this validator is given the batches that had not been learned by then and those that follow.
     clock : callable
-        Seconds, for examples/s.
+        Clock in seconds, used to compute examples/s.
 
     Attributes
     ----------
     metrics : StreamingMetrics
-        Of all examples scored so far.
+        Metrics of all examples scored so far.
     curve : LearningCurve
         The rows so far.
     learned : int
-        Examples done with in this process: learned, or left out.
+        Examples that this validator has finished: they were learned, or dropped by `negatives`.
     waiting : int
-        Examples that have come and whose labels are not known yet; their batches are held in memory. Less than
-        `delay` and two batches, where it is in examples.
+        Examples that have arrived and whose labels are not known yet; their batches are held in memory. If `delay` is
+        in examples, these are fewer than `delay` plus two batches.
     """
 
     def __init__(
@@ -211,24 +215,25 @@ class ProgressiveValidator:
 
     @property
     def waiting(self) -> int:
-        """Examples scored and not learned."""
+        """Number of examples that have been scored but not learned."""
         return sum(entry.examples for entry in self._queue)
 
     def learn(self, batch: Batch, times: npt.ArrayLike | None = None) -> list[ProgressRow]:
-        """Learn what is known by now, score a batch, and return the rows that fell due within it.
+        """Learn the batches whose labels are known by now, score this batch, and return the rows that fell due in it.
 
         Parameters
         ----------
         batch : Batch
-            With labels, 0 or 1.
+            Batch with labels, 0 or 1.
         times : array_like of float, shape (n,), optional
-            When the impressions were shown, not descending, neither here nor from batch to batch. Default: the
-            examples' numbers.
+            Times at which the impressions were shown; they must not descend within a batch or from batch to batch.
+            Default: the examples' numbers.
 
         Raises
         ------
         ValueError
-            The batch has no labels; times are of another shape, not finite or descend. Nothing has been learned.
+            The batch has no labels, or `times` has the wrong shape, is not finite or descends. Nothing has been
+            learned.
         """
         if batch.labels is None:
             raise ValueError("a batch without labels can't be learned")
@@ -251,21 +256,21 @@ class ProgressiveValidator:
 
     @property
     def examples(self) -> int:
-        """Examples that have come in this pass and need not come again, kept or not."""
+        """Number of examples that have arrived in this pass and need not be read again, kept or not."""
         return self._next_example
 
     def finish(self) -> None:
-        """Learn what is waiting: no more impressions come, but their labels do."""
+        """Learn the waiting examples: there are no more impressions, but their labels do arrive."""
         self._learn_known(math.inf)
 
     def last_row(self) -> ProgressRow | None:
-        """The row that closes the table; None where the last one already stands at the last example."""
+        """Return the row that closes the table; None if the last row already includes the last example."""
         if self.metrics.examples == self._at_last_row.examples:
             return None
         return self._row(self._rate(0))
 
     def state(self) -> dict[str, Any]:
-        """All that a later validator needs to go on from here, as JSON-able values."""
+        """Return all that a later validator needs to resume from here, as JSON-serializable values."""
         return {
             "metrics": self.metrics.state_dict(),
             "at_last_row": self._at_last_row.state_dict(),
@@ -275,7 +280,7 @@ class ProgressiveValidator:
         }
 
     def _span(self, times: npt.ArrayLike | None, count: int) -> tuple[float, float]:
-        """When the batch's first and last impressions were shown."""
+        """Return the times at which the batch's first and last impressions were shown."""
         if times is None:
             first = float(self._next_example)
             return (first, first + count - 1.0) if count else (-math.inf, self._last_time)
@@ -311,7 +316,7 @@ class ProgressiveValidator:
         return self.model.learn(batch.keys, batch.labels, **batch.features(), **importance)
 
     def _already(self, batch: Batch, examples: int) -> int:
-        """How many of the kept examples are among the batch's first so many."""
+        """Count how many of the batch's first `examples` examples are kept."""
         if self.negatives is None or not examples:
             return examples
         assert batch.labels is not None
@@ -319,7 +324,7 @@ class ProgressiveValidator:
         return int(self.negatives.keep(batch.labels[:examples], start).sum())
 
     def _score(self, batch: Batch, probabilities: npt.NDArray[np.float32], start: int) -> list[ProgressRow]:
-        """Take the predictions from `start` on into the metrics."""
+        """Add the predictions from `start` on to the metrics."""
         labels, weights = batch.labels, batch.weights
         assert labels is not None
         if self.negatives is not None:

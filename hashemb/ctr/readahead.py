@@ -1,4 +1,4 @@
-"""Reading and learning at once: a thread parses the next batches while the caller works on this one."""
+"""Read-ahead: a thread parses the next batches while the caller works on the current one."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ T = TypeVar("T")
 def read_ahead(
     items: Iterable[T], depth: int = 2, *, at_leisure: Callable[[T], T] | None = None
 ) -> Generator[T, None, None]:
-    """Iterate over `items` from a thread of its own, at most `depth` items ahead.
+    """Iterate over `items` in a separate thread, at most `depth` items ahead.
 
-    The order is kept, an exception of `items` is raised here in its place, and closing the iterator ends the
+    The order is kept, an exception in `items` is raised here at its position, and closing the iterator ends the
     thread.
 
     Parameters
     ----------
     items : iterable
-        Advanced by the thread only.
+        The items; only the thread advances the iterator.
     depth : int
-        Items held ready, >= 1.
+        Number of items that are buffered, >= 1.
     at_leisure : callable, optional
-        What the thread does to an item while half of `depth` or more are ready: work that the caller does otherwise.
+        Optional preprocessing that the reader thread applies to an item while the buffer is at least half full; the
+        caller does this work for the other items.
 
     Examples
     --------
@@ -45,9 +46,9 @@ def read_ahead(
 
 
 class _Buffer(Generic[T]):
-    """Items between two threads.
+    """A buffer of items between two threads.
 
-    Once full it is filled again only when half empty: to wake a thread costs as much as to learn from some of them.
+    Once full, it is refilled only when it is half empty: waking a thread costs as much as learning several items.
     """
 
     def __init__(self, depth: int, at_leisure: Callable[[T], T] | None) -> None:
@@ -58,7 +59,7 @@ class _Buffer(Generic[T]):
         self._error: BaseException | None = None
 
     def fill(self, items: Iterable[T]) -> None:
-        """Take all items, or as many as are wanted; keep what they raise."""
+        """Buffer all items until `stop` is called; store an exception that they raise."""
         try:
             for item in items:
                 if self._at_leisure is not None and 2 * len(self._ready) >= self._depth:
@@ -81,7 +82,7 @@ class _Buffer(Generic[T]):
             return not self._is_stopped
 
     def take(self) -> Iterator[T]:
-        """The items in order, then their exception."""
+        """Yield the items in order, then raise their exception."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._is_done)
@@ -95,7 +96,7 @@ class _Buffer(Generic[T]):
             raise self._error
 
     def stop(self) -> None:
-        """No more items are wanted."""
+        """Signal that no more items are needed."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()

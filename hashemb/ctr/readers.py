@@ -1,7 +1,8 @@
-"""Files of impressions -> batches of labels and hashed keys, streaming, in bounded memory.
+"""Read files of impressions as batches of labels and hashed keys, streaming, in bounded memory.
 
-Every format goes the same way: a `Source` gives its good rows, hashed, in pieces of any size, and the batches run on
-across pieces and files. What a malformed line looks like is up to the source; it is never mended, always counted.
+All formats share one path: a `Source` yields its good rows, hashed, in pieces of any size, and batches are cut
+across pieces and files. Each source decides which of its lines are malformed; such a line is never repaired and
+always counted.
 """
 
 from __future__ import annotations
@@ -58,33 +59,33 @@ def open_reader(
     Parameters
     ----------
     paths : path or sequence of paths
-        Read one after another, as one stream; they may differ in format as long as they have the same fields.
-        ``"-"`` is standard input (text formats only). Text may be compressed with gzip, zstd or bzip2.
+        Files to read one after another, as one stream; they may differ in format as long as they have the same
+        fields. ``"-"`` is standard input (text formats only). Text may be compressed with gzip, zstd or bzip2.
     format : {"auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"}
         ``"criteo"``: tab-separated, no header, label, I1..I13, C1..C26; 39 columns when there is no label.
         ``"csv"``: with a header; separated by commas, tabs, semicolons or bars. ``"vw"``: Vowpal Wabbit's text. The
-        last three give ragged batches. ``"auto"`` goes by suffix where there is a known one, else by content.
+        last three give ragged batches. ``"auto"`` infers the format from a known suffix, else from the content.
     label : str, optional
         Column that holds the label. By default the column named ``label`` or ``click`` (in any case), else the first
         column if its first values are all 0/1 or false/true; without any of these, `Batch.labels` is None.
     numeric, categorical : sequence of str
-        Columns of integers to bucket as counts, as Criteo's are, and columns to take as ids. Of other integer columns
-        the first values decide (see docs/ctr.md); most are ids.
+        Integer columns to bucketize as counts, as in Criteo's data, and columns to read as ids. The kind of other
+        integer columns is inferred from their first values (see docs/ctr.md); most are ids.
     schema : mapping of str to {"string", "integer", "count", "float"}, optional
-        Fields to read, in this order, and how; other columns are ignored, and the label may be missing. Give the
-        `Reader.schema` that a model was trained with to get the same keys from any file. By default: all
-        columns but the label, each with the kind that its type (in CSV: its first values) suggests. In libffm and vw
-        it numbers the fields, and those that it lacks are added to it as they appear.
+        Fields to read, in this order, and their kinds; other columns are ignored, and the label may be missing. Pass
+        the `Reader.schema` that a model was trained with to get the same keys from any file. By default all
+        columns except the label are read, each with the kind inferred from its type (in CSV, from its first values).
+        In libffm and vw the schema numbers the fields, and new fields are added to it as they appear.
     positive : str, optional
-        The value of the label that means 1, of two. By default 1 of 0 and 1, else the one that sorts second.
+        The label value that means 1. By default 1 if the values are 0 and 1, else the one that sorts second.
     label_values : sequence of two str, optional
-        What means 0 and what means 1: the `Reader.label_values` that a model was trained with.
+        The label values that mean 0 and 1: the `Reader.label_values` that a model was trained with.
     batch_size : int
-        Rows in each batch; only the last is shorter.
+        Rows in each batch; only the last batch may be shorter.
     strict : bool
-        Raise at the first malformed row, instead of counting it in `Reader.report` and going on.
+        Raise at the first malformed row instead of counting it in `Reader.report` and skipping it.
     start : int
-        Good rows to skip. The batches are those of a reader that drops them.
+        Number of good rows to skip. The batches are cut as if the files began after these rows.
 
     Returns
     -------
@@ -93,10 +94,10 @@ def open_reader(
     Raises
     ------
     FileNotFoundError
-        A path does not exist. All of them are checked before anything is read.
+        A path does not exist. All paths are checked before anything is read.
     ValueError
-        The format is not recognised, a column is missing or does not fit the schema, the label has more than two
-        values; while reading: a file is damaged, files disagree on whether there are labels or on the form of the
+        The format is not recognised, a column is missing or does not fit the schema, or the label has more than two
+        values. While reading: a file is damaged, files differ in whether they have labels or in the form of their
         batches, or (with `strict`) a row is malformed.
     MissingExtraError
         PyArrow is not installed.
@@ -149,24 +150,24 @@ def _two(values: Sequence[str]) -> LabelValues:
 
 
 class Reader:
-    """Iterator over the batches of one or more files, made by `open_reader`; also a context manager.
+    """Iterator over the batches of one or more files, returned by `open_reader`; also a context manager.
 
     Attributes
     ----------
     report : ReadReport
-        Rows good and bad so far, and the first bad ones.
+        Number of good and bad rows so far, and the first bad rows.
     schema : dict of str to str
-        Kind of each field, in the order of the key columns. It can be stored as JSON and given to `open_reader`.
+        Kind of each field, in the order of the key columns. It can be stored as JSON and passed to `open_reader`.
         Where batches have `Batch.fields`, it grows when a field appears for the first time.
     format : str
-        Format of the file last opened; "" if all are empty.
+        Format of the file last opened; "" if all files are empty.
     label : str or None
-        Column that the labels of the file last opened come from; None if it has none. Give it to `open_reader`
-        together with `schema`, which turns guessing off.
+        Label column of the file last opened; None if it has no label. Pass it to `open_reader` together with
+        `schema`, so that nothing is inferred.
     label_values : tuple of two str, or None
-        What means 0 and what means 1 in that column; None: 0 and 1 (and -1 in the ragged formats).
+        The values of that column that mean 0 and 1; None: 0 and 1 (and -1 in the ragged formats).
     bytes_total : int or None
-        Size of all files as stored; None if one is standard input or a pipe.
+        Total size of the files as stored; None if one is standard input or a pipe.
     """
 
     def __init__(
@@ -195,12 +196,12 @@ class Reader:
 
     @property
     def field_names(self) -> list[str]:
-        """Names of the fields, in the order of the key columns; empty if all files are."""
+        """Names of the fields, in the order of the key columns; empty if all files are empty."""
         return list(self.schema)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the files, as stored, taken so far; parsing runs a little ahead of the batches."""
+        """Bytes of the files, as stored, read so far; parsing runs slightly ahead of the batches."""
         return self._bytes_done + (self._source.bytes_read if self._source else 0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -220,7 +221,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is open. The reader is at its end afterwards."""
+        """Close the open file. The reader is exhausted afterwards."""
         self._batches = iter(())
         self._paths.clear()
         self._close_source()
@@ -232,7 +233,7 @@ class Reader:
             self._source = None
 
     def _open_next(self) -> None:
-        """Open the next file that is not empty, if there is one; the first fixes the schema."""
+        """Open the next non-empty file, if there is one; the first one fixes the schema."""
         while self._paths and self._source is None:
             self._source = _open_source(self._paths.pop(0), self._wanted_format, self._options)
         if self._source is None:
@@ -247,7 +248,7 @@ class Reader:
         _check_fields(self._source, self.schema)
 
     def _parts(self, start: int) -> Iterator[Batch]:
-        """The examples after the first `start`, in pieces of any size."""
+        """Yield the examples after the first `start`, in pieces of any size."""
         while self._source is not None:
             source = self._source
             for part in self._read(source):
@@ -270,7 +271,7 @@ class Reader:
         return lambda line, reason: self.report.reject(BadLine(name, line, reason), strict=self._strict)
 
     def _check_form(self, name: str, part: Batch) -> None:
-        """That `part` has what the first one had, so that they can be joined."""
+        """Check that `part` has the same arrays as the first one, so that they can be joined."""
         self._first = self._first or (name, part)
         first_name, first = self._first
         for what, of_first, of_part in (
@@ -285,7 +286,7 @@ class Reader:
 
 
 def _open_source(path: str, format: Format, options: Options) -> Source | None:
-    """The source of one path; None if it is empty."""
+    """Open the source of one path; return None if the file is empty."""
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return None
     if format == "parquet" or (format == "auto" and path.lower().endswith(_PARQUET_SUFFIXES)):
@@ -327,7 +328,7 @@ def _text_source(stream: Stream, format: Format, options: Options) -> Source:
 
 
 def _sniff(name: str, head: bytes) -> Format:
-    """The text format of a file that begins with `head`."""
+    """Infer the text format of a file that begins with `head`."""
     named = _SUFFIXES.get(os.path.splitext(without_compression_suffix(name))[1].lower())
     if named is not None:
         return named

@@ -1,4 +1,4 @@
-"""`hashemb report`: options in, one HTML page out."""
+"""`hashemb report`: parse the options and write one HTML page."""
 
 from __future__ import annotations
 

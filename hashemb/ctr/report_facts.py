@@ -1,4 +1,4 @@
-"""What a report on a model says, gathered: from its directory alone, and from data scored with it."""
+"""Gather the facts for a report on a model, from its directory and from data scored with it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Evaluation:
-    """What a model makes of data.
+    """Evaluation of a model on data.
 
     Attributes
     ----------
     paths : list of str
-        The data; empty for metrics that were kept while learning.
+        The data files; empty for metrics from training.
     metrics : StreamingMetrics
+        Metrics of the predictions.
     gauc : float or None
-        If a user column was named.
+        GAUC, if a user column was given.
     bad_rows : int
-        Rows of the data that could not be used.
+        Number of rows in the data that could not be used.
     collisions : list of FieldCollisions
-        Of the data's distinct keys; empty without data.
+        Collisions among the data's distinct keys; empty without data.
     """
 
     paths: list[str]
@@ -55,7 +56,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MemoryPoint:
-    """What a model is worth, and what it costs: `disk_bytes` are those of its table, optimiser state included."""
+    """Quality and size of a model: `disk_bytes` is the size of its table, including optimiser state."""
 
     name: str
     num_embeddings: int
@@ -68,29 +69,32 @@ class MemoryPoint:
 
 @dataclass
 class RunFacts:
-    """All that a page about one model shows.
+    """All facts on a page about one model.
 
     Attributes
     ----------
     name : str
         Last part of the model's path.
     settings : list of (str, str)
+        Facts about the table and the model, as (name, value).
     sources : dict of str to SourcePosition
-        What it has learned.
+        The files that the model has learned.
     curve : list of ProgressRow
-        Of the first pass, in which every example was unseen.
+        Learning curve of the first pass, in which every example was unseen.
     passes : int
-        Pass under way, or the last one.
+        The current pass, or the last one.
     learning : StreamingMetrics
-        Of the pass under way, before each example was learned.
+        Metrics of the current pass, from before each example was learned.
     evaluation : Evaluation or None
-        Of the data given.
+        Evaluation on the given data.
     stats : TableStats
+        Statistics of the table.
     num_hashes : int
-        Rows per key.
+        Number of rows per key.
     norms : RowNorms
+        Norms of the rows.
     memory : list of MemoryPoint
-        This model first, then those it is compared with.
+        This model, then the models that it is compared with.
     """
 
     name: str
@@ -115,26 +119,27 @@ def gather(
     progress: Progress | None = None,
     **reading: Any,
 ) -> RunFacts:
-    """All about the model in the directory `run`.
+    """Gather the facts about the model in the directory `run`.
 
     Parameters
     ----------
     run : path
+        Directory of the model.
     files : sequence of path
-        Labelled data to score. Without any, the metrics are those kept while learning.
+        Labelled data to score. Without files, the metrics are those from training.
     user : str, optional
-        Field that says whose impression it is, for GAUC.
+        Field that holds the user of each impression, for GAUC.
     compare : sequence of path
-        Other models, to set AUC against memory.
+        Other models, to compare AUC and memory.
     progress : callable, optional
-        Bytes and examples scored so far.
+        Called with the bytes and examples scored so far.
     **reading
         `data_format` and `label` as for `open_for_scoring`.
 
     Raises
     ------
     ValueError
-        No such field, data without labels, or a user column without data.
+        A field does not exist, the data has no labels, or a user column is given without data.
     FileNotFoundError, FormatError
         As for `load_model`.
     """
@@ -144,7 +149,7 @@ def gather(
     with closing(model.table) as table:
         evaluation = evaluate(model, card, files, user=user, progress=progress, **reading) if files else None
         stats, norms = table.stats(), row_norms(table)
-        settings = [fact for fact in describe(run) if fact[0] != "size, in memory"]  # of the moment, not of the model
+        settings = [fact for fact in describe(run) if fact[0] != "size, in memory"]  # not a fact about the model
     others = [memory_point(path, files, **reading) for path in compare]
     first = card.progress.get("rows" if card.progress.get("pass") == 1 else "first_pass_rows", [])
     learning = learning_metrics(card)
@@ -172,8 +177,10 @@ def evaluate(
     progress: Progress | None = None,
     **reading: Any,
 ) -> Evaluation:
-    """Score labelled files: metrics, and who shares rows. Memory grows with the distinct keys, and with a user column
-    by 20 bytes an example."""
+    """Score labelled files; return their metrics and collisions.
+
+    Memory grows with the number of distinct keys and, with a user column, by 20 bytes per example.
+    """
     with open_for_scoring(card, files, strict=False, **reading) as reader:
         column = _column_of(user, reader)
         census, metrics, negatives = KeyCensus(reader.field_names), StreamingMetrics(), card.negatives()
@@ -216,7 +223,7 @@ def _users(batch: Batch, column: int) -> npt.NDArray[np.uint64]:
 def memory_point(
     run: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]] = (), **reading: Any
 ) -> MemoryPoint:
-    """AUC and bytes of another model: on the files, or else as it was while learning."""
+    """Return AUC and size of another model: the AUC is measured on the files or, without files, during training."""
     model, card = load_model(run)
     with closing(model.table) as table:
         metrics = evaluate(model, card, files, **reading).metrics if files else learning_metrics(card)
@@ -232,5 +239,5 @@ def _point(run: str | os.PathLike[str], disk_bytes: int, metrics: StreamingMetri
 
 
 def learning_metrics(card: ModelCard) -> StreamingMetrics:
-    """The metrics of the pass under way, or the last one; empty before the first."""
+    """Return the metrics of the current pass, or the last one; empty before the first pass."""
     return StreamingMetrics.from_state_dict(card.progress["metrics"]) if card.progress else StreamingMetrics()

@@ -1,7 +1,7 @@
-"""The pictures of a report, as SVG that stands inside a page: no background, and colours of the page's own choosing.
+"""The figures of a report, as inline SVG without background and with colours that the page defines.
 
-Text and axes are drawn in ``currentColor`` and data in CSS variables, so that one picture reads on a light page and
-on a dark one. The same facts give the same bytes.
+Text and axes are drawn in ``currentColor`` and data in CSS variables, so that a figure is readable on light and dark
+pages. The same facts yield the same bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 MAX_BARS = 40
-_WIDTH = 4.4  # inches: on a page 360 pixels wide the text, of 10 points, is 10 pixels high
-_INK, _FIRST, _SECOND = "#010203", "#010204", "#010205"  # stand for colours that the page chooses
+_WIDTH = 4.4  # inches; 10-point text is 10 pixels high on a page that is 360 pixels wide
+_INK, _FIRST, _SECOND = "#010203", "#010204", "#010205"  # placeholders for colours that the page defines
 _COLOURS = {_INK: "currentColor", _FIRST: "var(--first)", _SECOND: "var(--second)"}
 _STYLE = {
     "svg.fonttype": "none",
@@ -55,7 +55,7 @@ _STYLE = {
 
 
 def _svg(name: str, height: float, draw: Callable[[Any], None]) -> str:
-    """One figure of axes that `draw` fills; `name` keeps the identifiers of figures on one page apart."""
+    """Draw a figure with `draw`; `name` makes the identifiers of figures on one page unique."""
     matplotlib = require("matplotlib", "report")
     figure_module = require("matplotlib.figure", "report")
     file = io.StringIO()
@@ -67,7 +67,7 @@ def _svg(name: str, height: float, draw: Callable[[Any], None]) -> str:
 
 
 def _for_a_page(text: str, name: str) -> str:
-    """The <svg> element alone, of any width, its identifiers and colours made the page's."""
+    """Extract the <svg> element and adapt its width, identifiers and colours to the page."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -81,7 +81,7 @@ def _for_a_page(text: str, name: str) -> str:
 
 
 def curve_figure(rows: Sequence[ProgressRow], name: str = "curve") -> str:
-    """Log loss over examples, on a logarithmic axis: since the row before, and since the beginning."""
+    """Plot the log loss since the previous row and since the beginning over the examples, on a logarithmic axis."""
 
     def draw(axes: Any) -> None:
         examples = [row.examples for row in rows]
@@ -95,7 +95,7 @@ def curve_figure(rows: Sequence[ProgressRow], name: str = "curve") -> str:
 
 
 def calibration_figure(bins: Sequence[CalibrationBin], name: str = "calibration") -> str:
-    """Observed over predicted click-through rate, with intervals, and the diagonal on which they should lie."""
+    """Plot observed over predicted click-through rates, with intervals, and the diagonal of perfect calibration."""
 
     def draw(axes: Any) -> None:
         predicted, observed = np.array([(bin.predicted, bin.observed) for bin in bins]).T
@@ -113,7 +113,7 @@ def calibration_figure(bins: Sequence[CalibrationBin], name: str = "calibration"
 
 
 def collision_figure(fields: Sequence[FieldCollisions], expected: float, name: str = "collisions") -> str:
-    """Bars: the share of each field's keys that share every row with another key; a line where it is expected to be."""
+    """Plot the share of colliding keys for each field as bars, and the expected share as a line."""
     largest = sorted(fields, key=lambda field: -field.distinct_keys)[:MAX_BARS]
     shown = [field for field in fields if field in largest]
 
@@ -130,7 +130,7 @@ def collision_figure(fields: Sequence[FieldCollisions], expected: float, name: s
 
 
 def norm_figure(norms: RowNorms, name: str = "norms") -> str:
-    """Histogram of the norms of rows, on a logarithmic axis."""
+    """Plot a histogram of the norms of rows, on a logarithmic axis."""
 
     def draw(axes: Any) -> None:
         positive = norms.norms[norms.norms > 0.0]
@@ -144,7 +144,7 @@ def norm_figure(norms: RowNorms, name: str = "norms") -> str:
 
 
 def memory_figure(points: Sequence[MemoryPoint], name: str = "memory") -> str:
-    """AUC over bytes, on a logarithmic axis, each point with the name of its model."""
+    """Plot AUC over bytes, on a logarithmic axis; each point has the name of its model."""
 
     def draw(axes: Any) -> None:
         mebibytes = [point.disk_bytes / 2**20 for point in points]
@@ -164,12 +164,12 @@ def memory_figure(points: Sequence[MemoryPoint], name: str = "memory") -> str:
 
 
 def _plain(text: str) -> str:
-    """A name as Matplotlib is to draw it: between dollars it would read a formula."""
+    """Escape a name for Matplotlib, which would parse text between dollar signs as a formula."""
     return printable(text).replace("$", r"\$")
 
 
 def _logarithmic(axes: Any, axis: str, values: Any) -> None:
-    """A logarithmic axis with plain numbers on it, also where it spans less than a decade."""
+    """Make an axis logarithmic with plain numbers as labels, even if it spans less than a decade."""
     ticker = require("matplotlib.ticker", "report")
     low, high = float(np.min(values)), float(np.max(values))
     axes.set(**{f"{axis}scale": "log"})
@@ -181,7 +181,7 @@ def _logarithmic(axes: Any, axis: str, values: Any) -> None:
 
 
 def plain_number(value: float) -> str:
-    """A number as an axis shows it.
+    """Format a number for an axis.
 
     >>> [plain_number(value) for value in (0.02, 1.0, 500.0, 2000.0, 1e6, 2.5e9)]
     ['0.02', '1', '500', '2k', '1M', '2.5G']

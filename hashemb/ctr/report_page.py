@@ -1,4 +1,4 @@
-"""The page of a report: plain HTML, complete in one file, with a table beside every picture."""
+"""The page of a report: plain HTML in one self-contained file, with a table for every figure."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Cells = Sequence[str]
 
 
 def page(facts: RunFacts) -> str:
-    """The report as one HTML document that loads nothing."""
+    """Return the report as one HTML document that loads no other resources."""
     sections = [
         ("metrics", "How good it is", _metrics(facts)),
         ("curve", "Learning curve", _curve(facts)),
@@ -246,13 +246,13 @@ def _text(text: str) -> str:
 
 
 def _figure(svg: str, caption: str) -> str:
-    """A picture and what it shows; the caption is also its text for those who don't see it."""
+    """Format a figure with its caption, which is also its text alternative."""
     text = _escaped(caption)
     return f'<figure role="img" aria-label="{text}">{svg}<figcaption>{text}</figcaption></figure>'
 
 
 def _table(caption: str, head: Cells, rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
-    """A table that scrolls by itself where the screen is narrow; the first cell of a row is its heading."""
+    """Format a table that scrolls separately on narrow screens; the first cell of each row is its heading."""
     name = _escaped(caption)
     columns = "".join(f'<th scope="col">{_escaped(cell)}</th>' if cell else "<td></td>" for cell in head)
     lines = "\n".join(

@@ -1,4 +1,4 @@
-"""Scoring files with a trained model: one probability per example, in the order of the input."""
+"""Score files with a trained model: one probability per example, in the order of the input."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def open_for_scoring(
     label: str | None = None,
     strict: bool = True,
 ) -> Reader:
-    """A reader of `paths` that yields the keys that the model was trained on.
+    """Open a reader of `paths` that encodes keys as the model was trained on.
 
-    Strict by default: a bad line that were left out would shift the probability of every line after it.
+    The reader is strict by default: if a bad line were skipped, the probabilities would no longer match the lines.
     """
     return open_reader(
         paths,
@@ -52,7 +52,7 @@ def open_for_scoring(
 def score(
     model: HashedModel, reader: Reader, negatives: NegativeSampling | None = None
 ) -> Generator[ScoreBatch, None, None]:
-    """Score what `reader` reads, a batch at a time; `negatives` is what `ModelCard.negatives` says."""
+    """Score the batches of `reader` one at a time; `negatives` is the result of `ModelCard.negatives`."""
     with closing(read_ahead(reader, depth=8)) as batches:
         for batch in batches:
             probabilities = model.predict_proba(batch.keys, **batch.features())
@@ -60,6 +60,6 @@ def score(
 
 
 def write_probabilities(file: IO[str], probabilities: npt.NDArray[np.float32]) -> None:
-    """One number a line, with just the digits that give the same float32 when read back."""
+    """Write one number per line, with the fewest digits that yield the same float32 when read back."""
     if len(probabilities):
         file.write("\n".join(probabilities.astype(str).tolist()) + "\n")

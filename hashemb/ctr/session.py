@@ -1,4 +1,4 @@
-"""A training run as a console shows it: what is printed before, during and after it, and how it stops."""
+"""Run training on a console: print the output before, during and after it, and handle stops."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["run_training"]
 
-_PASSES_SHOWN = 2  # with all their rows; of later ones the last row will do
+_PASSES_SHOWN = 2  # passes printed with all their rows; of later passes only the last row is printed
 
 
 def run_training(trainer: Trainer, console: Console) -> int:
-    """Learn what there is to learn, save, and say how it went.
+    """Train on the remaining examples, save, and print a summary.
 
     Returns
     -------
     int
-        Exit status: 0, or 130 after Ctrl-C (143 after SIGTERM), when the model has been saved all the same.
+        Exit status: 0, or 130 after Ctrl-C (143 after SIGTERM); the model has been saved in either case.
     """
     if trainer.finished:
         most = max(position.passes for position in trainer.sources.values())
@@ -37,11 +37,11 @@ def run_training(trainer: Trainer, console: Console) -> int:
     with stop_on_signals() as stop, closing(trainer.run()) as steps:
         try:
             _show(steps, trainer.bytes_total, stop, console)
-        except (Exception, SystemExit):  # a bad line in strict mode, a full disk, a closed pipe: between batches
+        except (Exception, SystemExit):  # between batches: a bad line in strict mode, a full disk, a closed pipe
             steps.close()
             trainer.save()
             raise
-        steps.close()  # ends the reader, whose report belongs to the summary
+        steps.close()  # closes the reader, whose report is part of the summary
         trainer.save()
     _say_summary(trainer, console)
     if stop:
@@ -50,7 +50,7 @@ def run_training(trainer: Trainer, console: Console) -> int:
 
 
 def _show(steps: Iterable[TrainStep], bytes_total: int, stop: StopRequest, console: Console) -> None:
-    """Run the steps, printing what they bring, until they end or a stop is asked for."""
+    """Run the steps and print their results, until they end or a stop is requested."""
     pass_number = 0
     last: ProgressRow | None = None
     with progress_bar(console, "training", bytes_total or None) as advance:

@@ -1,4 +1,4 @@
-"""Stopping between two batches: a first Ctrl-C asks, a second one insists."""
+"""Stop training between two batches at the first Ctrl-C, and immediately at the second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["StopRequest", "stop_on_signals"]
 
 
 class StopRequest:
-    """Whether a signal has asked to stop, and which.
+    """A request to stop, made by a signal.
 
     Attributes
     ----------
     signal : int or None
-        Number of the first signal that came.
+        Number of the first signal received; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -28,15 +28,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """0, or what a shell expects of a process that the signal ended: 130 for Ctrl-C."""
+        """Exit status: 0, or the status that shells use for a process ended by the signal, such as 130 for Ctrl-C."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the work looks at when it can stop cleanly.
+    """Turn SIGINT and SIGTERM into a request, which the caller checks when it can stop cleanly.
 
-    The second signal acts as usual. Outside the main thread, which alone receives signals, nothing changes.
+    The second signal has its usual effect. Outside the main thread, which alone receives signals, nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Metrics of a stream of batches, in bounded memory: sums, and a histogram of the scores of each class."""
+"""Compute metrics of a stream of batches in bounded memory, from sums and a histogram of the scores of each class."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["StreamingMetrics"]
 
 _EPS = float(np.finfo(np.float64).eps)
 
-# Scores are counted in bins of equal width on the logit scale; beyond ±16 (1e-7) everything shares the end bins.
+# Scores are counted in bins of equal width on the logit scale; all scores beyond ±16 (1e-7) share the outermost bins.
 _LOGIT_LIMIT = 16.0
 _NUM_BINS = 1 << 14
-_MAX_SUM = 1e100  # of weights, which are float32, and of their squares
+_MAX_SUM = 1e100  # limit for sums of weights, which are float32, and of their squares
 _BINS_PER_LOGIT = _NUM_BINS / (2 * _LOGIT_LIMIT)
 
 
 class StreamingMetrics:
-    """The same metrics over a stream of batches, in memory that does not grow (256 KiB, with weights 512 KiB).
+    """Computes the metrics over a stream of batches, in constant memory (256 KiB, or 512 KiB with weights).
 
-    Log loss, normalised entropy and calibration come from float64 sums and are exact up to rounding. AUC comes
-    from a histogram of the scores, 512 bins per unit of logit: pairs that share a bin count half, so it is off
-    by at most `auc_error_bound`, half the share of (positive, negative) pairs that fall into one bin. On
-    ordinary data that is a few 1e-4, and the error itself far smaller, because within so narrow a bin about
-    half of the pairs are in order. `calibration_by_quantile` comes from the same histogram: its predictions are
-    off by at most 1/1024 on the logit scale.
+    Log loss, normalised entropy and calibration are computed from float64 sums and are exact up to rounding. AUC is
+    computed from a histogram of the scores with 512 bins per unit of logit: pairs in the same bin count half, so the
+    error is at most `auc_error_bound`, half the share of (positive, negative) pairs in the same bin. On ordinary data
+    this bound is a few 1e-4 and the error is far smaller, because about half of the pairs within such a narrow bin are
+    in order. `calibration_by_quantile` uses the same histogram: the error of its predictions is at most 1/1024 on the
+    logit scale.
 
-    `copy` gives a snapshot, and ``metrics - snapshot`` the metrics of what came in between. Not thread-safe.
+    `copy` returns a snapshot, and ``metrics - snapshot`` the metrics of the examples added since. Not thread-safe.
 
     Examples
     --------
@@ -53,10 +53,10 @@ class StreamingMetrics:
         self._sum_probabilities = 0.0
         self._examples = 0
         self._histogram = np.zeros((2, _NUM_BINS))  # [label, bin of the logit] -> sum of weights
-        self._squares: Floats | None = None  # the same of squared weights; None while all weights have been 1
+        self._squares: Floats | None = None  # the same for squared weights; None while all weights are 1
 
     def update(self, labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """Add a batch; arguments and errors as for `auc`. A batch that is refused changes nothing."""
+        """Add a batch; arguments and errors as for `auc`. A rejected batch changes nothing."""
         y, p, w = as_floats(labels), as_floats(probabilities), None if weights is None else as_floats(weights)
         if y.ndim != 1 or y.shape != p.shape or (w is not None and w.shape != y.shape):
             checked(y, p, w)
@@ -74,12 +74,12 @@ class StreamingMetrics:
 
     @property
     def examples(self) -> int:
-        """Number of examples, whatever their weights."""
+        """Number of examples, regardless of their weights."""
         return self._examples
 
     @property
     def weight(self) -> float:
-        """Sum of the weights; without weights the number of examples."""
+        """Sum of the weights; without weights, the number of examples."""
         return float(self._histogram.sum())
 
     @property
@@ -116,12 +116,12 @@ class StreamingMetrics:
 
     @property
     def auc_error_bound(self) -> float:
-        """The most that `auc` can be off, given the histogram; NaN if one of the classes is absent."""
+        """Upper bound of the error of `auc`, given the histogram; NaN if one of the classes is absent."""
         negatives, positives = self._histogram
         return ratio(0.5 * float((positives * negatives).sum()), float(positives.sum() * negatives.sum()))
 
     def calibration_by_quantile(self, num_bins: int = 10) -> list[CalibrationBin]:
-        """As the function of this name, from the histogram; quantiles fall on its bins."""
+        """Compute the same as the function of this name from the histogram; quantiles are rounded to its bins."""
         logits = (np.arange(_NUM_BINS) + 0.5) / _BINS_PER_LOGIT - _LOGIT_LIMIT
         squares = self._histogram if self._squares is None else self._squares
         weights = self._histogram.sum(axis=0)
@@ -130,11 +130,11 @@ class StreamingMetrics:
         )
 
     def copy(self) -> StreamingMetrics:
-        """An independent copy."""
+        """Return an independent copy."""
         return self._minus(StreamingMetrics())
 
     def __sub__(self, earlier: StreamingMetrics) -> StreamingMetrics:
-        """Metrics of the examples added since the snapshot `earlier`; a ValueError if it is not one of these."""
+        """Return the metrics of the examples added since `earlier`; a ValueError if that is not an earlier snapshot."""
         if not isinstance(earlier, StreamingMetrics):
             return NotImplemented
         since = self._minus(earlier)
@@ -142,7 +142,7 @@ class StreamingMetrics:
             raise ValueError(
                 f"not an earlier state of these metrics: {earlier.examples} examples, these have {self.examples}"
             )
-        np.maximum(since._histogram, 0.0, out=since._histogram)  # what sums of fractions leave
+        np.maximum(since._histogram, 0.0, out=since._histogram)  # rounding errors of fractional sums
         return since
 
     def _minus(self, earlier: StreamingMetrics) -> StreamingMetrics:
@@ -157,7 +157,7 @@ class StreamingMetrics:
         return since
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as a dict that JSON can hold (without weights a few ten kilobytes). Floats survive exactly."""
+        """Return the state as a dict of JSON values (a few ten kilobytes without weights). Floats are kept exactly."""
         state = {
             "sum_loss": self._sum_loss,
             "sum_probabilities": self._sum_probabilities,
@@ -170,7 +170,7 @@ class StreamingMetrics:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> StreamingMetrics:
-        """The metrics whose `state_dict` this is; a ValueError if it is not one."""
+        """Restore metrics from the result of `state_dict`; raise a ValueError for anything else."""
         try:
             return cls()._restored(state)
         except ValueError as error:
@@ -200,7 +200,7 @@ def _packed(values: Floats, dtype: str) -> str:
 
 
 def _unpacked(state: Mapping[str, Any], name: str, dtype: str) -> Floats:
-    """No more is decompressed than there can be: a few bytes may stand for gigabytes."""
+    """Decompress an array, up to its maximum size only: a few bytes could expand to gigabytes."""
     size_bytes = 2 * _NUM_BINS * np.dtype(dtype).itemsize
     try:
         packed = base64.b64decode(as_text(state.get(name), name))

@@ -1,12 +1,12 @@
-"""Impressions like Criteo's whose true click probabilities are known, to train on and to measure against.
+"""Generate impressions like Criteo's with known true click probabilities, for training and evaluation.
 
-Impression i is a pure function of (seed, i): any range can be made by itself, in any pieces. Only the last step,
+Impression i is a pure function of (seed, i): any range can be generated separately, in any pieces. Only the last step,
 the logistic function, is not exactly rounded, so the columns are the same on every machine.
 
 An impression has 13 integer columns (log-normal counts) and 26 categorical ones (power laws over 4 to 10**8
-values), with missing values. Its logit is a bias, an effect of each value, and for some pairs of columns the
+values), with missing values. Its logit is the sum of a bias, an effect of each value, and for some pairs of columns the
 product of two-dimensional vectors of the two values: a factorisation machine of rank `TRUE_RANK`. Effects and
-vectors are hashed from the values. Which values are popular changes all the time: see `_Categorical._indices`.
+vectors are hashed from the values. The popularity of values drifts continuously: see `_Categorical._indices`.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ __all__ = ["TRUE_RANK", "ImpressionStream", "Impressions", "truth_path"]
 _WRITE_ROWS = 1 << 16
 _PILOT_ROWS = 1 << 15
 
-# (share missing, log2 of the median, its standard deviation, smallest value)
+# (share of missing values, log2 of the median, its standard deviation, smallest value)
 _INTEGERS = (
     (0.45, 1.0, 1.6, 0), (0.00, 2.3, 3.2, -2), (0.20, 3.0, 2.2, 0), (0.20, 2.4, 1.5, 0), (0.05, 11.3, 3.2, 0),
     (0.25, 5.4, 2.4, 0), (0.05, 2.0, 2.2, 0), (0.00, 2.9, 1.6, 0), (0.05, 5.5, 2.2, 0), (0.45, 0.4, 0.8, 0),
     (0.05, 1.2, 1.2, 0), (0.75, 0.6, 1.2, 0), (0.20, 2.5, 1.6, 0),
 )  # fmt: skip
 
-# Place of C1..C26 in the order of vocabulary sizes: 0 has 4 values, 25 has `max_vocabulary`.
+# Rank of C1..C26 by vocabulary size: 0 has 4 values, 25 has `max_vocabulary`.
 _SIZE_ORDER = (7, 9, 24, 22, 6, 3, 15, 8, 0, 18, 14, 23, 13, 4, 16, 21, 2, 12, 11, 1, 25, 5, 10, 20, 17, 19)
 _MISSING = {"C3": 0.03, "C4": 0.03, "C6": 0.12, "C19": 0.44, "C20": 0.44, "C22": 0.76, "C25": 0.44, "C26": 0.44}
-_LONG_TAILED = 22  # places from here on (13 million values and more, by default) have the longest tails
+_LONG_TAILED = 22  # columns from this rank on (at least 13 million values by default) have the longest tails
 
-# Pairs of columns whose values interact. Their vocabularies are small (4 x 239, 16 x 61, 31 x 472), so that a few
-# hundred thousand impressions show values together often enough to learn from.
+# Pairs of columns whose values interact. Their vocabularies are small (4 x 239, 16 x 61, 31 x 472), so that pairs of
+# values occur often enough in a few hundred thousand impressions to be learned.
 _PAIRS = (("C9", "C5"), ("C17", "C14"), ("C6", "C1"))
 _PAIR_RANK = 2
 TRUE_RANK = _PAIR_RANK * len(_PAIRS)
 
-# Standard deviations on the logit scale. With these the truth has an AUC of .82 to .84, a logistic regression
-# stays near .71, and a factorisation machine has most of the rest to gain (docs/ctr.md has the measurements).
+# Standard deviations on the logit scale. With these values the true probabilities have an AUC of .82 to .84, a logistic
+# regression reaches about .71, and a factorisation machine can close most of the gap (docs/ctr.md has measurements).
 _INTEGER_EFFECT = 0.15
 _CATEGORY_EFFECT = 0.2
 _PAIR_EFFECT = 0.55
@@ -65,9 +65,9 @@ class Impressions:
     columns : dict of str to pyarrow.Array
         I1..I13 as int32, C1..C26 as dictionary-encoded strings of 8 hexadecimal digits; null where missing.
     labels : ndarray of float32, shape (n,)
-        1 with the true probability, else 0.
+        Labels, which are 1 with the true probability, else 0.
     probabilities : ndarray of float64, shape (n,)
-        The true probabilities. No model can have a lower expected log loss than these.
+        The true probabilities. No model can have a lower expected log loss.
     """
 
     columns: dict[str, Any]
@@ -75,7 +75,7 @@ class Impressions:
     probabilities: F64
 
     def keys(self) -> U64:
-        """Hashed keys, (n, 39): the same as `open_reader` gives for a file of these impressions."""
+        """Return hashed keys, (n, 39), the same as `open_reader` computes for a file of these impressions."""
         return encode(self.columns, CRITEO_SCHEMA)
 
 
@@ -85,15 +85,15 @@ class ImpressionStream:
     Parameters
     ----------
     seed : int
-        Streams of different seeds have nothing in common but their shape. Taken modulo 2**64.
+        Seed, modulo 2**64. Streams with different seeds have only their shape in common.
     max_vocabulary : int
-        Values of the largest categorical column, 4 to 2**31; the sizes of the 26 columns grow from 4 to this in
-        equal ratios.
+        Number of values in the largest categorical column, 4 to 2**31; the sizes of the 26 columns grow from 4 to this
+        number in equal ratios.
     base_ctr : float
-        Click-through rate at the start of the stream, in (0, 1); it moves a little as popularity drifts.
+        Click-through rate at the start of the stream, in (0, 1); it changes slightly as popularity drifts.
     drift_period : int or None
-        Each rank of popularity is taken over by another value once in so many impressions, every rank at its
-        own time; None for no drift.
+        Number of impressions after which each rank of popularity passes to another value, at a different time for each
+        rank; None for no drift.
 
     Examples
     --------
@@ -134,7 +134,7 @@ class ImpressionStream:
         self._bias = _solve_bias(self._draw(0, _PILOT_ROWS)[1], base_ctr)
 
     def generate(self, start: int, count: int) -> Impressions:
-        """Impressions `start` to `start + count`, about 0.5 KB of memory each; a ValueError below 0."""
+        """Generate impressions `start` to `start + count`, about 0.5 KB of memory each; a ValueError below 0."""
         if start < 0 or count < 0 or start + count > 1 << 62:
             raise ValueError(f"a range of impressions lies in [0, 2**62), got start {start}, count {count}")
         columns, logits = self._draw(start, count)
@@ -143,7 +143,7 @@ class ImpressionStream:
         return Impressions(columns, (uniform < probabilities).astype(np.float32), probabilities)
 
     def _draw(self, start: int, count: int) -> tuple[dict[str, Any], F64]:
-        """Columns, and logits without the bias."""
+        """Draw the columns, and compute logits without the bias."""
         logits = np.zeros(count)
         columns, vectors = {}, {}
         interacting = {name for pair in _PAIRS for name in pair}
@@ -160,7 +160,7 @@ class ImpressionStream:
     def write(
         self, path: str | os.PathLike[str], start: int, count: int, *, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Write impressions `start` to `start + count` to a file, and their probabilities beside it.
+        """Write impressions `start` to `start + count` to a file, and their probabilities to another one next to it.
 
         Parameters
         ----------
@@ -172,9 +172,9 @@ class ImpressionStream:
 
         Notes
         -----
-        The true probabilities go to ``<stem>.truth.npy`` (float32), a file of their own so that nothing that
-        trains on `path` can see them. Both files are written under temporary names and renamed once they are
-        complete, the impressions last. Memory does not depend on `count`, but for 4 bytes each.
+        The true probabilities are written to a separate file, ``<stem>.truth.npy`` (float32), so that a program that
+        trains on `path` cannot see them. Both files are written under temporary names and renamed once they are
+        complete, the impressions last. Memory grows by only 4 bytes per impression.
         """
         path = Path(path)
         truth = np.empty(count, np.float32)
@@ -191,7 +191,7 @@ class ImpressionStream:
 
 
 def truth_path(path: str | os.PathLike[str]) -> Path:
-    """Where `ImpressionStream.write` puts the true probabilities of the file `path`.
+    """Return the path to which `ImpressionStream.write` writes the true probabilities of the file `path`.
 
     Examples
     --------
@@ -204,7 +204,7 @@ def truth_path(path: str | os.PathLike[str]) -> Path:
 
 
 class _Column:
-    """A column whose values have hashed effects; `missing` of them, as a share, are null."""
+    """A column whose values have hashed effects; `missing` is the share of missing values."""
 
     def __init__(self, missing: float, effect: float, salts: Iterator[int]) -> None:
         self._missing_below = np.uint64(round(missing * 65536))
@@ -216,18 +216,18 @@ class _Column:
         return words, (words & np.uint64(0xFFFF)) < self._missing_below
 
     def effects(self, indices: I64) -> F64:
-        """The main effect of each value."""
+        """Return the main effect of each value."""
         return gaussian(fmix64(indices.astype(np.uint64) ^ np.uint64(self._effect_salt))) * self._effect
 
     def vectors(self, indices: I64) -> list[F64]:
-        """The coordinates, 1 or -1, of the vector of each value."""
+        """Return the coordinates, 1 or -1, of the vector of each value."""
         words = fmix64(indices.astype(np.uint64) ^ np.uint64(self._vector_salt))
         bits = [(words >> np.uint64(bit) & np.uint64(1)).astype(np.float64) for bit in range(_PAIR_RANK)]
         return [1.0 - 2.0 * bit for bit in bits]
 
 
 class _Integer(_Column):
-    """Counts: log-normal, shifted to start at `smallest`."""
+    """A column of log-normal counts, shifted to start at `smallest`."""
 
     def __init__(
         self, missing: float, log2_median: float, log2_std: float, smallest: int, salts: Iterator[int]
@@ -237,7 +237,7 @@ class _Integer(_Column):
         self._smallest = smallest
 
     def draw(self, start: int, count: int) -> tuple[I64, Any]:
-        """What the effects hang on, and the column: a count acts through its bucket."""
+        """Return the indices that determine the effects, and the column; the index of a count is its bucket."""
         words, missing = self._words(start, count)
         counts = self._distribution.ranks(words) + (self._smallest - 1)
         indices = np.where(missing, 1 << 32, bucketize_counts(counts))
@@ -245,9 +245,9 @@ class _Integer(_Column):
 
 
 class _Categorical(_Column):
-    """Values of a vocabulary of `size`, their ranks by a power law.
+    """A column of values from a vocabulary of `size`, with ranks drawn from a power law.
 
-    Rare values, whose effects nothing can learn, make up more of a large vocabulary: its effects are smaller.
+    Rare values, whose effects cannot be learned, have a larger share in a large vocabulary, so its effects are smaller.
     """
 
     def __init__(
@@ -255,18 +255,18 @@ class _Categorical(_Column):
     ) -> None:
         super().__init__(missing, _CATEGORY_EFFECT * math.sqrt(1.0 - math.log10(size) / 10.0), salts)
         self._size = size
-        # The kinds of a device change more slowly than the ads on show.
+        # Small vocabularies, such as device types, drift more slowly than large ones, such as ads.
         self._drift_period = None if drift_period is None else int(drift_period * 8.0 / math.log10(size))
         self._distribution = power_law(size, exponent)
         self._phase_salt, self._name_salt = next(salts), next(salts)
         self._stride = _coprime_near(size * 0.618, size)
 
     def _indices(self, words: U64, start: int) -> I64:
-        """The value, 0 to `size` - 1, that each impression's word stands for.
+        """Return the value, 0 to `size` - 1, that each impression's word selects.
 
-        The word gives a rank of popularity. Which value holds the rank moves on by `stride` once per period, in a
-        phase of the rank's own; when exactly, each impression draws for itself, so that one value fades out
-        over a period while the next fades in.
+        The word determines a rank of popularity. The value at each rank moves on by `stride` once per period, with a
+        separate phase for each rank; each impression draws the exact time of the change independently, so that one
+        value fades out over a period while the next one fades in.
         """
         ranks = self._distribution.ranks(words)
         if self._drift_period is None:
@@ -281,7 +281,7 @@ class _Categorical(_Column):
         return ((fmix64(words) >> np.uint64(36)) * np.uint64(self._drift_period or 0) >> np.uint64(28)).astype(np.int64)
 
     def draw(self, start: int, count: int) -> tuple[I64, Any]:
-        """What the effects hang on, and the column."""
+        """Return the indices that determine the effects, and the column."""
         words, missing = self._words(start, count)
         indices = self._indices(words, start)
         names = _scramble32(indices.astype(np.uint32), self._name_salt)
@@ -297,7 +297,7 @@ def _coprime_near(target: float, size: int) -> int:
 
 
 def _scramble32(values: npt.NDArray[np.uint32], salt: int) -> npt.NDArray[np.uint32]:
-    """A permutation of the 32-bit numbers (MurmurHash3's finaliser): distinct values keep distinct names."""
+    """Apply a permutation of the 32-bit numbers (MurmurHash3's finaliser), so that distinct values stay distinct."""
     x = values ^ np.uint32(salt & 0xFFFFFFFF)
     for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x ^= x >> np.uint32(shift)
@@ -307,7 +307,7 @@ def _scramble32(values: npt.NDArray[np.uint32], salt: int) -> npt.NDArray[np.uin
 
 
 def _hexadecimal(numbers: Any) -> Any:
-    """An Arrow array of uint32 as a dictionary-encoded one of 8 hexadecimal digits."""
+    """Convert an Arrow array of uint32 to a dictionary-encoded one with 8 hexadecimal digits."""
     pa = require("pyarrow")
     encoded = numbers.dictionary_encode()
     distinct = encoded.dictionary.to_numpy()
@@ -321,7 +321,7 @@ def _hexadecimal(numbers: Any) -> Any:
 
 
 def _solve_bias(logits: F64, base_ctr: float) -> float:
-    """The bias at which the mean probability is `base_ctr`, by bisection, to 4 places."""
+    """Find the bias at which the mean probability is `base_ctr`, by bisection, to 4 decimal places."""
     low, high = -40.0, 40.0
     for _ in range(40):
         middle = 0.5 * (low + high)

@@ -1,8 +1,8 @@
-"""Learning files into a model directory, in an order and in batches that an interruption doesn't change.
+"""Train a model directory on files, in an order and in batches that an interruption does not change.
 
-Invariant: after every batch the pair (table, card) says exactly which examples have been learned. Batches never
-span two files and are cut at multiples of the batch size from a file's beginning, so a run that was stopped between
-two batches and started again takes the same batches, and ends with the same bits, as one that was not.
+Invariant: after every batch the pair (table, card) records exactly which examples have been learned. Batches never
+span two files and are cut at multiples of the batch size from a file's beginning, so a run that is stopped between
+two batches and resumed sees the same batches, and ends with the same bits, as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ _READ_AHEAD_EXAMPLES = 1 << 15
 
 @dataclass
 class BadLines:
-    """Lines that readers could not use: how many, and the first 20 of them."""
+    """Number of lines that readers could not use, and the first 20 of them."""
 
     count: int = 0
     first: list[BadLine] = field(default_factory=list)
 
     def add(self, reader: Reader) -> None:
-        """Take over the report of a reader that is done."""
+        """Add the report of a reader that has finished."""
         self.count += reader.report.rows_bad
         self.first = (self.first + list(reader.report.bad_lines))[:20]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is said about the columns of the first file, as for `open_reader`; it then holds for the model."""
+    """Column options for the first file, as for `open_reader`; the model keeps the resulting schema."""
 
     numeric: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     positive: str | None = None
 
     def check_against(self, card: ModelCard) -> None:
-        """Raise a ValueError where `card` was made otherwise."""
+        """Raise a ValueError if `card` was made with other options."""
         for option, names, kinds in (
             ("numeric", self.numeric, ("count", "float")),
             ("categorical", self.categorical, ("integer", "string")),
@@ -69,20 +69,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one batch brought.
+    """Result of training on one batch.
 
     Attributes
     ----------
     path : str
         File of the batch.
     pass_number : int
-        1 for the first pass; figures of later passes are of examples that have been learned before.
+        1 for the first pass; metrics of later passes are measured on examples that have been learned before.
     rows : list of ProgressRow
-        Rows of the progressive table that fell due.
+        Rows of the progressive validation table that fell due.
     examples : int
         Examples learned in this run.
     bytes_done : int
-        Bytes of all the run's work done so far, of `Trainer.bytes_total`.
+        Bytes processed so far in this run, out of `Trainer.bytes_total`.
     """
 
     path: str
@@ -93,7 +93,7 @@ class TrainStep:
 
 
 class _Scored(NamedTuple):
-    """Examples of a file that have been scored, and may wait to be learned."""
+    """Examples of a file that have been scored and may not have been learned yet."""
 
     position: SourcePosition
     examples: int
@@ -101,46 +101,47 @@ class _Scored(NamedTuple):
 
 
 class Trainer:
-    """Learns files, keeps their positions, and saves them.
+    """Trains a model on files, tracks the position in each file, and saves model and positions.
 
     Parameters
     ----------
     directory : path
-        Model directory; hold its `training_lock`.
+        Model directory; the caller must hold its `training_lock`.
     model : HashedModel
-        On the directory's table, open "r+".
+        Model on the directory's table, which must be open in mode "r+".
     card : ModelCard
-        The directory's card; updated in place.
+        The directory's card; it is updated in place.
     paths : sequence of path
-        Files to learn, in order. Those the card knows are taken up where they were left.
+        Files to learn, in order. Files that the card knows are resumed at their saved positions.
     passes : int
-        How many times each file is to be learned in all, earlier runs included.
+        Number of times that each file is to be learned in total, earlier runs included.
     strict : bool
         Stop at the first bad line instead of counting it.
     schedule : Schedule, optional
-        Of the progressive table.
+        Schedule of the progressive validation table.
     label_delay : float
-        Examples after which a label is known, as for `ProgressiveValidator`. Positions are those of what has been
-        learned; what was waiting when a run stopped is read again by the next one, and not scored again.
+        Number of examples after which a label is known, as for `ProgressiveValidator`. Positions count learned
+        examples; examples that were waiting when a run stopped are read again by the next run, but not scored again.
     save_seconds : float
-        Save when this long has passed since the last time.
+        Save when this much time has passed since the last save.
     columns : Columns, optional
-        How to read the first file ever.
+        Column options for the first file of a new model.
     checkpoints : Checkpoints, optional
-        Take one with every save, the first before anything is learned.
+        Take a checkpoint with every save; the first is taken before anything is learned.
 
     Raises
     ------
     ValueError
-        A file given twice, or replaced since it was half learned.
+        A file is given twice, or a partly learned file has been replaced.
     FileNotFoundError
-        No such file.
+        A file does not exist.
 
     Notes
     -----
-    Iterating over `run` does the work; stop at any step and call `save`, and a later trainer goes on from there.
-    After a kill it goes on from the last save: the examples of up to `save_seconds` are learned twice. With
-    `checkpoints` none are, if `Checkpoints.resume` has put the model back to the last one.
+    Iterating over `run` does the training. To stop, leave the iteration at any step and call `save`; a later trainer
+    resumes from there. After a kill, training resumes from the last save, and the examples learned in up to
+    `save_seconds` are learned twice. With `checkpoints` none are learned twice, provided that `Checkpoints.resume`
+    has restored the model to the last checkpoint.
     """
 
     def __init__(
@@ -176,16 +177,16 @@ class Trainer:
         )
         self._bytes_finished = 0
         self._unlearned: deque[_Scored] = deque()
-        self._settled = 0  # examples of the validator that the positions know of
+        self._settled = 0  # the validator's examples that the positions include
         self._first_pass_rows = _first_pass_rows(card.progress)
 
     @property
     def finished(self) -> bool:
-        """Whether every file has been learned as often as asked."""
+        """Whether every file has been learned `passes` times."""
         return all(position.passes >= self.passes for position in self.sources.values())
 
     def run(self) -> Generator[TrainStep, None, None]:
-        """Learn what is left to learn, one batch a step."""
+        """Learn the remaining examples, one batch per step."""
         if self.checkpoints is not None:
             self.save()
         saved_at = self._clock()
@@ -202,7 +203,7 @@ class Trainer:
             yield from self._close_pass(number)
 
     def save(self) -> None:
-        """Write the table to its disk, then the card that says what it holds."""
+        """Flush the table to disk, then write the card that describes it."""
         self.model.table.flush()
         kept = {path: position for path, position in self.sources.items() if not is_stream(path)}
         self.card.sources.update(kept)
@@ -217,11 +218,11 @@ class Trainer:
             self.checkpoints.take(self.model.table, self.card)
 
     def _waiting_from_streams(self) -> int:
-        """Examples that wait to be learned and could not be read again."""
+        """Count the waiting examples that cannot be read again."""
         return sum(entry.examples for entry in self._unlearned if not entry.position.digest)
 
     def _start_pass(self, number: int) -> None:
-        """Begin, or take up again, the metrics of pass `number`."""
+        """Start or resume the metrics of pass `number`."""
         if self.validator is not None and self.pass_number == number:
             return
         if self.validator is not None and self.pass_number == 1:
@@ -240,7 +241,7 @@ class Trainer:
         )
 
     def _close_pass(self, number: int) -> Iterator[TrainStep]:
-        """The last row of a pass that this run has worked on."""
+        """Yield the last row of pass `number`, if this run has worked on that pass."""
         if self.validator is None or self.pass_number != number:
             return
         self.validator.finish()
@@ -273,16 +274,17 @@ class Trainer:
         finally:
             batches.close()
             reader.close()
-            if path not in self._reported:  # a later pass meets the same ones
+            if path not in self._reported:  # later passes meet the same bad lines
                 self._reported.add(path)
                 self.bad_lines.add(reader)
             position.note_bad_lines(reader.report)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What is learned at once: parts of the batch that grow during the first pass's warm-up, then all of it.
+        """Split a batch into the parts that are learned at once; after the first pass's warm-up it stays whole.
 
-        A new model's first examples teach it most, and a batch learns nothing from one example for the next. Batches
-        are whole again between two steps, so that a stop changes no cut.
+        A new model learns most from its first examples, but within one batch no example benefits from the ones before
+        it; the parts therefore start small and grow. Every step ends at the end of a batch, so stopping does not
+        change where parts are cut.
         """
         assert self.validator is not None
         size = batch.num_examples
@@ -294,7 +296,7 @@ class Trainer:
         return [batch.examples(start, min(start + size, batch.num_examples)) for start in starts]
 
     def _settle(self) -> None:
-        """Move the positions on by what has been learned."""
+        """Advance the positions by the examples that have been learned."""
         assert self.validator is not None
         while self._unlearned and self._settled + self._unlearned[0].examples <= self.validator.learned:
             position, examples, is_end = self._unlearned.popleft()
@@ -307,13 +309,15 @@ class Trainer:
 def open_source(
     card: ModelCard, path: str, columns: Columns | None = None, *, start: int = 0, strict: bool = False
 ) -> Reader:
-    """Open a labelled file as the card says; the first one ever decides, with `columns`, how all others are read.
+    """Open a labelled file as the card specifies.
+
+    The first file of a model determines, together with `columns`, how all later files are read.
 
     Raises
     ------
     ValueError
-        The file is of no known format, lacks a field that the model was trained on, has no labels, or labels of more
-        than two values; `columns` contradict the card.
+        The file has no known format, lacks a field that the model was trained on, has no labels or has labels with
+        more than two values; or `columns` contradicts the card.
     """
     columns = columns or Columns()
     if card.schema:
@@ -342,14 +346,14 @@ def open_source(
 
 
 def check_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The paths as the card names them: absolute, but for standard input and pipes.
+    """Return the paths as the card names them: absolute, except for standard input and pipes.
 
     Raises
     ------
     ValueError
-        One is given twice.
+        A path is given twice.
     FileNotFoundError
-        One does not exist.
+        A path does not exist.
     """
     names: list[str] = []
     for path in paths:
@@ -361,7 +365,7 @@ def check_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def _position(card: ModelCard, path: str) -> SourcePosition:
-    """Where to take up the file."""
+    """Return the position at which to resume the file."""
     if is_stream(path):
         return SourcePosition(0, "")
     known = card.sources.get(path)
@@ -380,5 +384,5 @@ def _first_pass_rows(progress: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is standard input or a pipe: read once, with no position to come back to."""
+    """Return whether `path` is standard input or a pipe, which can be read only once and has no position to resume."""
     return os.fspath(path) == "-" or stat.S_ISFIFO(os.stat(path).st_mode)

@@ -1,6 +1,6 @@
-"""scikit-learn classifiers whose weights are rows of a hashed table: no encoder, no vocabulary, any table as X.
+"""scikit-learn classifiers that keep their weights in a hashed table; they need no encoder and no vocabulary.
 
-Needs the extra: ``pip install 'hashemb[ctr]'``. docs/sklearn.md has examples.
+They need the extra: ``pip install 'hashemb[ctr]'``. docs/sklearn.md has examples.
 """
 
 from __future__ import annotations
@@ -16,80 +16,89 @@ __all__ = ["HashedFMClassifier", "HashedFwFMClassifier", "HashedLogisticRegressi
 
 
 class HashedLogisticRegression(HashedClassifier):
-    """Logistic regression on hashed features, trained online with an adaptive rate for every weight.
+    """Logistic regression on hashed features, trained online with an adaptive learning rate for every weight.
 
     Parameters
     ----------
     rows : int, default=2**20
-        Of the table. Values that hash to one row share a weight: `table_.stats()` says how many do.
+        Number of rows of the table. Values that hash to the same row share a weight; `table_.stats()` returns how
+        many do.
     max_iter : int, default=20
-        Passes over the data in `fit`; the largest number of them with `early_stopping`.
+        Number of passes over the data in `fit`; with `early_stopping`, the maximum number.
     batch_size : int, default=32
-        Examples per update.
+        Number of examples per update.
     lr : float, optional
-        Learning rate. Default: 0.05 with Adagrad, else as `hashemb train`; of a table that exists already, the one
-        that it has.
+        Learning rate. Default: 0.05 with Adagrad, else as for `hashemb train`; an existing table keeps its own
+        learning rate.
     weight_decay : float, default=0.0
-        Each update multiplies all weights by ``1 - lr * weight_decay``, exactly, at no cost for those not in the
-        batch.
+        Each update multiplies all weights by ``1 - lr * weight_decay``, exactly, at no cost for weights that are not in
+        the batch.
     optimizer : {"adagrad", "rowwise-adagrad", "sgd", "ftrl"}, default="adagrad"
+        Optimiser of the table.
     initial_accumulator : float, optional
-        What Adagrad's sums of squares start at; the larger, the smaller the first steps. Default: 1 with Adagrad.
+        Initial value of Adagrad's sums of squares; larger values make the first steps smaller. Default: 1 with Adagrad.
     num_hashes : int, default=1
-        Rows per value; a value's weight is their sum.
+        Number of rows per value; the weight of a value is the sum of its rows.
     dtype : {"float32", "float16", "bfloat16"}, default="float32"
-        Of the weights in the table.
+        Data type of the weights in the table.
     categorical_features, numeric_features : list of column names or positions, optional
-        Columns whose type says the wrong thing; see below.
+        Columns whose role cannot be inferred from their type; see Notes.
     shuffle : bool, default=True
-        Whether `fit` takes the examples in another random order in each pass.
+        Whether `fit` shuffles the examples before each pass.
     early_stopping : bool or "auto", default="auto"
-        Hold out `validation_fraction` of the examples (of each class; without `shuffle` the last ones), stop when
-        their log loss has not fallen by more than `tol` in `n_iter_no_change` passes, and keep the weights of the
-        best pass. "auto": from 10,000 examples on.
+        Whether to hold out `validation_fraction` of the examples (of each class; without `shuffle`, the last ones),
+        stop when their log loss has not fallen by more than `tol` in `n_iter_no_change` passes, and keep the weights of
+        the best pass. "auto" enables early stopping if there are at least 10,000 examples.
     validation_fraction : float, default=0.1
+        Share of the examples that early stopping holds out.
     n_iter_no_change : int, default=2
+        Number of passes without improvement after which early stopping ends the training.
     tol : float, default=1e-4
+        Tolerance of early stopping.
     random_state : int, RandomState instance or None, default=None
-        Of the table's seed (row hashing, initial values), of the order and of the held-out examples.
+        Determines the table's seed (row hashing, initial values), the order of the examples and the held-out examples.
     table : str or path-like, optional
-        Where the table is, or is to be. Default: in a directory of its own for temporary files, which is removed with
-        the estimator.
+        Path of the table, existing or new. Default: a new temporary directory, which is removed with the estimator.
     warm_start : bool, default=False
-        Whether `fit` goes on with what was learned: by this estimator, or in the table at `table`.
+        Whether `fit` continues from what this estimator or the table at `table` has already learned.
     verbose : int, default=0
-        1: a line for each pass.
+        If 1, print a line for each pass.
 
     Attributes
     ----------
     classes_ : ndarray, shape (2,)
         The labels, sorted.
     n_features_in_ : int
+        Number of columns seen in `fit`.
     feature_names_in_ : ndarray of str
-        If X has names.
+        Names of the columns; defined only if X has names.
     n_iter_, best_iter_ : int
-        Passes made by the last call, and the one whose weights are kept.
+        Number of passes made by the last call, and the pass whose weights are kept.
     loss_curve_, validation_loss_curve_ : list of float
-        By pass of the last call: mean log loss of examples scored before they are learned, and of those held out.
+        For each pass of the last call: mean log loss of the examples, each scored before it was learned, and of the
+        held-out examples.
     table_ : EmbeddingTable
+        The table that holds the weights.
 
     Notes
     -----
-    **X** is a pandas or polars DataFrame, an Arrow table, a mapping of columns, a matrix or a list of rows. A column
-    is one of categories (strings, bytes, categoricals), of ids (integers, booleans, dates and times) or of measured
-    numbers (floats, decimals), by its type. Each category and id has a weight; so has each power of two, and a number's
-    weight is interpolated between the two that it lies between. `numeric_features` are integers that measure something,
-    `categorical_features` floats that are ids. A missing value is a value, and has a weight. Columns without names are
-    called x0, x1, …; the same values under the same name have the same keys whatever holds them. What a column holds
-    is taken from the first data; another kind of values later is an error.
+    **X** is a pandas or polars DataFrame, an Arrow table, a mapping of columns, a matrix or a list of rows. The type
+    of a column determines whether it holds categories (strings, bytes, categoricals), ids (integers, booleans, dates
+    and times) or measured numbers (floats, decimals). Each category and id has a weight. So has each power of two, and
+    the weight of a number is interpolated between the two powers around it. List integer columns that measure something
+    in `numeric_features` and float columns that hold ids in `categorical_features`. A missing value has a weight like
+    any other value. Columns without names are called x0, x1, …; the same values under the same name have the same keys
+    in every type of container. The kind of each column is inferred from the first data; later data of another kind
+    raise an error.
 
     **Sparse X**: column indices are keys and data are values; the logit is ``bias + sum_i w_i x_i``.
 
-    **Processes and threads**: a table at a path is shared. `from_table` attaches to it, read-only until it learns; a
-    pickle refers to the path, and predicts what the table holds by then. A pickle of an estimator without a path
-    holds the table's contents. Predictions may be made from any number of threads, also beside one that learns.
+    **Processes and threads**: a table at a path is shared. `from_table` attaches to it, read-only until the estimator
+    is trained. A pickle of an estimator with a path refers to the path, and predicts with the contents that the table
+    has when it is used; a pickle of an estimator without a path includes the table's contents. Any number of threads
+    may predict, also while another thread trains.
 
-    Two classes only. Losses are summed over a batch, not averaged.
+    The classifier supports two classes only. Losses are summed over a batch, not averaged.
 
     Examples
     --------
@@ -153,23 +162,23 @@ class HashedLogisticRegression(HashedClassifier):
 class HashedFMClassifier(HashedLogisticRegression):
     """Factorisation machine on hashed features: logistic regression with an interaction for every pair of columns.
 
-    ``logit = bias + sum_i w_i + sum_{i<j} <v_i, v_j>``, with a weight w and a vector v of `rank` numbers for every
-    value of every column; on sparse X, ``x_i w_i`` and ``x_i x_j <v_i, v_j>``.
+    ``logit = bias + sum_i w_i + sum_{i<j} <v_i, v_j>``, where every value of every column has a weight w and a vector v
+    of `rank` numbers; for sparse X, the terms are ``x_i w_i`` and ``x_i x_j <v_i, v_j>``.
 
     Parameters
     ----------
     rank : int, default=8
         Length of the vectors.
     init_scale : float, default=0.01
-        They start uniformly distributed in [-init_scale, init_scale).
+        The vectors are initialised uniformly in [-init_scale, init_scale).
     rows, max_iter, batch_size, lr, weight_decay, optimizer, initial_accumulator, num_hashes, dtype, \
 categorical_features, numeric_features, shuffle, early_stopping, validation_fraction, n_iter_no_change, tol, \
 random_state, table, warm_start, verbose
-        As for `HashedLogisticRegression`, and so are the attributes and what X may be.
+        As for `HashedLogisticRegression`; the attributes and the supported types of X are the same, too.
 
     Notes
     -----
-    It learns by heart in a few passes where values are many and examples few: `early_stopping` finds when to end.
+    With many values and few examples, the model overfits within a few passes; use `early_stopping`.
 
     References
     ----------
@@ -241,9 +250,9 @@ random_state, table, warm_start, verbose
 
 
 class HashedFwFMClassifier(HashedFMClassifier):
-    """Factorisation machine with a weight, learned too, for each pair of columns; for tables, not for sparse matrices.
+    """Factorisation machine with a learned weight for each pair of columns; it does not accept sparse matrices.
 
-    ``logit = bias + sum_i w_i + sum_{i<j} r_ij <v_i, v_j>``. Parameters and attributes are those of
+    ``logit = bias + sum_i w_i + sum_{i<j} r_ij <v_i, v_j>``. The parameters and attributes are those of
     `HashedFMClassifier`.
 
     References

@@ -1,7 +1,7 @@
-"""scikit-learn's protocol: what its classifiers must accept, check, remember and refuse. No mathematics.
+"""Implement scikit-learn's classifier protocol: what a classifier must accept, check, store and reject.
 
-How columns become keys is in `_columns`, what they are to a fitted model in `_layout`, how passes are made in
-`_training`, where the table lives in `_kept_table`.
+This module contains no mathematics. `_columns` encodes columns as keys, `_layout` records the columns of a fitted
+model, `_training` makes the passes, and `_kept_table` manages the table's location.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ __all__ = ["HashedClassifier"]
 Array = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
 
-#: Larger steps than for streams of clicks (`options.DEFAULT_RATES`), smaller than small data alone would have:
+#: The steps are larger than for streams of clicks (`options.DEFAULT_RATES`) but smaller than is best for small data:
 #: docs/sklearn.md has the measurements.
 _ADAGRAD = {"lr": 0.05, "initial_accumulator": 1.0}
-_PREDICTED_TOGETHER = 16384  # examples per look-up, which bounds the memory that a prediction takes
+_PREDICTED_TOGETHER = 16384  # examples per look-up; bounds the memory of a prediction
 
 
 class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
-    """What the classifiers share: everything but their parameters and their model."""
+    """Base class of the classifiers, which provides everything except their parameters and their model."""
 
     _takes_sparse: ClassVar[bool] = True
 
     @abstractmethod
     def _row(self) -> tuple[int, hashemb.Uniform | hashemb.Zeros]:
-        """Length and initial value of the table's rows."""
+        """Return the length and the initial values of the table's rows."""
 
     def _model_on(self, table: hashemb.EmbeddingTable, layout: Layout) -> Any:
-        """The model, one of `ctr.models`."""
+        """Return the model, one of `ctr.models`."""
         return FactorizationMachine(table)
 
     def __sklearn_tags__(self) -> Any:
@@ -68,22 +68,23 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         tags.classifier_tags.multi_class = False
         return tags
 
-    def _more_tags(self) -> dict[str, Any]:  # what scikit-learn before 1.6 asks for
+    def _more_tags(self) -> dict[str, Any]:  # used by scikit-learn before 1.6
         return {"binary_only": True, "allow_nan": True}
 
     # -- learning --
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Learn from a table, from scratch unless `warm_start` is set.
+        """Fit the model to a table of examples, from scratch unless `warm_start` is set.
 
         Parameters
         ----------
         X : DataFrame, Arrow table, mapping of columns, array or scipy.sparse matrix, shape (n, n_features)
-            See the class. Its keys are held in memory, 8 bytes a category (12 beside numbers) and 24 a number.
+            Training data; see the class. Its keys are held in memory: 8 bytes per category (12 if there are also
+            numbers) and 24 per number.
         y : array_like, shape (n,)
             Two distinct labels of any type.
         sample_weight : array_like of float, shape (n,), optional
-            Factors of the examples' losses, >= 0. Examples of weight 0 are left out.
+            Factors of the examples' losses, >= 0. Examples of weight 0 are ignored.
 
         Returns
         -------
@@ -92,17 +93,17 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         Raises
         ------
         ValueError, TypeError
-            Data that is no table, of another shape than `y`, or with other than two classes; parameters out of
-            range. Everything is checked before anything is written.
+            `X` is not a table, `X` and `y` differ in length, `y` does not have exactly two classes, or a parameter is
+            out of range. Everything is checked before anything is written.
         FileExistsError
-            `table` is a path with something at it, and `warm_start` is not set.
+            Something exists at the path `table`, and `warm_start` is not set.
         FloatingPointError
-            The model has diverged: it needs a smaller `lr`. A table that was not there before is not left behind.
+            The model has diverged and needs a smaller `lr`. A new table is removed.
 
         Notes
         -----
-        A table at a path appears there, whole, at the end of the call. Until then it is in a directory beside it,
-        which a killed process leaves behind.
+        A new table appears at its path atomically, at the end of the call. Until then it is in a temporary directory
+        next to the path, which a killed process leaves behind.
         """
         training = self._training()
         going_on = bool(self.warm_start) and self._attach()
@@ -117,14 +118,14 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return self._settle(card, result)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
-        """Learn from more data, once, in the order it comes: the way to learn from a stream.
+        """Update the model with one pass over more data, in the given order; suitable for streams.
 
         Parameters
         ----------
         X, y, sample_weight
-            As for `fit`; `y` may hold one class only, and examples of weight 0 count as part of their batch.
+            As for `fit`, but `y` may contain only one class, and examples of weight 0 count as part of their batch.
         classes : array_like, shape (2,), optional
-            All labels there are; needed at the first call if `y` doesn't hold both.
+            All labels; required in the first call if `y` does not contain both.
 
         Returns
         -------
@@ -133,16 +134,16 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         Raises
         ------
         ValueError, TypeError
-            As for `fit`; or the data differ from what the model was fitted on.
+            As for `fit`; or the columns or classes differ from those that the model was fitted on.
         HashembError
-            There is something at the path `table` that cannot be trained on.
+            The path `table` exists and cannot be trained further.
 
         Notes
         -----
         A table at a path is trained in place: other processes that have it open see each batch at once, and several
-        may train it side by side (docs/concurrency.md). If it exists it is gone on with, whoever made it.
-        Calls with consecutive pieces whose lengths are multiples of `batch_size` give the same bits as one ``fit`` on
-        the whole with ``max_iter=1, shuffle=False``.
+        processes may train it at the same time (docs/concurrency.md). An existing table is trained further, whichever
+        program created it. Calls with consecutive pieces whose lengths are multiples of `batch_size` give the same bits
+        as one ``fit`` on all the data with ``max_iter=1, shuffle=False``.
         """
         training = self._training(max_iter=1, shuffle=False, early_stopping=False)
         going_on = self._attach()
@@ -164,7 +165,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     def _read(
         self, X: Any, y: Any, classes: Any, sample_weight: Any, *, going_on: bool, drop: bool
     ) -> tuple[Examples, Float32Array, Float32Array | None, EstimatorCard]:
-        """All that a call was given, checked and encoded. With `drop`, without the examples of weight 0."""
+        """Check and encode the arguments of a call. With `drop`, leave out the examples of weight 0."""
         name = type(self).__name__
         targets = check_targets(y, name)
         if going_on:
@@ -183,7 +184,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return examples, as_labels(targets, known), weights, EstimatorCard(name, known, layout)
 
     def _settle(self, card: EstimatorCard, result: Trained) -> Self:
-        """Take what was learned: up to here the estimator is as it was before the call."""
+        """Store the result of training; until here the estimator is unchanged by the call."""
         self._know(card)
         self._kept = result.kept
         self.n_iter_, self.best_iter_ = len(result.losses), result.best_iteration
@@ -202,7 +203,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
 
     @property
     def table_(self) -> hashemb.EmbeddingTable:
-        """The table, for its `stats`, `path` and the rest; closed with the estimator."""
+        """The table that holds the weights; it is closed with the estimator."""
         check_is_fitted(self, "classes_")
         return self._kept.open()
 
@@ -210,14 +211,14 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return None if self.table is None else os.path.abspath(os.fspath(self.table))
 
     def _model(self, kept: KeptTable, layout: Layout, mode: Any) -> Any:
-        """A model of its own for each call: a model's buffers are not for several threads, the table is."""
+        """Return a new model for each call: several threads may share the table but not a model's buffers."""
         table = kept.open(mode)
         if mode == "r+" and self.lr is not None and table.lr != self.lr:
             table.lr = float(self.lr)
         return self._model_on(table, layout)
 
     def _options(self, seed: int = 0) -> dict[str, Any]:
-        """Arguments of `hashemb.create`."""
+        """Return the arguments of `hashemb.create`."""
         dim, init = self._row()
         defaults = _ADAGRAD if self.optimizer == "adagrad" else {}
         rates: dict[str, Any] = {
@@ -237,7 +238,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     def _new_table(self, card: EstimatorCard, random: np.random.RandomState) -> KeptTable:
         options, path = self._options(int(random.randint(2**31 - 1))), self._path()
         if path is not None:
-            card.as_json()  # now, rather than after hours of training
+            card.as_json()  # fail now, not after hours of training
             if os.path.lexists(path):
                 raise FileExistsError(
                     f"{path}: there is something here already, and fit begins from scratch: name another path, go on "
@@ -246,14 +247,14 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return KeptTable.create(options, beside=path)
 
     def _table_at_path(self, card: EstimatorCard, random: np.random.RandomState) -> KeptTable:
-        """The new table of a stream, at its path from the start."""
+        """Create the new table of a stream, which is at its path from the start."""
         kept = self._new_table(card, random)
         card.write(kept.path)
         kept.publish(os.path.abspath(os.fspath(self.table)))
         return kept
 
     def _attach(self) -> bool:
-        """Whether there is a model to go on with: this estimator's own, or the one at its path."""
+        """Attach to an existing model, this estimator's own or the one at its path; return whether there is one."""
         path = self._path()
         own = getattr(self, "_kept", None)
         if own is not None and (own.is_private if path is None else own.path == path):
@@ -265,7 +266,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return True
 
     def _attach_to(self, path: str) -> None:
-        hashemb.info(path)  # no table at all: the usual errors
+        hashemb.info(path)  # raises the usual errors if there is no table
         card = EstimatorCard.read(path)
         if card.estimator != type(self).__name__:
             raise HashembError(f"{path} holds a {card.estimator}, not a {type(self).__name__}")
@@ -273,7 +274,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         self._kept = KeptTable(path)
 
     def _check_agreement(self, info: hashemb.TableInfo) -> None:
-        """The table at the path against the parameters; its rate is changed later, its seed is its own."""
+        """Check that the table at the path agrees with the parameters, except in learning rate and seed."""
         wanted = self._options()
         for name in ("num_embeddings", "embedding_dim", "num_hashes", "dtype", "init", "optimizer"):
             made, asked = getattr(info, name), wanted[name]
@@ -288,26 +289,26 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
 
     @classmethod
     def from_table(cls, path: str | os.PathLike[str], **params: Any) -> Self:
-        """An estimator on a table that exists: to predict in another process, or to go on learning.
+        """Create an estimator on an existing table, to predict in another process or to train further.
 
         Parameters
         ----------
         path : str or path-like
-            What `fit` or `partial_fit` left at the path `table`, or `hashemb train` made.
+            Path of a table that `fit` or `partial_fit` wrote at `table`, or of a model that `hashemb train` created.
         **params
-            Parameters that are not the table's, as `batch_size` or `verbose`.
+            Parameters that the table does not determine, such as `batch_size` or `verbose`.
 
         Returns
         -------
         HashedLogisticRegression or HashedFMClassifier
-            Fitted. The table is open read-only until `partial_fit` or `fit` (with `warm_start`) is called.
+            A fitted estimator. Its table is read-only until `partial_fit` or `fit` (with `warm_start`) is called.
 
         Raises
         ------
         FileNotFoundError, FormatError
-            Nothing there, no table, or a table without an estimator.
+            The path does not exist, is not a table, or is a table without an estimator.
         HashembError
-            The table is of another kind of model.
+            The table holds another kind of model.
         """
         path = os.path.abspath(os.fspath(path))  # a pickle may be opened elsewhere
         estimator = cls(table=path)
@@ -316,7 +317,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return estimator
 
     def __getstate__(self) -> dict[str, Any]:
-        """A table at a path is pickled by the path; a private one with its contents."""
+        """Pickle a table at a path by reference to the path, and a private table with its contents."""
         state = dict(super().__getstate__())
         kept = state.pop("_kept", None)
         if kept is not None:
@@ -324,7 +325,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the table again at its first use, or make the private one anew."""
+        """Prepare to open the table at its first use, or recreate the private one."""
         state = dict(state)
         kept = state.pop("_kept_at", None)
         super().__setstate__(state)
@@ -334,7 +335,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     # -- predicting --
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
-        """Log-odds of ``classes_[1]``, shape (n,). Errors as for `predict_proba`."""
+        """Predict the log-odds of ``classes_[1]``, shape (n,). Errors are those of `predict_proba`."""
         check_is_fitted(self, "classes_")
         examples = self._layout.read(X, type(self).__name__)
         model = self._model(self._kept, self._layout, "r")
@@ -345,40 +346,41 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         return logits
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """Probability of each class.
+        """Predict the probability of each class.
 
         Parameters
         ----------
         X : table or matrix, shape (n, n_features)
-            With the columns of `fit`; values never seen, and missing ones, are allowed.
+            Data with the same columns as in `fit`; unseen and missing values are allowed.
 
         Returns
         -------
         ndarray of float64, shape (n, 2)
-            In the order of `classes_`.
+            Probabilities in the order of `classes_`.
 
         Raises
         ------
         NotFittedError
+            The estimator has not been fitted.
         ValueError, TypeError
-            Other columns than those that the model was fitted on.
+            The columns differ from those that the model was fitted on.
         """
         logits = self.decision_function(X)
         return np.stack([expit(-logits), expit(logits)], axis=1)
 
     def predict_log_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """Logarithms of `predict_proba`, exact also where a probability is too small for a float."""
+        """Predict the logarithms of the probabilities, accurate even if a probability underflows."""
         logits = self.decision_function(X)
         return -np.stack([np.logaddexp(0.0, logits), np.logaddexp(0.0, -logits)], axis=1)
 
     def predict(self, X: Any) -> Array:
-        """The more probable class of each example, shape (n,)."""
+        """Predict the more probable class of each example, shape (n,)."""
         positive = self.decision_function(X) > 0.0
         return np.asarray(self.classes_)[positive.astype(np.intp)]
 
 
 def _params_of(info: hashemb.TableInfo, params: dict[str, Any]) -> dict[str, Any]:
-    """Those of an estimator's parameters that its table fixes. `lr` is left to the table, which all processes share."""
+    """Return the parameters that the table determines. `lr` stays with the table, which all processes share."""
     optimizer = info.optimizer
     found = {
         "rows": info.num_embeddings,

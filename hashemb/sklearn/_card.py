@@ -1,7 +1,7 @@
-"""`estimator.json`: what a table's rows mean to an estimator, kept in the table's directory.
+"""Read and write `estimator.json`, which describes a fitted estimator in the directory of its table.
 
-With it a path is all that another process needs. It is written before the first update and never changes; directories
-that `hashemb train` made have a `model.json` instead, which is read as well.
+With this card another process needs only the path. The card is written before the first update and never changes.
+Directories that `hashemb train` created have a `model.json` instead, which is read as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
 ESTIMATOR_FILE = "estimator.json"
 _FORMAT = 1
 _DTYPE = re.compile(r"[<>=|](?:[biuf][1248]|f16|U[1-9][0-9]{0,4}|O)")
-#: By kind of model and whether it has factors.
+#: Names of estimators, by kind of model and whether it has factors.
 _ESTIMATORS = {
     ("factorization_machine", False): "HashedLogisticRegression",
     ("factorization_machine", True): "HashedFMClassifier",
@@ -38,15 +38,16 @@ _ESTIMATORS = {
 
 @dataclass(frozen=True)
 class EstimatorCard:
-    """What a fitted estimator is, apart from its table and its hyper-parameters.
+    """Description of a fitted estimator, without its table and its hyper-parameters.
 
     Attributes
     ----------
     estimator : str
-        Name of the class; of a model that `hashemb train` made and no class is for, what it is.
+        Name of the class; for a `hashemb train` model that has no class, a description of the model.
     classes : ndarray, shape (2,)
-        Labels, sorted; the second is the one whose probability the model gives.
+        Labels, sorted; the model predicts the probability of the second one.
     layout : Layout
+        The columns of the input.
     """
 
     estimator: str
@@ -54,7 +55,7 @@ class EstimatorCard:
     layout: Layout
 
     def as_json(self) -> str:
-        """Text that `read` takes; `TypeError` for labels that JSON has no form for."""
+        """Return the text that `read` parses; raise a TypeError for labels that JSON cannot represent."""
         try:
             values = json.dumps(self.classes.tolist())
         except TypeError as error:
@@ -74,7 +75,7 @@ class EstimatorCard:
         return json.dumps(content, indent=1) + "\n"
 
     def write(self, directory: str | os.PathLike[str]) -> None:
-        """Put the card into a table's directory, at once and whole."""
+        """Write the card to a table's directory, atomically."""
         path = Path(directory, ESTIMATOR_FILE)
         temporary = path.with_suffix(".json.new")
         temporary.write_text(self.as_json(), encoding="utf-8")
@@ -82,14 +83,14 @@ class EstimatorCard:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> EstimatorCard:
-        """The card of a table's directory, or one made of its `model.json`.
+        """Read the card from a table's directory, or make one from its `model.json`.
 
         Raises
         ------
         FileNotFoundError
-            Neither is there.
+            The directory has neither file.
         FormatError
-            Not a card, or one of a newer format.
+            The file is not a card, or has a newer format.
         """
         try:
             return parse_file(Path(directory, ESTIMATOR_FILE), "an estimator's card", cls._parse)
@@ -126,7 +127,7 @@ class EstimatorCard:
 
 
 def _parse_classes(card: dict[str, Any]) -> npt.NDArray[Any]:
-    """Two labels, of a type that `as_json` writes and no longer than they need be."""
+    """Parse two labels of a type that `as_json` writes."""
     values, dtype = as_list(card.get("classes"), "classes"), as_text(card.get("classes_dtype"), "classes_dtype")
     texts = [value for value in values if isinstance(value, str)]
     if len(values) != 2 or not all(isinstance(value, (str, int, float)) for value in values) or len(texts) == 1:

@@ -1,4 +1,4 @@
-"""Targets, weights and classes, checked; the messages are those that scikit-learn's users know."""
+"""Check targets, weights and classes; the messages follow scikit-learn's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def check_targets(y: Any, name: str) -> Array:
-    """`y` as an array; `name` is the estimator's."""
+    """Check `y` and return it as an array; `name` is that of the estimator."""
     if y is None:
         raise ValueError(f"This {name} estimator requires y to be passed, but the target y is None.")
     targets: Array = column_or_1d(y, warn=True)
@@ -28,7 +28,7 @@ def check_targets(y: Any, name: str) -> Array:
 
 
 def check_lengths(num_examples: int, num_targets: int, num_columns: int) -> None:
-    """As many examples as targets, and some."""
+    """Check that there are as many examples as targets, and at least one."""
     if num_examples == 0:
         raise ValueError(f"Found array with 0 sample(s) (shape=(0, {num_columns})) while a minimum of 1 is required.")
     if num_examples != num_targets:
@@ -36,7 +36,7 @@ def check_lengths(num_examples: int, num_targets: int, num_columns: int) -> None
 
 
 def check_weights(sample_weight: Any, n: int) -> Float32Array | None:
-    """Weights that can be learned with, at least one of them not zero."""
+    """Check the weights: they must be valid, and at least one of them must not be zero."""
     if sample_weight is None:
         return None
     weights = np.asarray(sample_weight, np.float32)
@@ -52,7 +52,7 @@ def check_weights(sample_weight: Any, n: int) -> Float32Array | None:
 
 
 def check_classes(targets: Array, fitted: Array | None, declared: Any) -> Array:
-    """The two labels: those that the model knows, else those that are declared, else those in the data."""
+    """Return the two labels: those of the fitted model, else the declared ones, else those in the data."""
     classes = np.unique(targets if declared is None else column_or_1d(declared))
     if fitted is not None:
         if declared is not None and not np.array_equal(classes, fitted):
@@ -75,6 +75,6 @@ def check_classes(targets: Array, fitted: Array | None, declared: Any) -> Array:
 
 
 def as_labels(targets: Array, classes: Array) -> Float32Array:
-    """1 for the second class, 0 for the first."""
+    """Return 1 for the second class and 0 for the first."""
     labels: Float32Array = (targets == classes[1]).astype(np.float32)
     return labels

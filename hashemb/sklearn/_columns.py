@@ -1,7 +1,7 @@
-"""Any table in memory -> named Arrow columns -> a kind per column -> keys and values.
+"""Convert any table in memory to named Arrow columns, infer a kind for each column, and encode keys and values.
 
-Whatever library holds a column, it goes through Arrow, so that the same values have the same keys; and through
-`fields.encode`, so that categories have the keys that the readers give the same columns of a file.
+All columns are converted to Arrow, so the same values have the same keys in every library. They are encoded by
+`fields.encode`, so categories have the same keys as when the readers read them from a file.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Columns(NamedTuple):
     Attributes
     ----------
     names : list of str
-        "x0", "x1", … where the table has no names.
+        Names of the columns; "x0", "x1", … if the table has no names.
     arrays : list
-        pyarrow.Array each, or a list of objects where Arrow has no type for the mixture. Equally long.
+        Columns of equal length: each a pyarrow.Array, or a list of objects if Arrow has no type for the mixture.
     named : bool
         Whether the table has names of its own.
     """
@@ -43,18 +43,18 @@ class Columns(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table."""
+        """Number of rows in the table."""
         return len(self.arrays[0]) if self.arrays else 0
 
 
 def read_columns(table: Any) -> Columns:
-    """Take a table apart.
+    """Split a table into Arrow columns.
 
     Parameters
     ----------
     table : ndarray, list of rows, mapping of str to column, pandas or polars DataFrame, Arrow table or record batch
-        Without names are arrays, lists, and DataFrames none of whose column names is a string. What is not
-        changed by the conversion to Arrow is not copied.
+        Arrays, lists, and DataFrames without any string among their column names count as unnamed. Columns that the
+        conversion to Arrow does not change are not copied.
 
     Returns
     -------
@@ -63,10 +63,11 @@ def read_columns(table: Any) -> Columns:
     Raises
     ------
     TypeError
-        Some names are strings and some are not, or a column holds something else than strings, numbers,
-        booleans, dates, times and missing values.
+        Only some of the names are strings, or a column holds values other than strings, numbers, booleans, dates,
+        times and missing values.
     ValueError
-        Not two-dimensional, no columns, complex numbers, two columns of one name, or columns of different lengths.
+        The table is not two-dimensional or has no columns, complex numbers, duplicate names, or columns of different
+        lengths.
 
     Examples
     --------
@@ -97,28 +98,29 @@ def infer_kinds(
     categorical: Collection[str | int] | None = None,
     numeric: Collection[str | int] | None = None,
 ) -> dict[str, ColumnKind]:
-    """How each column becomes keys: by its type, unless it is listed.
+    """Infer from its type how each column is encoded, unless the column is listed.
 
     Parameters
     ----------
     columns : Columns
+        The columns of a table.
     categorical : names or positions of columns, optional
-        Columns of floats that are ids: integers that became floats for want of a null.
+        Columns of floats that hold ids, such as integers that were converted to floats because some are missing.
     numeric : names or positions of columns, optional
-        Columns of integers or booleans that measure something; floats do anyway.
+        Columns of integers or booleans that measure something; floats are numeric by default.
 
     Returns
     -------
     dict of str to {"string", "integer", "number", "mixed"}
-        Strings and integers are kinds of `fields.encode`; numbers are put between knots (`_splines`); "mixed" are
-        strings and integers side by side, each hashed as what it is.
+        "string" and "integer" are kinds of `fields.encode`; a "number" is interpolated between knots (`_splines`); a
+        "mixed" column contains both strings and integers, each hashed as its own type.
 
     Raises
     ------
     ValueError
-        An unknown column, or one that is in both lists.
+        A listed column is unknown, or a column is in both lists.
     TypeError
-        A numeric column that holds strings.
+        A column in `numeric` holds strings.
 
     Examples
     --------
@@ -139,29 +141,30 @@ def infer_kinds(
 def encode_columns(
     columns: Columns, kinds: Mapping[str, ColumnKind]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32] | None]:
-    """Keys of a table, and their values where it holds numbers.
+    """Compute the keys of a table, and their values if it holds numbers.
 
     Parameters
     ----------
     columns : Columns
-        As many as there are kinds, in the same order; names are those of `kinds`.
+        One column for each kind, in the same order; the names are taken from `kinds`.
     kinds : mapping of str to kind
-        What `infer_kinds` said of the table that a model was fitted on; or a schema of `hashemb train`, which has
-        "count" and "float" for numbers in buckets.
+        The result of `infer_kinds` for the table that a model was fitted on; or a schema of `hashemb train`, in which
+        bucketized numbers have the kinds "count" and "float".
 
     Returns
     -------
     keys : ndarray of uint64, shape (num_rows, width)
-        `width` as `num_keys` has it: first a key of each column that holds no numbers, then two of each that does.
+        Keys; `width` is the result of `num_keys`. First come the keys of the columns without numbers, one each, then
+        those of the columns with numbers, two each.
     values : ndarray of float32, shape of keys, or None
-        None: all 1.
+        Values of the keys; None if all are 1.
 
     Raises
     ------
     TypeError
-        A column holds another kind of values than it did: text where there were numbers, say.
+        A column holds another kind of values than before, such as text instead of numbers.
     ValueError
-        A number in a column of ids is not whole.
+        A number in a column of ids is not an integer.
 
     Examples
     --------
@@ -189,7 +192,7 @@ def encode_columns(
 
 
 def num_keys(kinds: Mapping[str, ColumnKind]) -> int:
-    """Keys of an example."""
+    """Return the number of keys of an example."""
     return sum(2 if kind == "number" else 1 for kind in kinds.values())
 
 
@@ -208,7 +211,7 @@ def _between_knots(name: str, array: Any) -> tuple[npt.NDArray[np.uint64], npt.N
 
 
 def check_kinds(kinds: Any) -> dict[str, ColumnKind]:
-    """A copy of what `infer_kinds` returned and JSON has held since; `ValueError` if it is nothing of the sort."""
+    """Check and copy a result of `infer_kinds` that was read from JSON; raise a ValueError if it is invalid."""
     known = (*get_args(Kind), "number", "mixed")
     if not isinstance(kinds, dict) or not kinds or not all(kind in known for kind in kinds.values()):
         raise ValueError(f"not a kind for each column, of {', '.join(known)}: {kinds!r}")
@@ -219,7 +222,7 @@ def check_kinds(kinds: Any) -> dict[str, ColumnKind]:
 
 
 def _take_apart(table: Any) -> tuple[list[Any], list[Any]]:
-    """Names, none for an array, and columns as the table's library holds them."""
+    """Return the names (empty for an array) and the columns as objects of the table's library."""
     if isinstance(table, Mapping):
         return list(table), list(table.values())
     if _is_a(table, "pandas", "DataFrame"):
@@ -242,7 +245,7 @@ def _take_apart(table: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _is_a(value: Any, package: str, *names: str) -> bool:
-    """Whether a class of `value` has one of these names in the package, which need not be imported."""
+    """Return whether a class of `value` has one of these names in the package, which need not be imported."""
     return any(c.__name__ in names and c.__module__.partition(".")[0] == package for c in type(value).__mro__)
 
 
@@ -263,7 +266,7 @@ def _check_names(names: Sequence[Any]) -> None:
 
 
 def _to_arrow(name: str, column: Any) -> Any:
-    """The column as an Arrow array of a plain or dictionary type; a list of objects if Arrow has no type for it."""
+    """Convert a column to an Arrow array of a plain or dictionary type, or a list if Arrow has no type for it."""
     pa = require("pyarrow")
     array = _arrow_array(pa, name, column)
     if isinstance(array, list):
@@ -284,7 +287,7 @@ def _to_arrow(name: str, column: Any) -> Any:
 
 
 def _is_plain(types: Any, type_: Any) -> bool:
-    """Whether `hash_keys` takes the values as they are."""
+    """Return whether `hash_keys` accepts values of this type."""
     tests = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string, types.is_binary,
              types.is_large_binary, types.is_null)  # fmt: skip
     return any(test(type_) for test in tests)
@@ -300,11 +303,11 @@ def _arrow_array(pa: Any, name: str, column: Any) -> Any:
     try:
         return pa.array(column, from_pandas=True)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        return list(column)  # no one Arrow type: strings beside numbers, integers of 65 bits, things
+        return list(column)  # no single Arrow type: strings mixed with numbers, integers of 65 bits, objects
 
 
 def _native(name: str, column: Any) -> Any:
-    """An array, a list or a tuple, with the dtypes that Arrow doesn't know changed to those it does."""
+    """Convert an array, a list or a tuple to a dtype that Arrow supports."""
     if isinstance(column, (list, tuple)):
         return column
     array = np.asanyarray(column)
@@ -321,7 +324,7 @@ def _native(name: str, column: Any) -> Any:
 
 
 def _microseconds(pa: Any, array: Any) -> Any:
-    """Dates, times and durations as int64 microseconds: since 1970 in UTC, since midnight, in all."""
+    """Convert dates (since 1970, UTC), times (since midnight) and durations to int64 microseconds."""
     types, type_ = pa.types, array.type
     if types.is_timestamp(type_) or types.is_date(type_):
         target = pa.timestamp("us", getattr(type_, "tz", None))
@@ -334,7 +337,7 @@ def _microseconds(pa: Any, array: Any) -> Any:
 
 
 def _listed(columns: Columns, parameter: str, value: Collection[str | int] | None) -> set[str]:
-    """Names of the listed columns."""
+    """Return the names of the listed columns."""
     if value is None:
         return set()
     if isinstance(value, (str, bytes)):
@@ -399,7 +402,7 @@ def _as_it_is(name: str, array: Any) -> Any:
 
 
 def _whole_numbers(name: str, array: Any) -> Any:
-    """Ids, also those that became floats for want of a null."""
+    """Convert ids to integers, including those stored as floats because some are missing."""
     array = _integers(name, array)
     if _base_kind(array) != "number":
         return array
@@ -416,7 +419,7 @@ def _whole_numbers(name: str, array: Any) -> Any:
 
 
 def _decoded(name: str, array: Any) -> Any:
-    """Numbers without a dictionary, as the buckets want them."""
+    """Decode dictionary-encoded numbers, as the bucketize functions require."""
     pa = require("pyarrow")
     array = _numbers(name, array)
     if pa.types.is_dictionary(array.type):

@@ -1,7 +1,7 @@
-"""A table that belongs to an object: at a path that others share, or in a directory of its own that goes with it.
+"""A table that an object holds: either shared, at a path, or private, in a directory that is removed with the object.
 
-The object holds a path and opens the table when it is used, so it can be pickled: by the path where there is one, with
-the table's contents where there is none.
+The object stores a path and opens the table when it is used, so it can be pickled: a shared table by its path, a
+private one with its contents.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _CHECKPOINT_NAME = "checkpoint.delta"
 
 
 def table_options(table: hashemb.EmbeddingTable | hashemb.TableInfo) -> dict[str, Any]:
-    """The arguments of `hashemb.create` that make an empty table like this one."""
+    """Return the arguments with which `hashemb.create` makes an empty table like this one."""
     return {name: getattr(table, name) for name in _CREATE_OPTIONS}
 
 
 class KeptTable:
-    """A table by its path, opened at the first use. Safe in several threads.
+    """A reference to a table by its path; the table is opened at the first use. It is safe in several threads.
 
     Parameters
     ----------
     path : str
-        Of a table.
+        Path of a table.
     owned : str, optional
-        Directory to remove with this object, in the process that made it (not in one forked from it).
+        Directory to remove with this object, in the process that created the object (not in its forks).
 
     Examples
     --------
@@ -56,7 +56,7 @@ class KeptTable:
 
     @classmethod
     def create(cls, options: dict[str, Any], *, beside: str | None = None) -> KeptTable:
-        """An empty table in a new directory of its own: in the one for temporary files, or next to `beside`."""
+        """Create an empty private table in a new directory, which is temporary or next to the path `beside`."""
         if beside is None:
             owned = tempfile.mkdtemp(prefix="hashemb-")
         else:
@@ -68,14 +68,14 @@ class KeptTable:
 
     @property
     def is_private(self) -> bool:
-        """Whether the table goes with this object."""
+        """Whether the table is removed with this object."""
         return self._owned is not None
 
     def open(self, mode: Literal["r", "r+"] = "r") -> hashemb.EmbeddingTable:
-        """The table; opened for writing once that has been asked for."""
+        """Return the open table; once opened for writing, it stays writable."""
         with self._lock:
             if self._table is None or (mode == "r+" and self._table.mode == "r"):
-                self._table = hashemb.open(self.path, mode)  # the old one may be in use, and closes when it is not
+                self._table = hashemb.open(self.path, mode)  # the old one closes when no longer in use
             return self._table
 
     def close(self) -> None:
@@ -86,12 +86,12 @@ class KeptTable:
             table.close()
 
     def publish(self, path: str) -> None:
-        """Move a private table to `path`, where it appears whole and is from now on no longer private.
+        """Move a private table to `path` atomically; it is no longer private afterwards.
 
         Raises
         ------
         OSError
-            Something is at `path`, or it is on another file system.
+            Something exists at `path`, or `path` is on another file system.
         """
         self.open("r+").flush()
         self.close()
@@ -102,7 +102,7 @@ class KeptTable:
             finalizer()
 
     def checkpoint(self) -> None:
-        """Remember what the table holds now, if it is private; one that others may have open can't be set back."""
+        """Save the contents of a private table; a shared table cannot be restored and is not saved."""
         if self._owned is None:
             return
         path = os.path.join(self._owned, _CHECKPOINT_NAME)
@@ -111,7 +111,7 @@ class KeptTable:
         self._save(path)
 
     def at_checkpoint(self, *, beside: str | None = None) -> KeptTable:
-        """A private table with what this one held at its last checkpoint; this one, if it has none."""
+        """Return a private table with the contents of the last checkpoint, or this table if there is none."""
         path = os.path.join(self._owned or "", _CHECKPOINT_NAME)
         if self._owned is None or not os.path.exists(path):
             return self
@@ -120,11 +120,11 @@ class KeptTable:
         return kept
 
     def _save(self, path: str) -> None:
-        """Write all that the table holds, optimiser state too, to one new file."""
+        """Write the table's contents, including optimiser state, to one new file."""
         self.open("r+").export_delta(None, path, state=True)
 
     def pack(self) -> dict[str, Any]:
-        """The table as a value: compressed, in memory, in time and space linear in the blocks ever written."""
+        """Compress the table in memory, in time and space linear in the number of blocks ever written."""
         with tempfile.TemporaryDirectory(prefix="hashemb-") as place:
             path = os.path.join(place, "all.delta")
             self._save(path)
@@ -134,7 +134,7 @@ class KeptTable:
 
     @classmethod
     def unpack(cls, packed: dict[str, Any]) -> KeptTable:
-        """A private table with the contents of the one that was packed."""
+        """Create a private table with the contents of the packed one."""
         kept = cls.create(packed["options"])
         with tempfile.TemporaryDirectory(prefix="hashemb-") as place:
             path = os.path.join(place, "all.delta")

@@ -1,7 +1,7 @@
-"""What the columns of a fitted estimator's input stand for, and inputs turned into batches of keys.
+"""The columns that a fitted estimator expects, and the conversion of its input to batches of keys.
 
-A layout is fixed by the first data and kept with the model: later data must have the same columns, and the same values
-get the same keys.
+The first data determine the layout, which is saved with the model: later data must have the same columns, and the same
+values get the same keys.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _SHOWN_NAMES = 5
 
 
 class Examples:
-    """Encoded examples: one key per column, or those of a sparse matrix, whose rows differ in length.
+    """Encoded examples, with the same number of keys each, or as a sparse matrix, whose rows differ in length.
 
     Parameters
     ----------
     keys : ndarray of uint64, shape (n, num_keys), or scipy.sparse CSR matrix
-        Of a matrix the column indices are keys, the data values.
+        Keys of the examples. In a sparse matrix the column indices are the keys and the data are the values.
     values : ndarray of float32, shape of keys, optional
-        Default: all 1.
+        Values of the keys. Default: all 1.
     """
 
     def __init__(self, keys: Any, values: npt.NDArray[np.float32] | None = None) -> None:
@@ -41,11 +41,11 @@ class Examples:
         return int(self._keys.shape[0])
 
     def take(self, rows: npt.NDArray[np.int64]) -> Examples:
-        """These rows alone, copied."""
+        """Return a copy of these rows."""
         return Examples(self._keys[rows], None if self._values is None else self._values[rows])
 
     def batch(self, rows: slice | npt.NDArray[np.int64]) -> dict[str, Any]:
-        """The rows as arguments of a model's `learn` and `predict_logits`."""
+        """Return the rows as arguments of a model's `learn` and `predict_logits`."""
         part = self._keys[rows]
         if not sparse.issparse(part):
             return {"keys": part} if self._values is None else {"keys": part, "values": self._values[rows]}
@@ -63,8 +63,9 @@ class Layout:
     Attributes
     ----------
     num_columns : int
+        Number of columns.
     kinds : dict of str to kind, or None
-        `columns.infer_kinds` of the first data. None for sparse matrices: a column's index is its key.
+        The result of `infer_kinds` for the first data; None for sparse matrices, where a column's index is its key.
     named : bool
         Whether the names in `kinds` are the table's own.
     """
@@ -75,14 +76,14 @@ class Layout:
 
     @property
     def num_keys(self) -> int | None:
-        """Keys of each example; None where they differ."""
+        """Number of keys per example; None if it varies."""
         return None if self.kinds is None else num_keys(self.kinds)
 
     @classmethod
     def of(
         cls, table: Any, *, categorical: Collection[Any] | None = None, numeric: Collection[Any] | None = None
     ) -> tuple[Layout, Examples]:
-        """The layout of the first data, and its examples; arguments and errors as for `infer_kinds`."""
+        """Return the layout of the first data, and its examples; arguments and errors as for `infer_kinds`."""
         if sparse.issparse(table):
             if categorical is not None or numeric is not None:
                 raise ValueError("categorical_features and numeric_features are for tables, X is a sparse matrix")
@@ -93,12 +94,12 @@ class Layout:
         return cls(len(kinds), kinds, columns.named), Examples(*encode_columns(columns, kinds))
 
     def read(self, table: Any, owner: str) -> Examples:
-        """Examples of later data. `owner` is the estimator's name, for messages.
+        """Encode later data. `owner` is the estimator's name, for messages.
 
         Raises
         ------
         ValueError
-            Another number of columns, other names, or names in another order.
+            The number, the names or the order of the columns differ.
         TypeError
             A column holds another kind of values.
         """
@@ -120,7 +121,7 @@ class Layout:
             raise ValueError(
                 f"Found array with 0 feature(s) (shape={tuple(matrix.shape)}) while a minimum of 1 is required."
             )
-        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        with np.errstate(over="ignore"):  # infinite results are rejected below
             rows = matrix.tocsr().astype(np.float32)
         if not rows.has_canonical_format:
             rows = rows.copy()
@@ -137,7 +138,7 @@ class Layout:
             raise ValueError(f"X has {count} features, but {owner} is expecting {self.num_columns} features as input")
 
     def _check_names(self, columns: Columns, owner: str) -> None:
-        """As scikit-learn has it: the same names in the same order, and a warning where one side has none."""
+        """Check, like scikit-learn, for the same names in the same order; warn if only one side has names."""
         if columns.named and not self.named:
             warnings.warn(f"X has feature names, but {owner} was fitted without feature names", stacklevel=5)
         elif self.named and not columns.named:

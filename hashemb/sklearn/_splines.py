@@ -1,4 +1,4 @@
-"""Measured numbers as features: a value lies between two knots, which share it."""
+"""Encode measured numbers as features: each number is interpolated between two knots."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import numpy.typing as npt
 
 __all__ = ["between_knots"]
 
-_OFFSET = 1100  # added to binary exponents, of which the least is -1073, so that 0 is left for the number 0
+_OFFSET = 1100  # added to binary exponents, which are at least -1073, so that knot 0 is left for the number 0
 _INFINITY = 1025  # one past the greatest exponent
 
 
 def between_knots(numbers: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The two powers of two that a number lies between, and its shares of them.
+    """Find the two powers of two around each number, and the number's shares of them.
 
     Parameters
     ----------
     numbers : array_like of float, shape (n,)
-        NaN is taken as 0.
+        Numbers; NaN is treated as 0.
 
     Returns
     -------
     knots : ndarray of int64, shape (n, 2)
-        ``sign * (1100 + k)`` for the knot ``sign * 2**(k - 1)``, 0 for 0. The even one comes first, so that a knot is
-        in the same column whether it is above a number or below.
+        ``sign * (1100 + k)`` for the knot ``sign * 2**(k - 1)``, 0 for 0. The even one comes first, so a knot is in the
+        same column whether it is above or below a number.
     shares : ndarray of float32, shape (n, 2)
-        >= 0, sum 1; the sum of the knots' values times their shares is the number.
+        Shares of the knots, >= 0, with sum 1; the sum of the knots' values times their shares is the number.
 
     Notes
     -----
-    With a weight for each knot, ``sum_j share_j w_j`` is a continuous function, linear between powers of two: a spline
-    on a scale that fits all units, and that no pass over the data is needed for. Numbers that differ little in
-    proportion (years) are all between the same knots and should be shifted or scaled first. Only exactly rounded
-    operations: the same on every machine.
+    With a weight for each knot, ``sum_j share_j w_j`` is a continuous function that is linear between powers of two:
+    a spline on a scale that fits all units and requires no pass over the data. Numbers that differ little in proportion
+    (years) all lie between the same knots and should be shifted or scaled first. All operations are exactly rounded,
+    so the result is the same on every machine.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Passes over examples in memory: shuffled or not, stopped early or not, the best kept."""
+"""Make passes over examples in memory, with optional shuffling and early stopping."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Float32Array = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 _SCORED_TOGETHER = 16384
-_MANY = 10_000  # examples from which "auto" stops early, as in scikit-learn's gradient boosting
+_MANY = 10_000  # examples from which "auto" enables early stopping, as in scikit-learn's gradient boosting
 _LEAST_PROBABILITY = 2.0**-52
 
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; the fields are parameters of the estimators in `hashemb.sklearn` and documented there."""
+    """Training options; the fields are parameters of the estimators in `hashemb.sklearn` and documented there."""
 
     max_iter: int
     batch_size: int
@@ -54,18 +54,18 @@ class Training:
 
 @dataclass
 class Trained:
-    """What came of it.
+    """Result of training.
 
     Attributes
     ----------
     kept : KeptTable
-        The one that was given, or another one with the weights of the best pass.
+        The given table, or another one with the weights of the best pass.
     losses : list of float
-        Mean log loss of each pass, every example scored before it was learned.
+        Mean log loss of each pass; every example was scored before it was learned.
     validation_losses : list of float
         Mean log loss of the held-out examples after each pass; empty without early stopping.
     best_iteration : int
-        The pass, from 1, whose weights `kept` holds.
+        The pass, counted from 1, whose weights `kept` holds.
     """
 
     kept: KeptTable
@@ -90,17 +90,18 @@ def train(
     Parameters
     ----------
     model : FactorizationMachine or another model of `ctr`
-        On the table of `kept`, open for writing.
+        A model on the table of `kept`, which is open for writing.
     labels, weights : ndarray of float32, shape (n,)
+        Labels and weights of the examples.
     random : RandomState
-        Of the examples held out, and of the order of the others.
+        Source of randomness for the held-out examples and the order of the others.
     beside : str, optional
-        Path that a private table is kept next to.
+        Path next to which a private table is kept.
 
     Notes
     -----
-    With early stopping the weights of the best pass are kept if the table is private; one that other processes may
-    have open can't be set back, and keeps those of the last pass.
+    With early stopping, a private table keeps the weights of the best pass. A table that other processes may have open
+    cannot be restored and keeps the weights of the last pass.
     """
     learned, held_out = _split(labels, training, random)
     result, best = Trained(kept), np.inf
@@ -124,7 +125,10 @@ def train(
 
 
 def _split(labels: Float32Array, training: Training, random: np.random.RandomState) -> tuple[Indices, Indices]:
-    """Examples to learn and to hold out: a random part of each class, or, not to be shuffled, the last ones."""
+    """Split the examples into those to learn and those to hold out.
+
+    The held-out examples are a random part of each class or, without shuffling, the last examples.
+    """
     rows = np.arange(len(labels))
     early_stopping = len(rows) >= _MANY if training.early_stopping == "auto" else training.early_stopping
     if not early_stopping:
@@ -151,7 +155,7 @@ def _learn(
     order: Indices,
     batch_size: int,
 ) -> float:
-    """One pass; the mean loss of the probabilities from before each update."""
+    """Make one pass; return the mean loss of the probabilities from before each update."""
     probabilities = np.empty(len(order), np.float64)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

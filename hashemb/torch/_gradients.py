@@ -1,4 +1,4 @@
-"""Gradients on their way from autograd to a table, and the arguments of the look-ups that they belong to."""
+"""Pending gradients between autograd and a table, and the arguments of the look-ups that they belong to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call:
     l2: float = 0.0
 
     def as_sums(self) -> tuple[Array, Array]:
-        """(bag sizes, weights) with which pooling "sum" gives the same result."""
+        """Return (bag sizes, weights) with which pooling "sum" gives the same result."""
         if self.offsets is None:
             return np.ones(self.keys.size, np.int64), np.ones(self.keys.size, np.float32)
         sizes = np.diff(self.offsets)
@@ -42,14 +42,14 @@ class Call:
 
 
 class Gradients:
-    """Gradients of look-ups in one table that become one update."""
+    """Collects the gradients of look-ups in one table and applies them as one update."""
 
     def __init__(self, table: EmbeddingTable) -> None:
         self.table = table
         self.leaves: list[Tensor] = []
 
     def add(self, leaf: Tensor) -> None:
-        if not any(leaf is other for other in self.leaves):  # there already: autograd has added to its gradient
+        if not any(leaf is other for other in self.leaves):  # else autograd has already added to its gradient
             self.leaves.append(leaf)
 
     def clear(self) -> None:
@@ -58,7 +58,7 @@ class Gradients:
         self.leaves.clear()
 
     def apply(self) -> None:
-        """One update of the table; without gradients none. If it fails, the gradients stay."""
+        """Update the table once, if there are gradients. If the update fails, the gradients are kept."""
         pieces = [(leaf.call, leaf.grad.detach().numpy()) for leaf in self.leaves if leaf.grad is not None]
         pieces += [self._penalty(call) for call, _ in pieces if call.l2]
         if len(pieces) == 1:
@@ -71,7 +71,7 @@ class Gradients:
         self.clear()
 
     def _penalty(self, call: Call) -> tuple[Call, Array]:
-        """The gradient of ``l2 / 2 * |v|²``, summed over the distinct keys of a look-up."""
+        """Return the gradient of ``l2 / 2 * |v|²``, summed over the distinct keys of a look-up."""
         keys = np.unique(call.keys)
         return Call(keys), np.float32(call.l2) * self.table.lookup(keys)
 

@@ -1,12 +1,12 @@
-"""Embedding and EmbeddingBag: look-ups in a table as a part of autograd's graph.
+"""Embedding and EmbeddingBag: look-ups in a table as part of the autograd graph.
 
-A look-up makes a *leaf*: a tensor of the result's shape that holds no memory of its own. Autograd leaves the gradient
-of the result on it, as on any parameter, and that gradient goes to `EmbeddingTable.update` as it is. No gradient of
-the table's size is ever made, nor a sparse one; accumulation, clipping, loss scaling and higher derivatives are
-autograd's.
+A look-up creates a *leaf*: a tensor with the shape of the result that takes no memory. Autograd accumulates the
+gradient of the result in the leaf, as in any parameter, and that gradient is passed to `EmbeddingTable.update`
+unchanged. No gradient of the table's size and no sparse gradient is ever created; accumulation, clipping, loss scaling
+and higher derivatives are left to autograd.
 
-Invariant: gradients on their way are held by the backward pass that makes them, or by a `TableOptimizer`; never by a
-module, so that a pass that fails leaves nothing behind.
+Invariant: pending gradients are held by the backward pass that creates them or by a `TableOptimizer`, never by a
+module, so a failed pass leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Embedding", "EmbeddingBag", "TableModule"]
 
 
 class _Lookup(torch.autograd.Function):
-    """Puts the table's vectors where the leaf stands in the graph. The result, no view, may be changed in place."""
+    """Replaces the leaf with the table's vectors in the graph. The result is no view and may be modified in place."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, vectors: Array, dtype: Any) -> Tensor:
@@ -42,10 +42,10 @@ class _Lookup(torch.autograd.Function):
 
 
 class TableModule(torch.nn.Module):
-    """What `Embedding` and `EmbeddingBag` share: the table, its place in the graph, and references to it on disk.
+    """Base class of `Embedding` and `EmbeddingBag`: the table, its node in the graph, and references to it on disk.
 
-    `anchor` is a parameter without elements. Its `requires_grad` says whether the table learns and its dtype which
-    dtype results have, so that `requires_grad_`, `double`, `bfloat16` and the like do here what they do elsewhere.
+    `anchor` is a parameter without elements. Its `requires_grad` determines whether the table learns, and its dtype
+    is the dtype of results; `requires_grad_`, `double`, `bfloat16` and the like therefore work as for any module.
     """
 
     def __init__(self, table: EmbeddingTable, padding_idx: int | None, l2: float) -> None:
@@ -58,7 +58,7 @@ class TableModule(torch.nn.Module):
         self.embedding_dim = table.embedding_dim
         self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=table.mode == "r+")
         self._reference = {"path": os.path.abspath(table.path), "id": hashemb.info(table.path).id}
-        self._optimizer: Gradients | None = None  # where a TableOptimizer wants gradients
+        self._optimizer: Gradients | None = None  # where a TableOptimizer collects gradients
         self._passes: weakref.WeakValueDictionary[int, Gradients] = weakref.WeakValueDictionary()
 
     # -- in the graph --
@@ -75,7 +75,7 @@ class TableModule(torch.nn.Module):
         return _Lookup.apply(leaf, vectors, self.anchor.dtype)
 
     def _arrived(self, leaf: Tensor) -> None:
-        """A gradient has come: to the optimiser, or to the update that follows this backward pass."""
+        """Pass an accumulated gradient to the optimiser, or to the update that follows this backward pass."""
         gradients = self._optimizer
         if gradients is None:
             number = torch._C._current_graph_task_id()
@@ -86,7 +86,7 @@ class TableModule(torch.nn.Module):
         gradients.add(leaf)
 
     def _is_kept(self, keys: Array) -> Array | None:
-        """Which keys are not padding; None if all are kept."""
+        """Return a mask of the keys that are not padding; None if all are kept."""
         if self.padding_idx is None:
             return None
         kept: Array = keys.astype(np.uint64, copy=False) != np.uint64(self.padding_idx & (1 << 64) - 1)
@@ -95,7 +95,7 @@ class TableModule(torch.nn.Module):
     # -- where it lives --
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `to`, `cuda`, `double` and the like call."""
+        """Implement `to`, `cuda`, `double` and the like."""
         device = fn(torch.empty(0)).device
         if device.type != "cpu":
             raise RuntimeError(
@@ -105,11 +105,11 @@ class TableModule(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """For `state_dict`: which table, and how many updates it had. The rows are in its files."""
+        """Return, for `state_dict`, the table's path, id and step. The rows stay in its files."""
         return {**self._reference, "step": self.table.step}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """For `load_state_dict`: `ValueError` for another table, `RuntimeWarning` for the same one at another step."""
+        """Check the state in `load_state_dict`: another table is a `ValueError`, another step a `RuntimeWarning`."""
         if state["id"] != self._reference["id"]:
             raise ValueError(
                 f"the state is of table {state['id']} at {state['path']}; this module has table "
@@ -124,13 +124,13 @@ class TableModule(torch.nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For `pickle` and `copy.deepcopy`: a reference to the table."""
+        """Return, for `pickle` and `copy.deepcopy`, a reference to the table."""
         state = {**self.__dict__, "table": (self.table.mode, self.table.isolation), "_optimizer": None}
         del state["_passes"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens the table again, in the mode it had."""
+        """Open the table again, in the mode it had."""
         path, (mode, isolation) = state["_reference"]["path"], state["table"]
         if hashemb.info(path).id != state["_reference"]["id"]:
             raise ValueError(f"{path} holds table {hashemb.info(path).id}, not {state['_reference']['id']}")
@@ -145,32 +145,35 @@ class TableModule(torch.nn.Module):
 
 
 class Embedding(TableModule):
-    """`torch.nn.Embedding` on a hashed table: any 64-bit key has a vector, and backward updates the rows.
+    """Like `torch.nn.Embedding`, on a hashed table: any 64-bit key has a vector, and backward updates the rows.
 
     Parameters
     ----------
     table : EmbeddingTable
-        Of mode "r+" to learn; of mode "r" the module is frozen.
+        Table that holds the vectors, in mode "r+" for training. In mode "r" the module is frozen.
     padding_idx : int, optional
-        A key whose vector is 0 and never learns.
+        A key whose vector is 0 and is never updated.
     l2 : float
-        Adds ``l2 / 2 * |v|²`` to the loss for each distinct key of a look-up. Unlike the table's own `weight_decay` it
-        goes through the optimiser as a gradient does, and concerns the rows of the batch only.
+        Adds ``l2 / 2 * |v|²`` to the loss for each distinct key of a look-up. Unlike the table's own `weight_decay`, it
+        passes through the optimiser as a gradient and affects only the rows in the batch.
 
     Attributes
     ----------
     table : EmbeddingTable
+        The table.
     embedding_dim : int
+        Length of a vector.
     anchor : torch.nn.Parameter
-        Has no elements. `requires_grad` says whether the module learns, `dtype` is that of its results.
+        A parameter without elements. `requires_grad` determines whether the module learns, `dtype` is the dtype of its
+        results.
 
     Notes
     -----
     Without a `TableOptimizer`, every backward pass through the module ends with one step of the table's own optimiser,
-    for all look-ups of the module in that graph together. Optimisers of torch have nothing to do with the rows.
+    for all look-ups of the module in that graph together. The optimisers of torch do not affect the rows.
 
-    `state_dict` holds the table's path, id and step, not its rows. A pickled or deep copy opens the same table again.
-    Lives on the CPU. `torch.compile` leaves the look-up out of its graphs.
+    `state_dict` holds the table's path, id and step, not its rows. Unpickling or deep-copying opens the same table
+    again. The module stays on the CPU. `torch.compile` leaves the look-up out of its graphs.
 
     Examples
     --------
@@ -192,12 +195,13 @@ class Embedding(TableModule):
         super().__init__(table, padding_idx, l2)
 
     def forward(self, keys: Any) -> Tensor:
-        """Vectors of keys.
+        """Look up the vectors of keys.
 
         Parameters
         ----------
         keys : Tensor or array_like of any integer dtype and shape
-            For example all features of a batch at once, ``(n, num_fields)``. Negative keys are their two's complement.
+            Keys, for example all features of a batch, ``(n, num_fields)``. Negative keys are converted to
+            their two's complement.
 
         Returns
         -------
@@ -206,8 +210,9 @@ class Embedding(TableModule):
         Raises
         ------
         TypeError
-            Keys that are not integers.
+            The keys are not integers.
         ClosedTableError
+            The table is closed.
         """
         return _outside_graphs(self._embed)(keys)
 
@@ -222,26 +227,26 @@ class Embedding(TableModule):
 
 
 class EmbeddingBag(TableModule):
-    """`torch.nn.EmbeddingBag` on a hashed table: pooled vectors of bags of keys.
+    """Like `torch.nn.EmbeddingBag`, on a hashed table: pools the vectors of bags of keys.
 
     Parameters
     ----------
     table : EmbeddingTable
-        As for `Embedding`, and everything said there holds here.
+        As for `Embedding`; the notes there apply to this module too.
     mode : {"mean", "sum", "sqrtn"}
-        "mean" divides a bag's sum by its total weight, "sqrtn" by the root of its total squared weight; an empty bag,
-        and one whose divisor is 0, is 0.
+        Pooling mode. "mean" divides a bag's sum by its total weight, "sqrtn" by the root of its total squared weight;
+        the result is 0 for an empty bag and for one whose divisor is 0.
     include_last_offset : bool
         Whether `offsets` ends with the number of keys.
     padding_idx : int, optional
-        A key that is left out of every bag.
+        A key that is ignored in every bag.
     l2 : float
         As for `Embedding`.
 
     Notes
     -----
-    If `per_sample_weights` requires a gradient, vectors are looked up one by one and pooled by torch, which takes
-    memory for ``num_keys * embedding_dim`` floats; else they are pooled in the table's kernel, which takes none.
+    If `per_sample_weights` requires a gradient, vectors are looked up individually and pooled by torch, which takes
+    memory for ``num_keys * embedding_dim`` floats; otherwise the table's kernel pools them without extra memory.
 
     Examples
     --------
@@ -271,16 +276,16 @@ class EmbeddingBag(TableModule):
         self.mode, self.include_last_offset = mode, include_last_offset
 
     def forward(self, keys: Any, offsets: Any = None, per_sample_weights: Any = None) -> Tensor:
-        """Pooled vectors.
+        """Look up and pool the vectors of bags of keys.
 
         Parameters
         ----------
         keys : Tensor or array_like of any integer dtype
-            Shape (num_keys,) with offsets; or (num_bags, keys_per_bag) without.
+            Keys, in shape (num_keys,) with offsets or (num_bags, keys_per_bag) without.
         offsets : Tensor or array_like of int, shape (num_bags,) or (num_bags + 1,), optional
-            Where each bag begins; with `include_last_offset` also where the last one ends.
-        per_sample_weights : Tensor or array_like of float, of the shape of `keys`, optional
-            May require a gradient.
+            Start of each bag; with `include_last_offset`, followed by the end of the last bag.
+        per_sample_weights : Tensor or array_like of float, in the shape of `keys`, optional
+            Weights of the keys; they may require a gradient.
 
         Returns
         -------
@@ -289,7 +294,7 @@ class EmbeddingBag(TableModule):
         Raises
         ------
         TypeError, ValueError
-            Arguments of the wrong kind or shape, with the numbers.
+            An argument has the wrong dtype or shape.
         """
         return _outside_graphs(self._pool)(keys, offsets, per_sample_weights)
 
@@ -306,7 +311,7 @@ class EmbeddingBag(TableModule):
         return self._vectors(Call(array, ends, self.mode, None if weights is None else _array(weights), self.l2))
 
     def _bags(self, keys: Array, offsets: Any) -> tuple[Array, Array]:
-        """The keys in one dimension, and the offsets of their bags with the last one included."""
+        """Return the keys in one dimension, and the offsets of their bags, including the last offset."""
         if keys.ndim == 2:
             if offsets is not None:
                 raise ValueError(f"keys of shape {keys.shape} are bags already: offsets must be None")
@@ -334,7 +339,7 @@ class EmbeddingBag(TableModule):
         parts = weights if self.mode == "mean" else weights.square()
         divisors = parts.new_zeros(sizes.size).index_add(0, bags, parts)
         is_zero = divisors == 0
-        divisors = divisors.masked_fill(is_zero, 1)  # before the root, whose derivative at 0 is infinite
+        divisors = divisors.masked_fill(is_zero, 1)  # mask before the root, whose derivative at 0 is infinite
         divisors = divisors if self.mode == "mean" else divisors.sqrt()
         return (totals / divisors[:, None]).to(vectors.dtype).masked_fill(is_zero[:, None], 0)
 
@@ -343,7 +348,7 @@ class EmbeddingBag(TableModule):
 
 
 def _array(values: Any) -> Array:
-    """A tensor or array_like as an array; a tensor is not copied, but for bfloat16, which NumPy doesn't have."""
+    """Convert a tensor or array_like to an array, without a copy except for bfloat16, which NumPy does not support."""
     if not isinstance(values, Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
@@ -352,7 +357,7 @@ def _array(values: Any) -> Array:
 
 
 def _weights(values: Any, shape: tuple[int, ...]) -> Tensor:
-    """Per-sample weights in one dimension, still in their graph."""
+    """Flatten per-sample weights to one dimension, still in their graph."""
     weights = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
     if tuple(weights.shape) != shape:
         raise ValueError(f"per_sample_weights must have the shape of keys, {shape}, got {tuple(weights.shape)}")
@@ -360,7 +365,7 @@ def _weights(values: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _outside_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` itself; while `torch.compile` traces, one that runs as plain Python between two graphs."""
+    """Return `function`; while `torch.compile` traces, a wrapper that runs as plain Python between two graphs."""
     if not torch.compiler.is_compiling():
         return function
     return torch.compiler.disable(function)  # type: ignore[no-any-return]

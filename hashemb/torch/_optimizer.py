@@ -1,4 +1,4 @@
-"""TableOptimizer: one update of each table for all gradients since the last one."""
+"""TableOptimizer: update each table once for all gradients since the last update."""
 
 from __future__ import annotations
 
@@ -15,25 +15,30 @@ __all__ = ["TableOptimizer"]
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """Updates tables when told to, as the optimisers of torch do: `zero_grad`, any number of backward passes, `step`.
+    """Updates tables on `step`, like the optimisers of torch: `zero_grad`, any number of backward passes, `step`.
 
-    All gradients since the last `zero_grad` or `step` become one update of each table, be they of several backward
-    passes (accumulation), several look-ups or several modules on one table. Without it each backward pass is an update.
+    All gradients since the last `zero_grad` or `step` become one update of each table, whether they come from several
+    backward passes (accumulation), several look-ups or several modules on one table. Without a `TableOptimizer`, each
+    backward pass is an update.
 
     Parameters
     ----------
     modules : torch.nn.Module or iterable of them
-        Every `Embedding` and `EmbeddingBag` in them, at any depth. There is a group in `param_groups` for each table.
+        Modules whose `Embedding` and `EmbeddingBag` submodules, at any depth, are updated. `param_groups` has a group
+        for each table.
 
     Notes
     -----
-    The arithmetic is the table's: its own optimiser, `EmbeddingTable.optimizer`. A group's "lr" starts as `table.lr`
-    and, when a scheduler of torch changes it, is set for the table, so for all processes that have it open.
+    The arithmetic is that of the table's own optimiser, `EmbeddingTable.optimizer`. A group's "lr" is initially
+    `table.lr`; when a torch scheduler changes it, the table's learning rate changes for all processes that have it
+    open.
 
-    While gradients wait, `parameters` gives the tensors that carry them: for `torch.nn.utils.clip_grad_norm_`, which
-    sees the gradients of the vectors looked up, not sums over repeated keys. `torch.amp.GradScaler` works on them too.
+    While gradients are pending, `parameters` returns the tensors that hold them, for `torch.nn.utils.clip_grad_norm_`.
+    These are the gradients of the looked-up vectors, not sums over repeated keys. `torch.amp.GradScaler` supports them
+    too.
 
-    `step` raises what `EmbeddingTable.update` raises; the gradients of that table then stay until `zero_grad`.
+    `step` raises the same errors as `EmbeddingTable.update`; the gradients of that table are then kept until
+    `zero_grad`.
 
     Examples
     --------
@@ -65,15 +70,15 @@ class TableOptimizer(torch.optim.Optimizer):
             groups.append({"params": [module.anchor for module in users], "lr": table.lr})
         super().__init__(groups, {})
         for group, gradients in zip(self.param_groups, self._gradients, strict=True):
-            group["params"] = gradients.leaves  # one list: what waits is what clipping and loss scaling find
+            group["params"] = gradients.leaves  # the list itself, for clipping and loss scaling
         self._rates = [group["lr"] for group in self.param_groups]
 
     def parameters(self) -> list[Tensor]:
-        """The tensors whose `.grad` waits for `step`, in the order of their arrival."""
+        """Return the tensors whose `.grad` is pending until `step`, in order of arrival."""
         return [leaf for gradients in self._gradients for leaf in gradients.leaves]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of each table that has gradients. Returns what `closure` returns, if there is one."""
+        """Update each table that has gradients once. Return the result of `closure`, if it is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,17 +90,17 @@ class TableOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients since the last `step`."""
+        """Discard all gradients since the last `step`."""
         for gradients in self._gradients:
             gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups' learning rates and what schedulers keep there. The tables' states are in their files."""
+        """Return the groups' learning rates and the values that schedulers store there; tables keep their own state."""
         groups = [{name: value for name, value in g.items() if name != "params"} for g in self.param_groups]
         return {"state": {}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; `ValueError` for another number of tables."""
+        """Load the result of `state_dict`; raise a ValueError if the number of tables differs."""
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             raise ValueError(f"the state is of {len(groups)} tables, this optimiser has {len(self.param_groups)}")

@@ -1,6 +1,6 @@
-"""Writers, readers, makers of snapshots, deltas and tables, and those who follow deltas are killed at random moments,
-round after round on the same two tables; after each, every row is in a state that some moment of the killing explains,
-and nobody waits for the dead."""
+"""Writers, readers, makers of snapshots, deltas and tables, and followers of deltas are killed at random moments, round
+after round on the same two tables. After each round, every row is in a state that is possible at the moment of a kill,
+and no process waits for a killed one."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_chaos(tmp_path: Path, rounds: int) -> None:
 
 
 def play(context: Any, root: Path, number: int, rng: np.random.Generator) -> Actors:
-    """One round: everybody at work, some are killed, and the others must get on with it."""
+    """Play one round: all actors work, some are killed, and the others must make progress."""
     actors = Actors(context, root, number, rng)
     try:
         wait_for(lambda: bool(actors.failures()) or min(actors.progress().values()) >= 1, PATIENCE_S)
         names = rng.permutation(sorted(actors.processes))[: rng.integers(1, len(actors.processes) + 1)].tolist()
-        if number % 3 == 0:  # the maker is one of seven, and the one in the middle of most
+        if number % 3 == 0:  # the maker is one of seven, but usually in the middle of something
             names = ["maker", *(name for name in names if name != "maker")]
         actors.kill(names, rng)
         before = actors.progress()
@@ -82,7 +82,7 @@ def play(context: Any, root: Path, number: int, rng: np.random.Generator) -> Act
 
 
 def judge(root: Path, ledgers: list[Ledger], keys: Any, done: Any, cut_short: set[int]) -> None:
-    """The tables, the snapshots that were finished, and one taken now, which has to be the table to the bit."""
+    """Check the tables, the finished snapshots, and a new snapshot, which must equal the table bit for bit."""
     for i, name in enumerate(TABLES):
         ledgers[i].check(root / name, keys, done[:, i], cut_short, is_cut=False)
         with hashemb.open(root / name, "r+") as table:
@@ -102,7 +102,7 @@ def judge(root: Path, ledgers: list[Ledger], keys: Any, done: Any, cut_short: se
 
 
 def judge_replica(root: Path, name: str, ledger: Ledger, keys: Any, done: Any, cut_short: set[int]) -> None:
-    """However far it had come, the finished deltas bring it to a moment of the table, and one more to the table."""
+    """Check a replica: the finished deltas bring it to a moment of the table, and one more to the table."""
     replica, deltas = root / f"replica-{name}", root / f"deltas-{name}"
     finished = sorted(deltas.glob("*.delta"))
     if finished:
@@ -118,7 +118,7 @@ def judge_replica(root: Path, name: str, ledger: Ledger, keys: Any, done: Any, c
 
 
 def verify(path: Path) -> None:
-    """Everything that lies there under a table's name is a whole one."""
+    """Check that everything with the name of a table is a complete table."""
     with hashemb.open(path) as table:
         assert np.isfinite(table.weight).all()
     names = {entry.name for entry in os.scandir(path)}
@@ -129,7 +129,7 @@ def verify(path: Path) -> None:
 
 
 def clean_up(root: Path) -> None:
-    """What killed makers left has no lock, and goes with the next table of that name, once it is old enough."""
+    """Check that leftovers of killed makers are unlocked and, if old enough, removed by the next `create`."""
     for path in (*(p for kind in MADE for p in root.glob(f"{kind}-*")), root / "own-before"):
         shutil.rmtree(path)
     for name in what_is_left(root):
@@ -143,7 +143,7 @@ def clean_up(root: Path) -> None:
     assert strangers == {"meta.json", "control", "lock", "history.json"}
 
 
-# ---- the judge can say no ----
+# ---- the judge can fail ----
 
 
 @pytest.mark.parametrize("table", range(len(TABLES)))

@@ -1,4 +1,4 @@
-"""isolation="exact": no update of another process is lost, and the result is that of one batch after the other."""
+"""isolation="exact": no update of another process is lost, and the result equals that of sequential batches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WRITERS, NUM_FEW = 4, 48
 
 
 def count_up(path: str, isolation: Any, num_threads: int, kind: str, batches: int) -> int:
-    """Adds ones to few rows, `batches` times; returns how often each key occurs in a batch."""
+    """Add ones to a few rows, `batches` times; return how often each key occurs in a batch."""
     hashemb.set_num_threads(num_threads)
     with hashemb.open(path, "r+", isolation=isolation) as table:
         keys = np.tile(np.arange(NUM_FEW), 256)  # enough for three threads, and full of duplicates
         for _ in range(batches):
-            if kind == "bags":  # of two keys each, whose gradients are the bag's
+            if kind == "bags":  # of two keys each, whose gradient is that of the bag
                 offsets = np.arange(0, keys.size + 1, 2)
                 table.update(keys, np.ones((offsets.size - 1, 4), np.float32), offsets=offsets)
             elif kind == "distinct":
@@ -35,7 +35,7 @@ def count_up(path: str, isolation: Any, num_threads: int, kind: str, batches: in
 
 
 def count_in_all(path: Path, isolation: Any, num_threads: int, kind: str, batches: int, method: str) -> tuple[Any, Any]:
-    """What `WRITERS` processes that count together arrive at, and what they should."""
+    """Return the result of `WRITERS` processes that count concurrently, and the expected result."""
     options: dict[str, Any] = {"optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
     hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **options).close()
     work = (str(path), isolation, num_threads, kind, batches)
@@ -49,7 +49,7 @@ def count_in_all(path: Path, isolation: Any, num_threads: int, kind: str, batche
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("kind", ["distinct", "duplicates", "bags"])
 def test_exact_loses_no_update(tmp_path: Path, num_threads: int, kind: str) -> None:
-    """The sum is exact in float32, so one lost update shows."""
+    """The sum is exact in float32, so a single lost update is visible."""
     found, expected = count_in_all(tmp_path / "t", "exact", num_threads, kind, 100, "forkserver")
     assert expected[0, 0] < 2**24
     np.testing.assert_array_equal(found, expected)
@@ -62,7 +62,7 @@ def test_exact_loses_no_update_however_processes_are_started(tmp_path: Path, met
 
 
 def test_what_hogwild_loses(tmp_path: Path) -> None:
-    """Not promised, so not asserted: printed. No element gains, and none falls below what one writer alone added."""
+    """Losses are not specified, so they are printed. No element gains, and none falls below what one writer added."""
     found, expected = count_in_all(tmp_path / "t", "hogwild", 1, "distinct", 2000, "forkserver")
     lost = 1 - found.sum() / expected.sum()
     print(f"hogwild lost {100 * lost:.3f} % of {WRITERS} writers' updates to the same rows")
@@ -71,11 +71,11 @@ def test_what_hogwild_loses(tmp_path: Path) -> None:
     assert (found >= 1).all()
 
 
-# ---- one after the other ----
+# ---- sequential order ----
 
 
 class RecordingCore:
-    """A table's core that notes the step of each of its batches."""
+    """The core of a table that records the step of each of its batches."""
 
     def __init__(self, core: Any) -> None:
         self.core, self.steps = core, []
@@ -91,7 +91,7 @@ class RecordingCore:
 
 
 def batch_of(writer: int, number: int, dim: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Batch `number` of a writer: sizes from few keys, for one thread, to enough for many; bags in every third."""
+    """Make batch `number` of a writer: from few keys, for one thread, to enough for many; every third has bags."""
     rng = np.random.default_rng([31, writer, number])
     size = int(rng.choice([1, 300, 5000, 9000, 20_000]))
     keys = rng.integers(0, 40_000, size)
@@ -102,7 +102,7 @@ def batch_of(writer: int, number: int, dim: int) -> tuple[Any, Any, dict[str, An
 
 
 def train_exactly(path: str, writer: int, num_threads: int, batches: int) -> list[int]:
-    """Returns the steps that the writer's batches became."""
+    """Train, and return the steps of the writer's batches."""
     hashemb.set_num_threads(num_threads)
     with hashemb.open(path, "r+", isolation="exact") as table:
         core = RecordingCore(table._core)
@@ -116,7 +116,7 @@ def train_exactly(path: str, writer: int, num_threads: int, batches: int) -> lis
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [(1, 1, 1), (3, 3, 3), (1, 2, 3)])
 def test_exact_is_one_batch_after_the_other_by_step(tmp_path: Path, dtype: Any, threads: tuple[int, ...]) -> None:
-    """Adagrad, whose result depends on the order, with a weight decay and rounding that depend on the step."""
+    """The result of Adagrad depends on the order; weight decay and rounding depend on the step."""
     live, replayed, batches = tmp_path / "live", tmp_path / "replayed", 30
     options: dict[str, Any] = {"optimizer": hashemb.Adagrad(lr=0.1, weight_decay=1e-3), "num_hashes": 2, "seed": 9}
     hashemb.create(live, num_embeddings=50_021, embedding_dim=5, dtype=dtype, **options).close()

@@ -1,4 +1,4 @@
-"""Forks of a process whose threads are in the middle of an update, and the death of either side."""
+"""Forks of a process whose threads are in the middle of an update, and the death of parent or child."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def updating(table: hashemb.EmbeddingTable) -> Iterator[None]:
-    """A thread that updates the table without a pause: all of its rows are locked nearly all of the time."""
+    """Update the table in a thread without a pause, so that all of its rows are locked nearly all of the time."""
     stop, began = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -53,7 +53,7 @@ def updating(table: hashemb.EmbeddingTable) -> Iterator[None]:
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_a_child_forked_while_a_thread_holds_row_locks_works(path: Path, num_threads: int) -> None:
-    """It neither hangs on locks of its parent nor gives them up; every step of both is counted, and none is lost."""
+    """The child neither hangs on locks of its parent nor releases them; every step of both is counted, none is lost."""
     hashemb.set_num_threads(num_threads)
     children, own = 12, np.arange(KEYS)[:10]
 
@@ -74,7 +74,7 @@ def test_a_child_forked_while_a_thread_holds_row_locks_works(path: Path, num_thr
 
 @pytest.mark.usefixtures("restore_threads")
 def test_a_child_forked_during_a_snapshot_works(path: Path, tmp_path: Path) -> None:
-    """The child writes blocks that the parent's snapshot still wants: they are saved, and the snapshot is whole."""
+    """The child writes blocks that the parent's snapshot still needs: they are saved, and the snapshot is complete."""
     with hashemb.open(path, "r+") as table:
         table.update(np.arange(KEYS), GRADS)
         forked = []
@@ -94,7 +94,7 @@ def test_a_child_forked_during_a_snapshot_works(path: Path, tmp_path: Path) -> N
 
 
 def parent(path: str, pipe: Any, uses_it: bool) -> None:
-    """Updates for ever beside a forked child that lives on; says who that is. The child may use the table, or not."""
+    """Update forever while a forked child lives on; send its process id. The child uses the table if `uses_it`."""
     with hashemb.open(path, "r+", isolation="exact") as table, updating(table):
         ready, said = os.pipe()
         pid = os.fork()
@@ -125,7 +125,7 @@ def test_a_killed_parent_leaves_no_lock_to_its_children(path: Path, uses_it: boo
             time.sleep(rng.uniform(0, 0.02))
             process.kill()
             process.join()
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # it is alive
             in_processes(write_all, [(str(path),)])
         finally:
             os.kill(child, signal.SIGKILL)

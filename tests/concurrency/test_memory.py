@@ -1,9 +1,9 @@
-"""Readers of one table use the physical memory of one: every page they touch is the page cache's, not their own.
+"""The readers of a table share its physical memory: every page they touch belongs to the page cache.
 
-A page that eight processes have mapped is in memory once. The kernel says so as *proportional set size* (PSS), in which
-each of them is charged an eighth of it: the sum over the readers is what the table takes, while the sum of their
-resident set sizes (RSS) counts it eight times. `Anonymous` and `Private_Dirty` are what a process has for itself. The
-page cache keeps the pages when the readers have gone, until somebody needs the memory.
+A page that eight processes have mapped is in memory once. The *proportional set size* (PSS) charges an eighth of it to
+each of them, so the sum over the readers is the size of the table, while the sum of their resident set sizes (RSS)
+counts it eight times. `Anonymous` and `Private_Dirty` are private to a process. After the readers have ended, the page
+cache keeps the pages until the memory is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("Rss", "Pss", "Anonymous", "Private_Dirty")
 
 
 def fill(path: Path, num_rows: int) -> int:
-    """A table of which every page of weights has been written; returns the bytes of its weights."""
+    """Create a table and write every page of its weights; return the bytes of its weights."""
     with hashemb.create(
         path, num_embeddings=num_rows, embedding_dim=DIM, optimizer=hashemb.SGD(lr=1.0), huge_pages=False
     ) as table:
@@ -37,7 +37,7 @@ def fill(path: Path, num_rows: int) -> int:
 
 @contextmanager
 def readers(path: Path, num_rows: int) -> Iterator[list[Worker]]:
-    """Processes that have the table open and have read nearly all of its pages, each by keys of its own."""
+    """Start processes that have the table open and have read nearly all of its pages, each with its own keys."""
     with ExitStack() as stack:
         started = [stack.enter_context(Worker()) for _ in range(NUM_READERS)]
         for number, reader in enumerate(started):
@@ -67,7 +67,7 @@ def test_eight_readers_use_the_memory_of_one(tmp_path: Path, weight_bytes: int) 
 
 
 def test_canary_copies_are_noticed(tmp_path: Path) -> None:
-    """A reader that copied the table to memory of its own would show as anonymous memory of that size."""
+    """A reader with a private copy of the table would show anonymous memory of that size."""
     fill(tmp_path / "t", 1 << 12)
     with hashemb.open(tmp_path / "t") as table:
         before = own_memory()

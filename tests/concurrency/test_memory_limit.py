@@ -1,6 +1,6 @@
-"""A trainer far larger than the memory it may have goes on: its pages are page cache, which the kernel takes back.
+"""A table far larger than the memory limit can be trained: its pages are page cache, which the kernel can reclaim.
 
-Wants root and a memory control group (version 1 or 2), and a file system that is not memory.
+This needs root, a memory control group (version 1 or 2), and a file system that is not in memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bench.harness import Skip, file_system
 from bench.memory_limit import limited_group
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_BYTES = 128 << 20  # the interpreter with NumPy has some 60 MiB
+LIMIT_BYTES = 128 << 20  # the interpreter with NumPy takes about 60 MiB
 
 
 def oom_kills(group: Path) -> int:
-    """Of all processes ever in the group."""
+    """Return the number of OOM kills among all processes ever in the group."""
     for name in ("memory.events", "memory.oom_control"):
         if (group / name).exists():
             found = re.search(r"^oom_kill (\d+)$", (group / name).read_text(), re.MULTILINE)

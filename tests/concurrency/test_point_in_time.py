@@ -1,4 +1,4 @@
-"""A snapshot is one moment between batches, whoever writes, and whoever is killed while it is taken."""
+"""A snapshot is one moment between batches, whichever processes write and whichever are killed while it is taken."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ PAIRS, FAR, CLOCK = 1000, 10**6, 10**9
 COUNTERS: dict[str, Any] = {"optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
 
 
-# ---- writers that go on until they are told to stop ----
+# ---- writers that run until they are stopped ----
 
 
 def pairs_of(writer: int) -> tuple[Any, Any]:
-    """Keys of a writer's own pairs; the two of a pair lie anywhere in the table."""
+    """Return the keys of a writer's own pairs; the two rows of a pair are anywhere in the table."""
     first = np.arange(PAIRS) + writer * PAIRS
     return first, first + FAR
 
 
 def keep_writing(path: str, writer: int, isolation: Any, num_threads: int) -> None:
-    """Adds one to both rows of random pairs, and to the writer's clock, in each batch."""
+    """Add one, in each batch, to both rows of random pairs and to the writer's clock."""
     hashemb.set_num_threads(num_threads)
     rng, (first, second) = np.random.default_rng([17, writer]), pairs_of(writer)
     with hashemb.open(path, "r+", isolation=isolation) as table:
@@ -48,7 +48,7 @@ def keep_writing(path: str, writer: int, isolation: Any, num_threads: int) -> No
 
 @contextmanager
 def writers(path: Path, isolation: Any, threads: tuple[int, ...]) -> Iterator[list[Any]]:
-    """Processes that write to the table, killed at the end; they have begun."""
+    """Yield processes that have begun to write to the table, and kill them at the end."""
     started = [
         SPAWN.Process(target=keep_writing, args=(str(path), writer, isolation, n), daemon=True)
         for writer, n in enumerate(threads)
@@ -69,7 +69,7 @@ def writers(path: Path, isolation: Any, threads: tuple[int, ...]) -> Iterator[li
 
 @pytest.mark.parametrize(("isolation", "threads"), [("hogwild", (1, 2)), ("exact", (1, 2))])
 def test_snapshots_under_fire_hold_whole_batches(tmp_path: Path, isolation: Any, threads: tuple[int, ...]) -> None:
-    """Both rows of each pair are equal, and the step is the number of batches that are in it."""
+    """Both rows of each pair are equal, and the step is the number of batches in the snapshot."""
     path, clocks = tmp_path / "t", CLOCK + np.arange(len(threads))
     hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
     last_step = -1
@@ -96,7 +96,7 @@ def test_snapshots_under_fire_hold_whole_batches(tmp_path: Path, isolation: Any,
 def test_a_snapshot_begins_promptly_under_batches_that_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four writers on fewer cores, so that there is always a batch in flight: the gate must still close."""
+    """With four writers on fewer cores there is always a batch in flight, and the gate must still close."""
     path, waited, begin = tmp_path / "t", [], _core.begin_point
 
     def timed(*args: Any) -> Any:
@@ -116,7 +116,7 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
     assert median < 1.0
 
 
-# ---- killed while it takes one ----
+# ---- killed during a snapshot ----
 
 
 def die_in_a_snapshot(path: str, dst: str) -> None:
@@ -135,7 +135,7 @@ def kill_a_snapshot(path: Path, dst: Path) -> None:
 
 
 def test_a_killed_snapshot_disturbs_nobody(tmp_path: Path) -> None:
-    """Its directory, its announcement and its mark in the control page stay behind; nothing waits for them."""
+    """Its directory, its announcement and its mark in the control page remain, but nothing waits for them."""
     keys, path = np.arange(1000), tmp_path / "t"
     with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
         table.update(keys, np.ones((1000, 4), np.float32))
@@ -153,8 +153,8 @@ def test_a_killed_snapshot_disturbs_nobody(tmp_path: Path) -> None:
 def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next owner holds the lock and has said what it wants, but has not begun: the mark in the control page is
-    still the dead one's, and a writer that meets it must save nothing."""
+    """The next owner holds the lock and has announced its snapshot, but has not begun: the mark in the control page is
+    still that of the killed one, and a writer that finds it must save nothing."""
     keys, path, begin = np.arange(1000), tmp_path / "t", _core.begin_point
     with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
         table.update(keys, np.ones((1000, 4), np.float32))
@@ -186,7 +186,7 @@ def test_what_a_killed_snapshot_left_in_the_table_goes_with_the_next_writer(tmp_
 def test_a_file_that_goes_while_the_table_is_measured_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The announcement of a snapshot that has just ended: it stopped `info`, `stats` and the opening for writing."""
+    """Regression: the announcement of a just-ended snapshot made `info`, `stats` and opening for writing fail."""
     path = tmp_path / "t"
     with hashemb.create(path, num_embeddings=1000, embedding_dim=4) as table:
         size = table.stats().disk_bytes
@@ -210,7 +210,7 @@ def learn(table: hashemb.EmbeddingTable, number: int) -> None:
 
 
 def train(root: str, pause_s: float) -> None:
-    """Learns all batches, from the last snapshot on; the table that a killed trainer left is thrown away."""
+    """Learn all batches, resuming from the last snapshot; the table that a killed trainer left is discarded."""
     snapshots = sorted(Path(root).glob("after-*"))
     shutil.rmtree(Path(root) / "live", ignore_errors=True)
     shutil.copytree(snapshots[-1], Path(root) / "live")
@@ -228,7 +228,7 @@ def wait_for_one_more(root: Path, process: Any) -> None:
 
 
 def test_a_killed_trainer_learns_its_data_exactly_once(tmp_path: Path) -> None:
-    """To the bit, with an accumulator, and rounding that depends on the step."""
+    """The result is equal bit for bit, with an accumulator and with rounding that depends on the step."""
     rng = np.random.default_rng(4)
     adagrad = hashemb.Adagrad(lr=0.1, weight_decay=1e-4)
     with hashemb.create(tmp_path / "first", optimizer=adagrad, **TRAINED) as table:
@@ -289,7 +289,7 @@ def test_threads_write_read_and_take_snapshots_of_one_object(tmp_path: Path) -> 
 
 
 def files_held(process: int, directory: Path) -> list[str]:
-    """Open files of a process that lie in the directory, or did before they were removed."""
+    """Return open files of a process that are in the directory, or were before they were removed."""
     found = []
     for entry in os.scandir(f"/proc/{process}/fd"):
         try:
@@ -300,7 +300,7 @@ def files_held(process: int, directory: Path) -> list[str]:
 
 
 def test_a_writer_lets_go_of_a_snapshot_that_is_done(tmp_path: Path) -> None:
-    """Or the space of one that is deleted would stay taken until the writer ends."""
+    """Otherwise the space of a deleted snapshot would stay allocated until the writer ends."""
     path, snapshots = tmp_path / "t", tmp_path / "snapshots"
     snapshots.mkdir()
     hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()

@@ -1,4 +1,4 @@
-"""Tables between processes: what one writes the others see, what none writes costs nothing, and a fork works."""
+"""Tables shared by processes: each sees what the others write, unwritten rows cost nothing, and forks work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def create(path: Path, **changes: Any) -> hashemb.EmbeddingTable:
 
 
 def test_a_second_process_sees_rows_at_once(path: Path, other: Worker) -> None:
-    """In both directions, through handles that stay open, with no flush."""
+    """Updates are visible in both directions, through handles that stay open, without a flush."""
     keys = np.arange(1000)
     with create(path) as table:
         other.open(path, "r+")
@@ -83,7 +83,7 @@ def test_a_reader_sees_a_table_made_and_trained_elsewhere(path: Path, other: Wor
         other.call(path, "r", "update", keys, np.ones((3, 16), np.float32))
 
 
-# ---- what nobody wrote ----
+# ---- unwritten rows ----
 
 
 def blocks_on_disk(path: Path) -> dict[str, int]:
@@ -113,7 +113,7 @@ def test_an_untouched_row_reads_as_its_init_and_dirties_no_page(path: Path, othe
             assert pages["Shared_Dirty"] == pages["Private_Dirty"] == pages["Anonymous"] == 0
         other.close(path)
         assert not table.weight[np.unique(table.rows(keys))].any()
-    if file_system(path) != "tmpfs":  # which gives a hole its page as soon as it is read through a mapping
+    if file_system(path) != "tmpfs":  # it allocates a page for a hole as soon as it is read through a mapping
         assert blocks_on_disk(path) == before
 
 
@@ -128,18 +128,18 @@ def test_canary_a_write_dirties_pages_and_takes_blocks(path: Path) -> None:
         assert blocks_on_disk(path)["weight.npy"] - before["weight.npy"] >= 8 * 1000
 
 
-# ---- many at once ----
+# ---- many processes at once ----
 
 
 def train(path: str, first: int, steps: int) -> None:
-    """Train keys first … first + 99, one gradient of ones a step; for a process of its own."""
+    """Train keys first … first + 99, with one gradient of ones per step; to be run in a child process."""
     with hashemb.open(path, "r+") as table:
         for _ in range(steps):
             table.update(np.arange(first, first + 100), np.ones((100, 4), np.float32))
 
 
 def test_writers_of_different_rows_do_not_disturb_each_other(path: Path) -> None:
-    """Three processes, the table large enough that their keys share no row; every step and row is accounted for."""
+    """Three processes train a table so large that their keys share no row; every step and row is accounted for."""
     spawn = multiprocessing.get_context("spawn")
     starts = [1000, 2000, 3000]
     with create(path, embedding_dim=4, optimizer=hashemb.SGD(lr=1.0), init=hashemb.Zeros()) as table:
@@ -157,7 +157,7 @@ def test_writers_of_different_rows_do_not_disturb_each_other(path: Path) -> None
 
 
 def test_a_reader_beside_a_writer_sees_only_values_that_were_written(path: Path) -> None:
-    """Every element is a whole number, and none goes back: a row may be between two steps, never garbage."""
+    """Every element is a whole number, and none decreases: a row may be between two steps, but never garbage."""
     spawn = multiprocessing.get_context("spawn")
     keys = np.arange(1000, 1100)
     with create(path, embedding_dim=4, optimizer=hashemb.SGD(lr=1.0), init=hashemb.Zeros()) as table:
@@ -177,7 +177,7 @@ def test_a_reader_beside_a_writer_sees_only_values_that_were_written(path: Path)
 
 
 def test_a_killed_writer_leaves_a_table_that_works(path: Path) -> None:
-    """SIGKILL between or within updates: rows are whole numbers, counters agree, and the next writer goes on."""
+    """After SIGKILL between or within updates, rows are whole numbers, counters agree, and the next writer works."""
     spawn = multiprocessing.get_context("spawn")
     keys = np.arange(1000, 1100)
     create(path, embedding_dim=4, optimizer=hashemb.SGD(lr=1.0), init=hashemb.Zeros()).close()
@@ -201,7 +201,7 @@ def test_a_killed_writer_leaves_a_table_that_works(path: Path) -> None:
 
 @pytest.mark.usefixtures("restore_threads")
 def test_a_forked_child_works(path: Path) -> None:
-    """After the parent's threads have run: the child has none of them, and must neither hang nor miss a row."""
+    """After the parent's threads have run, the child has none of them, and must neither hang nor miss a row."""
     keys, grads = np.arange(50_000), np.ones((50_000, 16), np.float32)
     hashemb.set_num_threads(4)
     with create(path) as table:

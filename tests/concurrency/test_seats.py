@@ -1,4 +1,4 @@
-"""Rows that killed writers were writing are named: see _files/seats.py."""
+"""The rows that killed writers were writing are reported; see _files/seats.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def write_for_ever(path: str) -> None:
-    """SGD of rate 1 on gradients of -1: all elements of a row stay equal."""
+    """Train forever by SGD with learning rate 1 on gradients of -1: all elements of a row stay equal."""
     with hashemb.open(path, "r+", isolation="exact") as table:
         keys = np.arange(ROWS)
         _, first = np.unique(table.rows(keys), return_index=True)

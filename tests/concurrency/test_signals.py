@@ -1,6 +1,6 @@
-"""Signals' handlers and callbacks that use the table in the middle of a call: a result, or `TableBusyError` at once.
+"""Signal handlers and callbacks that use the table during a call get a result, or `TableBusyError` at once.
 
-What would hang runs in a process of its own with a time limit.
+Calls that could hang run in a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _F_OFD_SETLK = 37
 
 
 class Interrupt(BaseException):
-    """Raised by a handler, as KeyboardInterrupt is."""
+    """The exception that a handler raises; like KeyboardInterrupt it is a BaseException."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def table(tmp_path: Path) -> Iterator[hashemb.EmbeddingTable]:
 
 
 def gate_is_free(path: str) -> bool:
-    """Whether nobody has a batch in flight: a lock of another open file can be had."""
+    """Return whether no batch is in flight: another open file can lock the gate."""
     fd = os.open(os.path.join(path, "lock"), os.O_RDWR)
     try:
         fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, _core.LOCK_GATE, 1, 0))
@@ -65,7 +65,7 @@ def run(script: str, *arguments: Any, timeout_s: float = 60.0) -> str:
 
 
 def test_an_exception_from_a_handler_never_leaves_the_gate_locked(tmp_path: Path) -> None:
-    """Batches of three keys, interrupted anywhere; before, one interrupt in six left the gate locked."""
+    """Interrupt batches of three keys anywhere. One interrupt in six used to leave the gate locked."""
     keys, grads, interrupts = np.arange(3), np.ones((3, 8), np.float32), 0
 
     def interrupt(*_: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_handler_in_the_middle_of_updates_gets_its_result(tmp_path: Path, what
 
 
 def once(act: Callable[[], Any]) -> tuple[Callable[..., None], list[BaseException]]:
-    """A progress callback that calls `act` the first time, and what that raised."""
+    """Return a progress callback that calls `act` the first time, and a list of what that raised."""
     raised: list[BaseException] = []
 
     def callback(*_: Any) -> None:
@@ -238,6 +238,33 @@ def test_closing_under_a_call_of_another_thread_is_a_closed_table(tmp_path: Path
         assert [type(error) for error in raised] == 2 * [ClosedTableError], raised
         assert hashemb.verify(tmp_path / f"t{attempt}") == []
         assert hashemb.info(tmp_path / f"t{attempt}").clean
+
+
+def test_closing_under_an_update_that_waits_at_the_gate(tmp_path: Path) -> None:
+    """Its lock file may not be closed meanwhile: the update went on with whatever file had the number by then."""
+    path, raised = tmp_path / "t", []
+    with hashemb.create(path, **OPTIONS) as other:
+        table = hashemb.open(path, "r+")
+        table.update(KEYS, GRADS)  # has joined the writers
+
+        def update() -> None:
+            with pytest.raises(BaseException) as caught:  # noqa: PT011
+                table.update(KEYS, GRADS)
+            raised.append(caught.value)
+
+        files = other._open_files()
+        with files.turn("apply_delta") as _, _core.ClosedGate(files.fd("lock"), files.calls, files.arrays["control"]):
+            thread = threading.Thread(target=update)
+            thread.start()
+            time.sleep(0.2)
+            assert thread.is_alive()
+            table.close()
+            thread.join(30)
+            assert not thread.is_alive()
+        assert [type(error) for error in raised] == [ClosedTableError]
+        other.update(KEYS, GRADS)
+        assert other.step == 2
+    assert hashemb.info(path).clean
 
 
 # ---- arrays that change during a call ----

@@ -1,4 +1,4 @@
-"""The soak (soak.py) in a short form, and that its verdict can be a bad one."""
+"""A short form of the soak (soak.py), and checks that it can fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from soak_roles import ROLES
 
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
-    plan = Plan(20, pace=0.4, every_s=0.5, growth_kib=8192, prefill=False)  # memory has not settled after seconds
+    plan = Plan(20, pace=0.4, every_s=0.5, growth_kib=8192, prefill=False)  # memory does not settle within seconds
     figures = run_soak(tmp_path, plan, tmp_path / "soak.csv")
     print(figures)
     assert figures["sums"] == "exact"
@@ -30,7 +30,7 @@ def samples(anonymous_kib: list[float], descriptors: list[int]) -> list[dict[str
 
 def test_level_memory_and_descriptors_pass() -> None:
     noise = np.random.default_rng(0).normal(0, 50, 100)
-    start = np.minimum(np.arange(100) * 500, 20_000)  # grows only at first
+    start = np.minimum(np.arange(100) * 500, 20_000)  # it grows only at first
     assert judge(samples(list(30_000 + start + noise), [9] * 100), 512)["processes"]["writer"]["grown_kib"] < 100
 
 

@@ -1,4 +1,4 @@
-"""Signals at random times into four processes on one table: storm.py in a short form, and that it can fail."""
+"""Signals at random times to four processes on one table: a short form of storm.py, and checks that it can fail."""
 
 from __future__ import annotations
 

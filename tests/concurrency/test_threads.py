@@ -1,4 +1,4 @@
-"""Many Python threads on one table object: updates are serialised and none is lost, closing is clean."""
+"""Many Python threads on one table object: updates are serialised, none is lost, and closing is clean."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_threads(target, count):
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_no_update_is_lost_between_threads(tmp_path, num_threads):
-    """Unit gradients of SGD on few rows: the sum is exact in float32."""
+    """With unit gradients of SGD on few rows, the sum is exact in float32."""
     keys, before = np.arange(5000) % 16, hashemb.get_num_threads()
     options = {"num_embeddings": 64, "embedding_dim": 4, "optimizer": hashemb.SGD(lr=1.0), "init": hashemb.Zeros()}
     hashemb.set_num_threads(num_threads)
@@ -43,7 +43,7 @@ def test_no_update_is_lost_between_threads(tmp_path, num_threads):
 
 
 def test_closing_under_work_is_a_clear_error(tmp_path):
-    """Every thread ends with ClosedTableError, whatever it was doing, and the table is whole."""
+    """Every thread ends with ClosedTableError, whatever it was doing, and the table is intact."""
     seen = []
     table = hashemb.create(tmp_path / "t", num_embeddings=2**24, embedding_dim=8, huge_pages=False)
     started = threading.Barrier(5)

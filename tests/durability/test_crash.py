@@ -1,4 +1,4 @@
-"""Power failures at every call (tests/crash.py): new directories are whole or absent, what was flushed is there."""
+"""Power failures at every call (tests/crash.py): new directories are complete or absent, and flushed data is there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hashemb._files import table_files as _storage
 from hashemb._files.directory import read_history
 from hashemb.errors import DeltaError
 
-SOME, MANY = (range(7), 2), (range(60), 1)  # seeds, and of how many calls one is looked at
+SOME, MANY = (range(7), 2), (range(60), 1)  # seeds, and the stride between the calls that are checked
 many = pytest.mark.parametrize("seeds", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
 
 
@@ -32,7 +32,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def disks(library, tmp_path, monkeypatch):
-    """The disks that power failures in an operation may leave, one after the other, on a machine that restarted."""
+    """Yield in turn the disks that power failures in an operation may leave, on a machine that has restarted."""
 
     def make(name, seeds):
         with shim.fast_directory(tmp_path) as work:
@@ -50,7 +50,7 @@ def disks(library, tmp_path, monkeypatch):
 
 
 def load(path):
-    """As written by the program, whose classes were then in `__main__`."""
+    """Load the record of the program, whose classes were in `__main__`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -61,7 +61,7 @@ def load(path):
 
 
 def reopened(path):
-    """Opened to write, as the next process would; a warning that the machine restarted is as it should be."""
+    """Open a table to write, as the next process would; a warning that the machine has restarted is expected."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*delta", RuntimeWarning)
         warnings.filterwarnings("ignore", ".*was not closed cleanly before the machine restarted", RuntimeWarning)
@@ -76,7 +76,7 @@ def twin(*updates):
 
 
 def check_works(path, *, damaged=False):
-    """Whatever it lost, it says so, takes an update, and a snapshot of it holds what it holds."""
+    """Check that a table reports its losses, accepts an update, and that a snapshot of it has the same contents."""
     with reopened(path) as table:
         assert table.recovered == "rebooted" or not damaged
         before, grads = table.lookup(ALL), np.ones((ALL.size, 4), np.float32)
@@ -92,7 +92,8 @@ FIRST, SECOND = (OLD, GRADS[: OLD.size]), (NEW, GRADS)
 
 
 def check_new(disks, name, made, seeds, expected):
-    """The directory `made` is whole or absent; from its mark on it is there. How often it was either."""
+    """Check that the directory `made` is complete or absent, and present after its mark. Return how often it was
+    absent and present."""
     found = [0, 0]
     for mark, disk in disks(name, seeds):
         path = disk / made
@@ -120,7 +121,7 @@ def test_snapshot(disks, seeds):
 
 @many
 def test_table_under_a_snapshot(disks, seeds):
-    """The table itself, of which all was durable but the last update."""
+    """The table itself keeps everything but the last update, which was not yet durable."""
     expected = twin(FIRST)[: OLD.size]
     for _, disk in disks("snapshot", seeds):
         with hashemb.open(disk / "t") as table:
@@ -130,7 +131,7 @@ def test_table_under_a_snapshot(disks, seeds):
 
 @many
 def test_flush(disks, seeds):
-    """What was flushed is there, to the bit; what came later may be, row by row."""
+    """Flushed data is there, bit for bit; later changes may be there, row by row."""
     old = twin(FIRST, FIRST)[: OLD.size]
     before = twin(FIRST)
     lost = 0
@@ -150,7 +151,7 @@ def test_flush(disks, seeds):
 
 
 def final():
-    """What `crash.flush` leaves when nothing fails."""
+    """Return the result of `crash.flush` without a failure."""
     table = hashemb.reference.ReferenceTable(**OPTIONS)
     for keys, grads in (FIRST, FIRST):
         table.update(keys, grads)
@@ -161,8 +162,8 @@ def final():
 
 
 def applied(replica, delta):
-    """A replica brought to the delta's end, if it is not there yet; None where it has forgotten where it stands, which
-    a table does that was open when the machine restarted: it refuses all deltas, and is to be copied again."""
+    """Apply the delta to a replica, unless it is applied already. Return None if the replica has lost its history, as
+    a table does that was open when the machine restarted: it refuses all deltas and has to be copied again."""
     try:
         with reopened(replica) as table:
             hashemb.apply_delta(table, delta)
@@ -177,7 +178,7 @@ def applied(replica, delta):
 
 @many
 def test_export(disks, seeds):
-    """The file is whole or absent: whole, it brings a replica to where the table was."""
+    """The file is complete or absent. A complete file brings a replica to the state of the table."""
     found, expected = [0, 0], twin(FIRST, SECOND)
     for mark, disk in disks("export", seeds):
         delta = disk / "d.delta"
@@ -190,7 +191,7 @@ def test_export(disks, seeds):
 
 @many
 def test_apply(disks, seeds):
-    """The replica is at the delta's beginning or end, or says that it is between, and takes the same delta again."""
+    """The replica is at the beginning or end of the delta, or reports a partial delta and accepts it again."""
     begin, end, found = twin(FIRST), twin(FIRST, SECOND), {"between": 0, "forgotten": 0, "taken": 0}
     for mark, disk in disks("apply", seeds):
         applying = read_history(disk / "base").applying
@@ -211,7 +212,7 @@ def test_apply(disks, seeds):
 
 @many
 def test_restore(disks, seeds):
-    """The table is the old one or the snapshot, whole, and the snapshot stays."""
+    """The table is either the complete old one or the complete snapshot, and the snapshot is unchanged."""
     old, new, found = twin(FIRST, SECOND, SECOND), twin(FIRST, SECOND), [0, 0]
     for mark, disk in disks("restore", seeds):
         for path in (disk / "t", disk / "s"):
@@ -227,7 +228,7 @@ def test_restore(disks, seeds):
 
 
 def test_space_that_was_lost_is_reserved_again(tmp_path, monkeypatch):
-    """A mark can outlive the space that was allocated for its block: after a restart writers find it there again."""
+    """The mark of a block can survive while its space is lost; after a restart writers reserve the space again."""
     path = tmp_path / "t"
     with hashemb.create(path, **OPTIONS) as table:
         table.update(*FIRST)

@@ -1,4 +1,4 @@
-"""Damaged files: `verify` finds each, restoring from them is refused, and opening them never ends the process."""
+"""Damaged files: `verify` finds each, restoring from them is refused, and opening them never kills the process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OPTIONS = {"num_embeddings": 1500, "embedding_dim": 16, "optimizer": hashemb.Ada
 
 
 def train(table: hashemb.EmbeddingTable, seed: int) -> None:
-    """Some rows of some blocks: others stay unwritten."""
+    """Train some rows of some blocks; the others stay unwritten."""
     rng = np.random.default_rng(seed)
     table.update(np.arange(12), rng.normal(size=(12, 16)).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table, closed after its last update; two snapshots of it; and one of another table of the same shape."""
+    """Make a table, closed after its last update, two snapshots of it, and one of another table of the same shape."""
     place = tmp_path_factory.mktemp("damage")
     for name, seed in (("table", 0), ("foreign", 9)):
         with hashemb.create(place / name, **OPTIONS, seed=seed) as table:
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(made: Path, tmp_path: Path):
-    """Makes a fresh copy of one of the directories."""
+    """Return a function that makes a fresh copy of one of the directories."""
 
     def copy(name: str) -> Path:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -57,7 +57,7 @@ def files_of(directory: Path) -> list[str]:
 
 
 def snapshot_damages(made: Path) -> list[Damage]:
-    """Of every file of a snapshot: >= 500 of them, each of which must be found."""
+    """Return damages of every file of a snapshot: at least 500, each of which must be found."""
     snapshot, found = made / "table.1", []
     for file in files_of(snapshot):
         found += damage.drawn(snapshot, file, 1, flips=36)
@@ -70,7 +70,7 @@ def snapshot_damages(made: Path) -> list[Damage]:
 
 
 def table_damages(made: Path) -> list[Damage]:
-    """Of a closed table: what has check sums, or a size."""
+    """Return damages of a closed table, in places that are covered by a checksum or a size."""
     table, found = made / "table", []
     for file in files_of(table):
         if file.endswith(".npy"):
@@ -84,7 +84,7 @@ def table_damages(made: Path) -> list[Damage]:
 
 
 def missed(directory: Path, damages: list[Damage], copied) -> list[Damage]:
-    """Those after which nothing is found wrong."""
+    """Return the damages after which no problem is found."""
     missing, changed = [], 0
     for one in damages:
         copy = copied(directory.name)
@@ -127,7 +127,7 @@ def test_rows_never_written_are_guarded_by_being_zero(made: Path, copied) -> Non
 
 @pytest.mark.slow
 def test_every_single_bit_of_a_snapshot(tmp_path: Path) -> None:
-    """Of a table of one row, all of its files: some 140,000 of them."""
+    """Flip all bits in all files of a table of one row: about 140,000 of them."""
     with hashemb.create(tmp_path / "t", num_embeddings=1, embedding_dim=2, optimizer=hashemb.SGD()) as table:
         table.update([1], np.ones((1, 2), np.float32))
         table.snapshot(tmp_path / "s")
@@ -147,7 +147,7 @@ def test_every_single_bit_of_a_snapshot(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["table.1", "table"])
 def test_opening_what_is_damaged_never_ends_the_process(made: Path, name: str) -> None:
-    """A table opens or says why not, in both modes; a child does it, whose end would be seen."""
+    """A table opens or reports why not, in both modes. A child process opens it, so that a crash is noticed."""
     damages = (snapshot_damages if name == "table.1" else table_damages)(made)
     child = subprocess.run(
         [sys.executable, damage.__file__, str(made / name)],
@@ -161,7 +161,7 @@ def test_opening_what_is_damaged_never_ends_the_process(made: Path, name: str) -
 
 @pytest.mark.parametrize("file", ARRAYS + SMALL)
 def test_restoring_from_a_damaged_snapshot_is_refused(made: Path, copied, tmp_path: Path, file: str) -> None:
-    """Naming what is wrong, and leaving nothing behind."""
+    """The error names the problem, and nothing is left behind."""
     size = (made / "table.1" / file).stat().st_size
     damages = [Damage("extend", file, 1, 32)]
     damages += [Damage("flip", file, at, 5) for at in (100, size - 3) if size]

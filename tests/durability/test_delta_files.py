@@ -23,7 +23,7 @@ DECAY = hashemb.Adagrad(lr=0.1, weight_decay=0.5)
 
 @pytest.fixture(scope="module")
 def delta(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file with all kinds of sections: weights, state and what rows have paid."""
+    """Make a file with all kinds of sections: weights, state and the decay that rows have paid."""
     place = tmp_path_factory.mktemp("delta")
     with hashemb.create(place / "s", **OPTIONS, optimizer=DECAY) as source:
         train(source, 0, keys=np.arange(60))
@@ -47,14 +47,14 @@ def refused(replica: hashemb.EmbeddingTable, file: Path, data: bytes, message: s
 
 
 def test_the_whole_file_is_accepted(replica: hashemb.EmbeddingTable, delta: bytes, tmp_path: Path) -> None:
-    """Or the tests below would prove nothing."""
+    """Otherwise the tests below would prove nothing."""
     (tmp_path / "0.delta").write_bytes(delta)
     assert hashemb.check_delta(tmp_path / "0.delta") == []
     hashemb.apply_delta(replica, tmp_path / "0.delta")
 
 
 def test_every_region_flipped(replica: hashemb.EmbeddingTable, delta: bytes, tmp_path: Path) -> None:
-    """A bit in each page of the file: header, numbers, hashes, each array, and what pads them; 500 in all."""
+    """Flip a bit in each page of the file: header, numbers, hashes, each array, and padding; 500 in all."""
     rng = random.Random(1)
     pages = len(delta) // 4096
     places = [page * 4096 + rng.randrange(4096) for page in range(pages)] + [*range(32), 4095, len(delta) - 1]
@@ -77,7 +77,7 @@ def test_cut_and_extended(replica: hashemb.EmbeddingTable, delta: bytes, tmp_pat
 
 
 def test_swapped_pages(replica: hashemb.EmbeddingTable, delta: bytes, tmp_path: Path) -> None:
-    """Blocks in each other's place, and a page of zeros: each is well-formed by itself."""
+    """Exchange blocks, or replace a page by zeros: each is well-formed by itself."""
     pages = [delta[at : at + 4096] for at in range(0, len(delta), 4096)]
     data = [number for number, page in enumerate(pages) if any(page)][3:]
     assert pages[data[0]] != pages[data[1]]
@@ -95,7 +95,7 @@ def header_of(delta: bytes) -> dict[str, Any]:
 
 
 def with_header(delta: bytes, **changes: Any) -> bytes:
-    """The file with another header whose check sum is right."""
+    """Return the file with another header that has a correct checksum."""
     content = header_of(delta) | changes
     del content["checksum"]
     text = json.dumps({**content, "checksum": checksum_of(content)}).encode()
@@ -138,7 +138,7 @@ def test_what_is_no_delta(replica: hashemb.EmbeddingTable, tmp_path: Path) -> No
 
 
 def test_the_layout_in_the_documentation(delta: bytes) -> None:
-    """Read by hand as docs/format.md says, without the package's reader."""
+    """Parse a file by hand as specified in docs/format.md, without the reader of the package."""
     content = header_of(delta)
     n, arrays = content["num_blocks"], content["arrays"]
     assert delta[:8] == b"hashembD"
@@ -168,7 +168,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def test_export_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """Refused, nothing left there, and the source's history knows nothing of it."""
+    """The export is refused, nothing is left there, and the history of the source does not contain it."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source:
         chain(source, tmp_path, 1)
         train(source, 1)
@@ -181,7 +181,7 @@ def test_export_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 
 def test_apply_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """Refused before a row is written; after space is freed the same call succeeds."""
+    """The delta is refused before a row is written; after space is freed, the same call succeeds."""
     options = {**OPTIONS, "num_embeddings": 2**20, "embedding_dim": 16}
     with hashemb.create(tmp_path / "s", **options) as source:
         first = source.export_delta(None, tmp_path / "0.delta")
@@ -190,7 +190,7 @@ def test_apply_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
         expected = source.lookup(np.arange(1000))
     with hashemb.create(small_disk / "r", **options, optimizer=hashemb.SGD()) as replica:
         hashemb.apply_delta(replica, tmp_path / "0.delta")
-        replica.stats(exact=True)  # on tmpfs, takes the pages of blocks.npy
+        replica.stats(exact=True)  # on tmpfs, this allocates the pages of blocks.npy
         vectors = replica.lookup(np.arange(1000))
         ballast = fill(small_disk)
         with pytest.raises(NoSpaceError, match="no space left"):
@@ -198,7 +198,7 @@ def test_apply_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
         assert replica.step == 0
         np.testing.assert_array_equal(replica.lookup(np.arange(1000)), vectors)
         ballast.unlink()
-        hashemb.open(small_disk / "r").close()  # which would warn of a delta applied in part
+        hashemb.open(small_disk / "r").close()  # it would warn of a partly applied delta
         hashemb.apply_delta(replica, tmp_path / "1.delta")
         np.testing.assert_array_equal(replica.lookup(np.arange(1000)), expected)
 

@@ -1,4 +1,5 @@
-"""Killed while it is applied or exported, beside writers: a delta is whole, and so is the table in the end."""
+"""Deltas that are killed while being applied or exported, also with concurrent writers: in the end, deltas and tables
+are complete."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from hashemb._files import directory as _directory
 from hashemb._files import table_files as _storage
 from hashemb.errors import DeltaError
 
-#: Where a child kills itself: (module or class, function, the call of it that is the last).
+#: Where a child kills itself: (module or class, function, number of the last call).
 APPLYING = [
     ("hashemb._files.table_files.TableFiles", "claim", 1),
     ("hashemb._points.delta", "write_history", 1),
@@ -63,7 +64,7 @@ KILL = """
 
 
 def killed(script: str, where: tuple[str, str, int], *arguments: Path) -> None:
-    """Run a script in a process that kills itself at this call, and see to it that it did."""
+    """Run a script in a process that kills itself at this call, and check that it did."""
     code = textwrap.dedent(KILL) + textwrap.dedent(script)
     command = [sys.executable, "-c", code, where[0], where[1], str(where[2]), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -83,7 +84,7 @@ def test_an_apply_that_was_killed_is_completed_by_another(tmp_path: Path, where:
         _half_applied_table_behaves(tmp_path, files)
     else:
         assert where[1] in ("claim", "write_history")
-        hashemb.open(tmp_path / "r").close()  # does not warn
+        hashemb.open(tmp_path / "r").close()  # must not warn
     for file in files[1:]:
         hashemb.apply_delta(tmp_path / "r", file)
     with hashemb.open(tmp_path / "r") as replica:
@@ -113,7 +114,7 @@ def _half_applied_table_behaves(tmp_path: Path, files: list[Path]) -> None:
 
 @pytest.mark.parametrize("where", EXPORTING, ids=str)
 def test_an_export_that_was_killed(tmp_path: Path, where: tuple[str, str, int]) -> None:
-    """The file is whole or absent; what was changed is in the next delta from the same point."""
+    """The file is complete or absent; the changes are in the next delta from the same point."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source:
         chain(source, tmp_path, 1, state=True)
         train(source, 1)
@@ -146,7 +147,7 @@ def test_what_a_killed_export_left_behind_is_removed_by_the_next(tmp_path: Path)
 
 
 def test_an_interrupted_apply_survives_a_restart_of_the_machine(tmp_path: Path) -> None:
-    """The history of a table that was not closed before a restart is forgotten; not that of a half applied delta."""
+    """A table that was not closed before a restart loses its history, but not the record of a partly applied delta."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source:
         chain(source, tmp_path, 2)
         expected = contents(source, state=False)
@@ -164,7 +165,7 @@ def test_an_interrupted_apply_survives_a_restart_of_the_machine(tmp_path: Path) 
 
 
 def test_a_failed_apply_leaves_a_note_and_an_open_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error in the middle, not a kill: the same process goes on."""
+    """After an error in the middle, instead of a kill, the same process continues."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source, hashemb.create(tmp_path / "r", **OPTIONS) as replica:
         chain(source, tmp_path, 1)
 
@@ -196,14 +197,14 @@ def test_a_table_opened_while_a_delta_is_applied_gives_no_warning(tmp_path: Path
             table.close()
 
 
-# ---- beside writers ----
+# ---- with concurrent writers ----
 
 ROWS = 4096
 
 
 def step_all_rows(path: str, stop: Any) -> None:
-    """Steps of 1 on every row, each row's every element the count of them; for a process of its own."""
-    with hashemb.open(path, "r+", isolation="exact") as table:  # two lose none of each other's
+    """Take steps of 1 on every row, so that each element counts them; to be run in a child process."""
+    with hashemb.open(path, "r+", isolation="exact") as table:  # so that two processes lose no updates
         keys = np.arange(ROWS * 8)
         _, first = np.unique(table.rows(keys), return_index=True)
         keys = keys[first]
@@ -214,7 +215,7 @@ def step_all_rows(path: str, stop: Any) -> None:
 
 @pytest.mark.parametrize("writers", [1, 2])
 def test_a_delta_is_a_point_in_time_while_writers_go_on(tmp_path: Path, writers: int) -> None:
-    """Writers step all rows alike: in every delta every row has taken as many steps as the delta says."""
+    """Writers step all rows alike: in every delta, every row has taken exactly the number of steps of the delta."""
     context = multiprocessing.get_context("spawn")
     options = {"num_embeddings": ROWS, "embedding_dim": 4, "init": hashemb.Zeros(), "optimizer": hashemb.SGD(lr=1.0)}
     with hashemb.create(tmp_path / "s", **options) as source, hashemb.create(tmp_path / "r", **options) as replica:
@@ -242,7 +243,7 @@ def test_a_delta_is_a_point_in_time_while_writers_go_on(tmp_path: Path, writers:
 
 
 def test_two_exports_at_once(tmp_path: Path) -> None:
-    """They wait for each other: sequence numbers and parents stay a chain."""
+    """They wait for each other, so that sequence numbers and parents form a chain."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source:
         chain(source, tmp_path, 1)
         infos: list[hashemb.DeltaInfo] = []

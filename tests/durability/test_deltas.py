@@ -1,4 +1,4 @@
-"""Deltas hold what changed and no more, and a table takes each once, in order, or says why not."""
+"""Deltas contain exactly the changes, and a table applies each once, in order, or reports why not."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def serving(source: hashemb.EmbeddingTable, **changes: Any) -> dict[str, Any]:
-    """Arguments of a replica that keeps no optimiser state."""
+    """Return the arguments of a replica without optimiser state."""
     optimizer = hashemb.SGD(lr=0.5, weight_decay=source.optimizer.weight_decay)
     return {**OPTIONS, "num_hashes": source.num_hashes, "dtype": source.dtype, "optimizer": optimizer, **changes}
 
 
-# ---- the replica is the source ----
+# ---- the replica equals the source ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
 def test_a_replica_reads_as_its_source(tmp_path: Path, optimizer: Any, dtype: str) -> None:
-    """Weights only: every look-up, decay that rows owe included, through a chain of three."""
+    """With weights only, every look-up is equal through a chain of three, including the decay that rows owe."""
     with (
         hashemb.create(tmp_path / "s", **OPTIONS, optimizer=optimizer, dtype=dtype, num_hashes=2) as source,
         hashemb.create(tmp_path / "r", **serving(source)) as replica,
@@ -77,7 +77,7 @@ def test_with_state_training_goes_on_alike(tmp_path: Path, optimizer: Any, dtype
 def test_any_shape_and_dtype(
     tmp_path_factory: Any, rows: int, dim: int, dtypes: tuple[str, str, str], batches: Any, decay: float
 ) -> None:
-    """Source, delta and replica each of a dtype of its own, hence with blocks of different sizes."""
+    """Source, delta and replica may each have a different dtype, and hence blocks of different sizes."""
     place = tmp_path_factory.mktemp("t")
     options = {"num_embeddings": rows, "embedding_dim": dim, "optimizer": hashemb.SGD(lr=0.5, weight_decay=decay)}
     with (
@@ -119,7 +119,7 @@ def test_a_long_chain(tmp_path: Path) -> None:
 
 
 def test_from_a_snapshot_and_on_its_copy(tmp_path: Path) -> None:
-    """`since` as a path of a snapshot, of a delta, and as their infos; the base is a copy of the snapshot."""
+    """`since` may be the path or the info of a snapshot or a delta; the base is a copy of the snapshot."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source:
         train(source, 0)
         info = source.snapshot(tmp_path / "snapshot")
@@ -135,14 +135,14 @@ def test_from_a_snapshot_and_on_its_copy(tmp_path: Path) -> None:
             for number in (1, 2):
                 hashemb.apply_delta(replica, tmp_path / f"{number}.delta")
             assert replica.step == 9
-        hashemb.apply_delta(tmp_path / "snapshot", tmp_path / "3.delta")  # a path, and the way round
+        hashemb.apply_delta(tmp_path / "snapshot", tmp_path / "3.delta")  # by path, and directly from the snapshot
         with hashemb.open(tmp_path / "snapshot") as replica:
             assert_same(contents(replica), contents(source))
         assert last.num_blocks >= first.num_blocks
 
 
 def test_a_replica_hands_deltas_on(tmp_path: Path) -> None:
-    """Source -> replica -> replica of the replica. Blocks that are newer than a point stay so on the way."""
+    """Source -> replica -> replica of the replica. Blocks that are newer than a point stay newer along the chain."""
     tables = [hashemb.create(tmp_path / name, **OPTIONS) for name in ("s", "r", "t")]
     source, middle, last = tables
     infos = chain(source, tmp_path, 2)
@@ -201,19 +201,19 @@ def test_a_weight_too_large_for_half_precision(tmp_path: Path) -> None:
         assert dict(snapshot_files(tmp_path / "r")) == before
 
 
-# ---- which delta a table takes ----
+# ---- which deltas a table accepts ----
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Any:
-    """A source with deltas 0 to 4, and an empty replica, open."""
+    """Make a source with deltas 0 to 4, and an empty, open replica."""
     with hashemb.create(tmp_path / "s", **OPTIONS) as source, hashemb.create(tmp_path / "r", **OPTIONS) as replica:
         chain(source, tmp_path, 5)
         yield source, replica, files_of(tmp_path, 5)
 
 
 def refused(replica: hashemb.EmbeddingTable, file: Path, reason: str, message: str) -> None:
-    """The delta is refused for this reason, and no byte of the table has changed."""
+    """Check that the delta is refused for this reason, and that no byte of the table has changed."""
     before = dict(snapshot_files(Path(replica.path)))
     with pytest.raises(DeltaError, match=message) as caught:
         hashemb.apply_delta(replica, file)
@@ -260,7 +260,7 @@ def test_foreign_deltas(stage: Any, tmp_path: Path) -> None:
 
 
 def test_another_branch(stage: Any, tmp_path: Path) -> None:
-    """A source that was put back to a snapshot and trained again: same table, another history."""
+    """A source that was restored from a snapshot and trained again is the same table with another history."""
     source, replica, files = stage
     source.snapshot(tmp_path / "copy")
     assert source.export_delta(tmp_path / "copy", tmp_path / "6.delta").sequence == 6

@@ -1,4 +1,4 @@
-"""The fault sweep (tests/faults.py): each call to the kernel fails, once or from then on; nothing half-done remains."""
+"""The fault sweep (tests/faults.py): each system call fails, once or persistently, and nothing half-done remains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def sweep(library, tmp_path):
-    """Runs the sweep: what it found, with how many attempts."""
+    """Return a function that runs the sweep and returns its findings and the number of attempts."""
 
     def run(stride, variants, *names):
         with shim.fast_directory(tmp_path) as work:
@@ -39,11 +39,11 @@ def complaints(found):
 def check(found):
     assert found["wrong"] == [], complaints(found)
     assert set(found["kinds"]) == set(KINDS)
-    assert set(found["scenarios"]) == set(NAMES) - {"lr"}  # a rate changes by a store: no call can fail
+    assert set(found["scenarios"]) == set(NAMES) - {"lr"}  # a learning rate is set by a store: no call can fail
 
 
 def test_every_call_fails_once(sweep):
-    """And in every seventh attempt, from then on, all or all of its kind; or it does half of what it was asked for."""
+    """In every seventh attempt all later calls fail too, or all of the same kind; or the call does half its work."""
     found = sweep(7, 1)
     check(found)
     print(found["scenarios"], found["kinds"])
@@ -57,7 +57,7 @@ def test_every_call_fails_in_every_way(sweep):
 
 
 def test_canary(sweep):
-    """What leaves half of itself is seen."""
+    """An operation that leaves half of its work is detected."""
     found = sweep(1, 1, "canary")
     assert found["wrong"], "the sweep saw nothing wrong in an operation that is not whole"
     assert "AssertionError" in complaints(found)

@@ -1,4 +1,4 @@
-"""A replica that follows a directory: whatever the order in which files arrive, and whenever it is stopped."""
+"""A replica that follows a directory, in whatever order files arrive and whenever it is stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNT = 6
 
 @pytest.fixture
 def source(tmp_path: Path) -> Any:
-    """A source with deltas 0 to 5 in `made`, and an empty directory `inbox`."""
+    """Make a source with deltas 0 to 5 in `made`, and an empty directory `inbox`."""
     for name in ("made", "inbox"):
         (tmp_path / name).mkdir()
     with hashemb.create(tmp_path / "s", **OPTIONS, optimizer=hashemb.Adagrad(lr=0.1, weight_decay=0.5)) as table:
@@ -47,7 +47,7 @@ def numbers(status: hashemb.FollowStatus) -> list[int]:
 
 
 def test_from_nothing_to_the_end(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """The replica is made from the base, keeps no state, and reads as the source."""
+    """The replica is made from the base, keeps no state, and its look-ups equal those of the source."""
     send(tmp_path, *range(COUNT))
     seen: list[int] = []
     status = follow(tmp_path, on_applied=lambda info: seen.append(info.sequence))
@@ -105,7 +105,7 @@ def test_names_do_not_matter_and_applied_files_may_go(tmp_path: Path, source: ha
 
 
 def test_half_copied_files_wait(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """Cut off at any place, or of full size with zeros where the rest will be; and names that others use."""
+    """Files may be truncated anywhere or have full size with zeros for the rest; temporary names are ignored."""
     send(tmp_path, 0)
     whole = (tmp_path / "made" / "1.delta").read_bytes()
     target = tmp_path / "inbox" / "1.delta"
@@ -143,7 +143,7 @@ def test_lag_is_the_age_of_the_oldest_delta_that_waits(tmp_path: Path, source: h
 
 
 def test_a_later_base_for_new_replicas(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """One that stands before it goes on by the deltas; a new one begins at the base; neither is disturbed."""
+    """A replica before the base continues with the deltas, and a new one starts at the base; neither is disturbed."""
     send(tmp_path, 0, 1)
     follow(tmp_path)
     source.export_delta(None, tmp_path / "inbox" / "base.delta")
@@ -161,9 +161,9 @@ def test_a_later_base_for_new_replicas(tmp_path: Path, source: hashemb.Embedding
 
 
 def test_the_way_that_leads_furthest(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """Two deltas start from the same point; only one of them is continued."""
+    """Two deltas start from the same point, and only one of them has a successor."""
     send(tmp_path, 0, 1)
-    source.export_delta(tmp_path / "made" / "0.delta", tmp_path / "inbox" / "jump.delta")  # 6, holds 1 to 5
+    source.export_delta(tmp_path / "made" / "0.delta", tmp_path / "inbox" / "jump.delta")  # number 6, contains 1 to 5
     train(source, 50)
     source.export_delta(tmp_path / "inbox" / "jump.delta", tmp_path / "inbox" / "7.delta")
     assert numbers(follow(tmp_path)) == [0, 6, 7]
@@ -220,7 +220,7 @@ def test_a_replica_that_was_trained_is_an_error(tmp_path: Path, source: hashemb.
 
 @pytest.mark.parametrize("point", ["_write_rows", "_take_counters", "_reserve"])
 def test_killed_and_started_again(tmp_path: Path, source: hashemb.EmbeddingTable, point: str) -> None:
-    """In the middle of the second delta; also where meanwhile another delta has come."""
+    """It is killed in the middle of the second delta; another delta may have arrived by the restart."""
     send(tmp_path, 0, 1)
     code = f"""
 import os, signal, sys, hashemb, hashemb._points.delta
@@ -244,7 +244,7 @@ hashemb.follow(sys.argv[1], sys.argv[2])
 
 
 def test_two_followers_of_one_replica(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """Each delta is applied by one of them, and neither fails."""
+    """Each delta is applied by one of the followers, and neither fails."""
     send(tmp_path, *range(COUNT))
     code = "import sys, hashemb; print(len(hashemb.follow(sys.argv[1], sys.argv[2]).applied))"
     command = [sys.executable, "-c", code, str(tmp_path / "r"), str(tmp_path / "inbox")]
@@ -270,7 +270,7 @@ def test_readers_see_it_without_reopening(tmp_path: Path, source: hashemb.Embedd
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """snapshot, delta and follow on the directory of a table; a second follow has nothing to say but where it is."""
+    """snapshot, delta and follow work on the directory of a table; a second follow prints only its position."""
     pytest.importorskip("typer")
 
     def hashemb_command(*arguments: Any) -> Any:
@@ -305,7 +305,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_follow_ends_with_ctrl_c(tmp_path: Path, source: hashemb.EmbeddingTable) -> None:
-    """One line per delta and per trouble while it runs; status 0."""
+    """It prints one line per delta and per problem while it runs, and exits with status 0."""
     pytest.importorskip("typer")
     send(tmp_path, 0)
     arguments = ["follow", str(tmp_path / "inbox"), str(tmp_path / "r"), "--interval", "0.05"]

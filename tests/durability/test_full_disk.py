@@ -1,4 +1,4 @@
-"""A full file system is a NoSpaceError before anything of the batch is written, never a SIGBUS."""
+"""A full file system raises NoSpaceError before any part of a batch is written, and never causes a SIGBUS."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ext4(tmp_path):
 
 
 def test_update_on_a_full_disk(small_disk):
-    """Refused whole, and after space is freed the same call gives what it would have given."""
+    """The whole update is refused; after space is freed, the same call gives the usual result."""
     keys, grads = np.arange(1000), np.random.default_rng(1).normal(size=(1000, 16)).astype(np.float32)
     with hashemb.create(small_disk / "t", **OPTIONS) as table:
         table.update(keys[:50], grads[:50])
@@ -45,7 +45,7 @@ def test_update_on_a_full_disk(small_disk):
         np.testing.assert_array_equal(table.weight[table.rows(keys)], before)
         assert table.step == step
         np.testing.assert_array_equal(table.lookup(keys), vectors)
-        table.update(keys[:50], grads[:50])  # rows that have their space
+        table.update(keys[:50], grads[:50])  # rows whose space is allocated
         ballast.unlink()
         table.update(keys, grads)
         assert table.stats(exact=True).rows_touched == len(np.unique(table.rows(keys)))
@@ -60,7 +60,7 @@ def test_create_on_a_full_disk(small_disk):
 
 
 def test_kernels_without_populate_use_fallocate(tmp_path, monkeypatch):
-    """Linux before 5.14 knows no MADV_POPULATE_WRITE: the same rows, and space is still reserved."""
+    """Linux before 5.14 has no MADV_POPULATE_WRITE: the rows are the same, and space is still reserved."""
     asked = []
 
     def refuse(array, blocks, block_bytes):
@@ -71,12 +71,12 @@ def test_kernels_without_populate_use_fallocate(tmp_path, monkeypatch):
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
         table._core.asks_for_room = True
         table.update(np.arange(10), np.ones((10, 16), np.float32))
-        assert asked == 3 * [10, *10 * [1]]  # in each file all together, then one by one
+        assert asked == 3 * [10, *10 * [1]]  # in each file first all together, then one by one
         assert table.stats().disk_bytes >= 3 * 10 * 4096
 
 
 def test_update_on_a_full_disk_with_huge_pages(larger_disk):
-    """On ext4 a row takes 2 MiB of each file; on tmpfs a full disk only prevents collapsing."""
+    """On ext4 a row takes 2 MiB of each file; on tmpfs a full disk only prevents collapsing pages."""
     keys, grads = np.arange(10), np.random.default_rng(1).normal(size=(10, 16)).astype(np.float32)
     with hashemb.create(larger_disk / "t", huge_pages=True, **OPTIONS) as table:
         table.update(keys[:3], grads[:3])
@@ -95,7 +95,7 @@ def test_update_on_a_full_disk_with_huge_pages(larger_disk):
 
 
 def read_only_huge_folios(path, keys):
-    """Reads rows never written by huge pages, which leaves folios of 2 MiB over holes in the page cache."""
+    """Read unwritten rows through huge pages, which leaves folios of 2 MiB over holes in the page cache."""
     with hashemb.open(path, huge_pages=True) as reader:
         reader.lookup(keys)
         for array in reader.state.values():
@@ -104,7 +104,7 @@ def read_only_huge_folios(path, keys):
 
 
 def test_update_beside_huge_pages_of_others(ext4):
-    """A process that asked for none can meet them in the page cache: there a store needs 2 MiB of space."""
+    """A process without huge pages can find them in the page cache, where a store then needs 2 MiB of space."""
     keys, grads = np.arange(4), np.ones((4, 16), np.float32)
     with hashemb.create(ext4 / "t", huge_pages=False, **OPTIONS) as table:
         table.update(keys[:1], grads[:1])
@@ -123,7 +123,7 @@ def test_update_beside_huge_pages_of_others(ext4):
 
 
 def answers(*errors):
-    """A `populate_blocks` that fails with these, one call after the other, and then works."""
+    """Return a `populate_blocks` whose calls fail with these errors in turn, and which then works."""
     left, real = list(errors), _core.populate_blocks
 
     def populate(array, blocks, block_bytes):
@@ -134,7 +134,7 @@ def answers(*errors):
 
 @pytest.fixture
 def allocated(monkeypatch):
-    """(first byte, bytes) of each fallocate."""
+    """Record (first byte, bytes) of each fallocate."""
     calls, real = [], _space._libc.fallocate
 
     def fallocate(fd, mode, offset, length):
@@ -146,7 +146,7 @@ def allocated(monkeypatch):
 
 
 def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocated):
-    """Each block, and only for one that cannot be had even then the 2 MiB around it, within the file."""
+    """Each block is allocated; only if populating it still fails, the 2 MiB around it are, within the file."""
     with hashemb.create(tmp_path / "t", huge_pages=False, **OPTIONS) as table:
         size = (tmp_path / "t" / "weight.npy").stat().st_size
         monkeypatch.setattr(_core, "populate_blocks", answers(errno.EFAULT))
@@ -161,7 +161,7 @@ def test_what_is_allocated_when_populating_fails(tmp_path, monkeypatch, allocate
 
 @pytest.mark.parametrize(("code", "raised"), [(errno.EFAULT, errno.EIO), (errno.ENOMEM, errno.ENOMEM)])
 def test_pages_that_cannot_be_had_at_all(tmp_path, monkeypatch, code, raised):
-    """Space is there, faults fail: a broken disk or memory. An error, and nothing is marked."""
+    """If there is space but faults fail (broken disk or memory), an error is raised and nothing is marked."""
     message = r"block \d+ of 4096 bytes cannot be made writable.*accumulator\.npy"
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
         table._core.asks_for_room = True
@@ -177,7 +177,7 @@ def test_pages_that_cannot_be_had_at_all(tmp_path, monkeypatch, code, raised):
 
 
 def test_full_disk_seen_by_fallocate(tmp_path, monkeypatch):
-    """The slow way names the file and leaves the table as it was."""
+    """The slow path names the file and leaves the table unchanged."""
 
     def full(fd, mode, offset, length):
         _space.ctypes.set_errno(errno.ENOSPC)

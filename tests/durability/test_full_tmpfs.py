@@ -1,6 +1,6 @@
-"""On tmpfs reading a hole takes a page. With none left that is a NoSpaceError, never a SIGBUS.
+"""On tmpfs reading a hole allocates a page. If none is left, this raises NoSpaceError and never causes a SIGBUS.
 
-Each case runs in a forked child, so that a signal would be seen.
+Each case runs in a forked child, so that a signal is noticed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tmpfs(tmp_path):
 
 
 def in_child(function, *args):
-    """Runs it in a fork; a signal or an exception there fails the test here."""
+    """Call the function in a fork; a signal or an exception there fails the test."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -50,7 +50,7 @@ def in_child(function, *args):
 
 
 def use(table, what):
-    """One call, and what it gives."""
+    """Make one call and return its result."""
     if what == "lookup":
         return table.lookup(KEYS)
     if what == "pooled":
@@ -63,7 +63,7 @@ def use(table, what):
 
 
 def use_full_and_freed(disk, options, mode, what):
-    """On the full disk an error that changes nothing; with space the same call gives the right answer."""
+    """Check that a call on a full disk raises an error and changes nothing, and gives the right answer with space."""
     with hashemb.create(disk.parent / "elsewhere", **options) as twin:
         twin.update(KEYS[:5], GRADS[:5])
         expected = use(twin, what)
@@ -79,7 +79,7 @@ def use_full_and_freed(disk, options, mode, what):
 
 
 def twin_lookup(disk, keys):
-    """What rows that have their pages hold: of a copy, as the table itself is under test."""
+    """Return the values of rows whose pages exist, from a copy, because the table itself is under test."""
     with hashemb.open(disk.parent / "copy") as copy:
         return copy.lookup(keys)
 
@@ -97,7 +97,7 @@ def test_reading_holes(tmpfs, kind, what, mode):
 
 
 def look_around(disk):
-    """What else reads a table: counting rows, and a snapshot to another disk; neither needs a page."""
+    """On a full disk, counting rows and updating existing rows need no page; a snapshot to it raises NoSpaceError."""
     with hashemb.open(disk / "t", "r+") as table:
         fill(disk)
         assert table.stats(exact=True).rows_touched == 5
@@ -119,7 +119,7 @@ def test_scans_take_no_pages(tmpfs):
 
 
 def test_rows_that_are_there_need_no_space(tmpfs):
-    """A full disk under a table that is all there: nothing fails."""
+    """With a full disk and a fully allocated table, nothing fails."""
     keys = np.arange(500)
     with hashemb.create(tmpfs / "t", num_embeddings=1000, embedding_dim=DIM) as table:
         for _ in range(2):
@@ -132,7 +132,7 @@ def test_rows_that_are_there_need_no_space(tmpfs):
 
 
 def test_a_tmpfs_without_a_limit(tmp_path):
-    """size=0 is said to have no blocks at all."""
+    """With size=0 the file system reports no blocks at all."""
     for disk in mounted("tmpfs", 0, tmp_path):
         with hashemb.create(disk / "t", **OPTIONS) as table:
             table.update(KEYS, GRADS)
@@ -141,7 +141,7 @@ def test_a_tmpfs_without_a_limit(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_snapshot_to_a_full_disk_disturbs_no_writer(tmp_path, kind):
-    """It fails in the call that asked for it; every update of a writer beside it goes through."""
+    """The snapshot fails in the call that requested it; every update of a concurrent writer succeeds."""
     keys = np.arange(20_000)
     grads = np.ones((keys.size, DIM), np.float32)
     options = {**OPTIONS, "optimizer": hashemb.SGD(lr=0.1)}

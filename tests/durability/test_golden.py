@@ -1,4 +1,4 @@
-"""Tables written by earlier versions read the same, and go on learning to the same bits."""
+"""Tables written by earlier versions read the same, and further training gives the same bits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_learns_on_to_the_same_bits(golden):
 
 
 def test_todays_tables_are_the_golden_ones(golden, tmp_path):
-    """The files written now are those of the golden table, byte for byte, but for id, version and boot."""
+    """The files written now equal those of the golden table byte for byte, except for id, version and boot."""
     directory, _, name = golden
     with hashemb.create(tmp_path / "new", **make.TABLES[name]) as table:
         make.train(table, range(3))

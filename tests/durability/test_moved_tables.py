@@ -1,4 +1,4 @@
-"""A table whose directory is moved, removed or replaced while it is open goes on with its own files."""
+"""A table whose directory is moved, removed or replaced while it is open continues to use its own files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ONES = np.ones((100, 4), np.float32)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files of a folder but those that a live table changes in place."""
+    """Return all files of a folder except those that a live table changes in place."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def in_forked_child(call: Callable[[], object]) -> None:
-    """Runs it in a child; fails if that raises."""
+    """Run the call in a child; fail if it raises."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -40,7 +40,7 @@ def in_forked_child(call: Callable[[], object]) -> None:
 
 @pytest.fixture
 def moved(tmp_path: Path) -> Any:
-    """A table with a snapshot `base`, open and moved to `moved`; at its path is another one with the same arguments."""
+    """Open a table with a snapshot `base`, move it to `moved`, and put another one with the same arguments in place."""
     table = hashemb.create(tmp_path / "t", **OPTIONS)
     table.update(np.arange(100), ONES)
     table.snapshot(tmp_path / "base")
@@ -52,7 +52,7 @@ def moved(tmp_path: Path) -> Any:
 
 
 def use(table: hashemb.EmbeddingTable, folder: Path) -> None:
-    """Everything that writes to a table's files."""
+    """Do everything that writes to the files of a table."""
     table.update(np.arange(50, 150), ONES)
     table.snapshot(folder / "s")
     table.update(np.arange(200, 300), ONES)
@@ -78,7 +78,7 @@ def test_a_moved_table_writes_to_its_own_directory(tmp_path: Path, moved: hashem
 
 
 def test_points_of_a_moved_table_are_not_those_of_the_other(tmp_path: Path, moved: hashemb.EmbeddingTable) -> None:
-    """The other table must not accept a snapshot that is not of its past: a replica would differ without a word."""
+    """The other table must not accept a snapshot that is not from its past: a replica would silently differ."""
     moved.snapshot(tmp_path / "s")
     with hashemb.open(tmp_path / "t", "r+") as other:
         with pytest.raises(ValueError, match="not among the 0 in the table's history"):
@@ -106,7 +106,7 @@ def test_a_delta_is_applied_to_a_moved_replica(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_removed_table(tmp_path: Path, replaced: bool) -> None:
-    """Rows can still be trained and read; what needs the directory says that it is gone."""
+    """Rows can still be trained and read; calls that need the directory report that it is gone."""
     with hashemb.create(tmp_path / "source", **OPTIONS) as source:
         source.export_delta(None, tmp_path / "0.delta")
     table = hashemb.create(tmp_path / "t", **OPTIONS)
@@ -134,7 +134,7 @@ def test_a_removed_table(tmp_path: Path, replaced: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_child_of_a_removed_table_is_refused(tmp_path: Path) -> None:
-    """It can have no locks of its own, without which the parent's batches and its own would not know of each other."""
+    """A child cannot open a lock file of its own, without which batches of parent and child would not be exclusive."""
 
     def child() -> None:
         with pytest.raises(errors.HashembError, match="the table was removed"):
@@ -149,7 +149,7 @@ def test_a_child_of_a_removed_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_was_replaced(tmp_path: Path) -> None:
-    """A new one excludes nobody who has the old one open."""
+    """A new lock file does not exclude processes that have the old one open."""
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
         (tmp_path / "t" / "lock").unlink()
         (tmp_path / "t" / "lock").touch()
@@ -186,7 +186,7 @@ def test_a_table_behind_a_link(tmp_path: Path) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A table with the history of another: its snapshot is `s`, its first delta `0.delta`."""
+    """Make a table with the history of another: its snapshot is `s`, its first delta `0.delta`."""
     with hashemb.create(tmp_path / "other", **OPTIONS) as other:
         other.export_delta(None, tmp_path / "0.delta")
         other.snapshot(tmp_path / "s")
@@ -216,7 +216,7 @@ def test_the_history_of_another_table_is_refused(foreign: Path) -> None:
 
 
 def test_a_writer_saves_no_rows_to_a_directory_that_took_the_place_of_a_snapshots(tmp_path: Path) -> None:
-    """The half-made directory of a snapshot is moved, and a copy put there: the snapshot fails, no file changes."""
+    """If the unfinished directory of a snapshot is replaced by a copy, the snapshot fails and no file changes."""
     seen = []
 
     def swap(done: int, total: int) -> None:
@@ -239,7 +239,7 @@ def test_a_writer_saves_no_rows_to_a_directory_that_took_the_place_of_a_snapshot
 
 
 def test_an_announcement_says_which_directory_it_means(tmp_path: Path) -> None:
-    """One of an older version, which may be at work at the same time, does not."""
+    """An announcement of an older version, which may run at the same time, does not."""
     (tmp_path / "here").mkdir()
     with Directory(str(tmp_path / "here")) as here, Directory(str(tmp_path)) as elsewhere:
         wanted: dict[str, Any] = {"directory": here.path}

@@ -1,4 +1,4 @@
-"""Files whose check sums are right and whose values are not: the documented error, at once, and nothing is written."""
+"""Files with correct checksums but invalid values raise the documented error at once, and nothing is written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Tree = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table with every file that a table can have, a snapshot of it, and a chain of two deltas."""
+    """Make a table with every file that a table can have, a snapshot of it, and a chain of two deltas."""
     place = tmp_path_factory.mktemp("resealed")
     optimizer = hashemb.Adagrad(lr=0.1, weight_decay=0.25)
     (place / "deltas").mkdir()
@@ -50,7 +50,7 @@ def train(table: hashemb.EmbeddingTable) -> None:
 
 
 class Copies:
-    """Fresh copies of a directory, one after the other."""
+    """Makes fresh copies of a directory, one at a time."""
 
     def __init__(self, source: Path, place: Path) -> None:
         self._source, self.path = source, place / "copy"
@@ -62,7 +62,7 @@ class Copies:
 
 
 def tree(directory: Path) -> Tree:
-    """What the files hold; of those that a forged size has made large, the beginning."""
+    """Return the contents of the files, or only the beginning if a forged size has made one large."""
     return {file.name: b"%d " % file.stat().st_size + beginning(file) for file in sorted(directory.iterdir())}
 
 
@@ -72,7 +72,8 @@ def beginning(file: Path) -> bytes:
 
 
 def check(mutation: Mutation, copy: Path, *, write: bool = True) -> dict[str, str]:
-    """Every way to read the copy answers as documented, at once; a table that cannot be opened is not written to."""
+    """Check that every way to read the copy promptly gives a documented outcome, and that a table that cannot be
+    opened is not written to."""
     before, start = tree(copy), time.process_time()
     found = outcomes(copy, write=write)
     taken = time.process_time() - start
@@ -80,7 +81,7 @@ def check(mutation: Mutation, copy: Path, *, write: bool = True) -> dict[str, st
     assert taken < SLOW_S, (mutation, taken)
     if found.get("open r+", "ok") in ERRORS:
         assert tree(copy) == before, mutation
-    if found.get("info", "ok") in ERRORS and mutation.file != "snapshot.json":  # which `open` has no use for
+    if found.get("info", "ok") in ERRORS and mutation.file != "snapshot.json":  # `open` does not use it
         assert {found[name] for name in ("open r", "open r+") if name in found} <= ERRORS, (mutation, found)
         assert found["verify"] == "problems", (mutation, found)
     return found
@@ -141,7 +142,7 @@ def small_files(directory: Path) -> Iterator[str]:
 # ---- one by one ----
 
 
-#: What must be refused: file, where, text, and what the message says of it.
+#: Values that must be refused: file, where, text, and the message.
 REFUSED: list[tuple[str, tuple[str | int, ...], str, str]] = [
     ("meta.json", ("block_rows",), "1023", "block_rows to be 256 for its rows, found 1023"),
     ("meta.json", ("block_rows",), "128", "block_rows to be 256 for its rows, found 128"),
@@ -196,7 +197,7 @@ def calls_of(file: str, path: Path) -> list[Callable[[], object]]:
 def test_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, where: Any, text: str, message: str
 ) -> None:
-    """Before anything is mapped; by `info` and by `verify` too."""
+    """The value is refused before anything is mapped, by `info` and by `verify` too."""
     copy = Copies(made / "table", tmp_path).fresh()
     seal: Any = "all" if where == ("block_rows",) else "sum"
     assert Mutation("field" if file == "control" else "set", file, where, text, seal).apply(copy)
@@ -210,7 +211,7 @@ def test_refused(
 
 
 def test_a_rate_that_the_optimiser_cannot_have(tmp_path: Path) -> None:
-    """By `verify`, which knows the table when it looks at the page."""
+    """`verify` finds it, because it checks the page against the table."""
     with hashemb.create(tmp_path / "t", num_embeddings=8, embedding_dim=2, optimizer=hashemb.FTRL()):
         pass
     Mutation("field", "control", ("lr",), "00" * 8).apply(tmp_path / "t")
@@ -278,7 +279,7 @@ def test_a_delta_is_refused_before_a_row_is_written(
 
 
 def test_a_rate_that_a_replica_of_another_optimiser_cannot_have(tmp_path: Path) -> None:
-    """Without state the optimisers may differ: an alpha of 0 would divide by 0."""
+    """Without state the optimisers may differ, and an alpha of 0 would cause a division by 0."""
     options: dict[str, Any] = {"num_embeddings": 100, "embedding_dim": 2}
     with hashemb.create(tmp_path / "s", **options, optimizer=hashemb.SGD(lr=0.0)) as source:
         train(source)
@@ -311,7 +312,7 @@ def test_the_note_of_a_snapshot_in_progress(made: Path) -> None:
 
 
 def test_what_is_written_is_what_is_read(made: Path) -> None:
-    """The rules refuse nothing that the package itself writes."""
+    """The checks refuse nothing that the package itself writes."""
     for kind in KINDS:
         for file in small_files(made / kind):
             data = (made / kind / file).read_bytes()

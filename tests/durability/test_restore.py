@@ -1,4 +1,4 @@
-"""A table made again from a snapshot: the same bits, whole at once, what was there kept aside; or nothing changed."""
+"""Restoring a table from a snapshot gives the same bits atomically and keeps the old table, or changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train(table: hashemb.EmbeddingTable, seed: int) -> None:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Everything a table holds."""
+    """Return the complete contents of a table."""
     with hashemb.open(path) as table:
         arrays = {"weight": table.weight, "blocks": table._files.arrays["blocks"], **table.state}
         return {name: array.tobytes() for name, array in arrays.items()} | {"step": table.step, "lr": table.lr}
@@ -46,7 +46,7 @@ def content(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A table `t` at step 3 and its snapshot `s` of step 2."""
+    """Make a table `t` at step 3 and its snapshot `s` of step 2."""
     with hashemb.create(tmp_path / "t", **OPTIONS) as table:
         for step in range(2):
             train(table, step)
@@ -56,12 +56,12 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# ---- what comes out ----
+# ---- results ----
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_table(tmp_path: Path, dtype: str) -> None:
-    """In order, with the same bits, and going on to the same bits as if nothing had been lost."""
+    """The table verifies, has the same bits, and further training gives the same bits as if nothing had been lost."""
     with hashemb.create(tmp_path / "t", dtype=dtype, **OPTIONS) as table:
         train(table, 0)
         info = table.snapshot(tmp_path / "s")
@@ -101,7 +101,7 @@ def test_an_empty_table(tmp_path: Path) -> None:
 
 
 def test_in_place_of_another(made: Path) -> None:
-    """What was there is kept under the first free name; files beside the table's own come along."""
+    """The old table is kept under the first free name; other files in its directory are copied along."""
     (made / "t" / "model.json").write_text("of the table")
     (made / "t" / "notes").write_text("mine")
     (made / "s" / "model.json").write_text("of the snapshot")
@@ -130,7 +130,7 @@ def test_in_place_of_the_damaged(made: Path, file: str) -> None:
 
 
 def test_by_a_link(made: Path) -> None:
-    """It is what the link leads to that is replaced."""
+    """The target of the link is replaced."""
     (made / "link").symlink_to("t")
     assert restore(made / "s", made / "link", replace=True) == f"{made / 't'}.damaged-1"
     assert (made / "link").is_symlink()
@@ -151,7 +151,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_refused(made: Path) -> None:
-    """With nothing changed and nothing left behind."""
+    """Nothing is changed and nothing is left behind."""
     (made / "d").mkdir()
     (made / "d" / "mine").write_text("keep")
     before, all_names = content(made / "t"), names(made)
@@ -201,7 +201,7 @@ def test_refused_from_a_snapshot_that_changes_meanwhile(made: Path, monkeypatch:
 
 
 def test_a_writer_that_comes_while_it_is_replaced(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits, and must not go on to write to the table that has been moved aside."""
+    """It waits, and must not then write to the table that has been moved aside."""
     found: list[BaseException] = []
 
     def open_it() -> None:
@@ -227,7 +227,7 @@ def test_a_writer_that_comes_while_it_is_replaced(made: Path, monkeypatch: pytes
     assert len(found) == 1
 
 
-# ---- killed, and short of space ----
+# ---- killed, or out of space ----
 
 
 CHILD = """
@@ -249,14 +249,14 @@ hashemb.restore(source, path, replace=True)
 
 
 def kill_at(call: str, number: int, made: Path) -> int:
-    """The child's status when it is killed before the n-th call of a function."""
+    """Kill a child before the n-th call of a function and return its status."""
     command = [sys.executable, "-c", CHILD, call, str(number), str(made / "s"), str(made / "t")]
     return subprocess.run(command, timeout=60).returncode
 
 
 @pytest.mark.parametrize("call", ["rename", "exchange", "fsync", "pwrite"])
 def test_killed_before_each_step(made: Path, call: str) -> None:
-    """At the path is the old table or the new one, whole; the snapshot is unharmed; the next attempt works."""
+    """The path has the complete old or new table, the snapshot is unharmed, and the next attempt works."""
     old, new = content(made / "t"), content(made / "s")
     step = {"rename": 1, "exchange": 1, "fsync": 4, "pwrite": 5}[call]
     number, seen = 1, set()
@@ -270,7 +270,7 @@ def test_killed_before_each_step(made: Path, call: str) -> None:
         assert verify(made / "t") == []
         assert verify(made / "s") == []
         assert content(made / "t") == old, "what was there has not been lost"
-        for left in made.glob("t.damaged-*"):  # the new one, which waited to be exchanged
+        for left in made.glob("t.damaged-*"):  # the new table, before the exchange
             assert verify(left) == []
             shutil.rmtree(left)
         number += step
@@ -295,7 +295,7 @@ def test_without_exchanging_names(made: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_when_names_cannot_be_changed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the disk between the steps puts everything back."""
+    """A disk error between the steps undoes everything."""
 
     def fail(one: str, other: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), one)
@@ -310,7 +310,7 @@ def test_when_names_cannot_be_changed(made: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_when_the_directory_cannot_be_synced(made: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
-    """What is not known to be durable has not happened: the old table is back."""
+    """A replacement that is not known to be durable is undone: the old table is back."""
     real = _building.sync_directory
 
     def sync(path: str) -> None:
@@ -337,7 +337,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 
 def test_on_a_full_disk(small_disk: Path) -> None:
-    """An error, the old table as it was, nothing left behind; after space is freed the same call works."""
+    """An error is raised, the old table is unchanged and nothing is left behind; with space the same call works."""
     with hashemb.create(small_disk / "t", num_embeddings=2**16, embedding_dim=16) as table:
         for step in range(3):
             table.update(KEYS + 300 * step, np.ones((300, 16), np.float32))
@@ -354,7 +354,7 @@ def test_on_a_full_disk(small_disk: Path) -> None:
     assert verify(small_disk / "t") == []
 
 
-# ---- where files can share their space ----
+# ---- file systems with shared extents ----
 
 
 @pytest.fixture(params=["xfs", "btrfs"])
@@ -374,7 +374,7 @@ def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pat
 
 
 def test_files_that_share_their_space(sharing_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is copied, everything is checked, and each goes its own way."""
+    """Nothing is copied, everything is checked, and later changes are independent."""
     with hashemb.create(sharing_disk / "t", **OPTIONS) as table:
         train(table, 0)
         table.snapshot(sharing_disk / "s")
@@ -395,7 +395,7 @@ def test_files_that_share_their_space(sharing_disk: Path, monkeypatch: pytest.Mo
 
 
 def test_cloning_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second file cannot be cloned: neither is there, and copying takes over."""
+    """If the second file cannot be cloned, neither clone is kept, and both files are copied."""
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     (tmp_path / "target").mkdir()
@@ -414,7 +414,7 @@ def test_cloning_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_from_several_processes_at_once(made: Path) -> None:
-    """Each has its own name to put the old table under, or is told that it lost the race."""
+    """Each keeps the old table under its own name, or gets an error that it lost the race."""
     context = multiprocessing.get_context("spawn")
     racers = [
         context.Process(target=restore, args=(made / "s", made / f"new{i % 2}"), daemon=True) for i in range(4)

@@ -1,4 +1,4 @@
-"""Tables in order have no problems, whatever they are and whoever uses them; what is not in order is named."""
+"""Valid tables have no problems, of any kind and with any concurrent users; every defect is reported."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def create(path: Path, **changes: Any) -> hashemb.EmbeddingTable:
 
 
 def lines(path: Path) -> list[str]:
-    """The problems found, without the directory."""
+    """Return the problems found, without the directory."""
     return [str(problem).replace(f"{path}/", "") for problem in verify(path)]
 
 
-# ---- in order ----
+# ---- valid tables ----
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
 def test_tables_in_order(tmp_path: Path, optimizer: Any, dtype: str) -> None:
-    """While open, closed, as a snapshot, and as a snapshot trained on."""
+    """A table is valid while open, when closed, as a snapshot, and as a snapshot that was trained further."""
     with create(tmp_path / "t", optimizer=optimizer, dtype=dtype, num_hashes=2, init=hashemb.Uniform(0.5)) as table:
         for step in range(3):
             train(table, step)
@@ -65,7 +65,7 @@ def test_tables_in_order(tmp_path: Path, optimizer: Any, dtype: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 65, 2**33])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_sizes(tmp_path: Path, rows: int, steps: int) -> None:
-    """A table of 2^33 rows takes no longer than what was written of it."""
+    """The time for a table of 2^33 rows depends only on the rows that were written."""
     with create(tmp_path / "t", num_embeddings=rows, embedding_dim=3) as table:
         for step in range(steps):
             train(table, step, KEYS[:30])
@@ -75,7 +75,7 @@ def test_sizes(tmp_path: Path, rows: int, steps: int) -> None:
 
 
 def test_large_rows_and_huge_pages(tmp_path: Path) -> None:
-    """Blocks larger than a page; and room around blocks that nothing was written to."""
+    """Blocks may be larger than a page, and unwritten blocks may have space allocated around them."""
     for name, options in {
         "wide": {"num_embeddings": 20, "embedding_dim": 5000},
         "huge": {"num_embeddings": 2**18, "embedding_dim": 16, "huge_pages": True},
@@ -86,7 +86,7 @@ def test_large_rows_and_huge_pages(tmp_path: Path) -> None:
 
 
 def test_a_table_with_checks_of_no_age(tmp_path: Path) -> None:
-    """The page says neither whose it is nor has it a check sum: as in tables made before it did."""
+    """The page has neither an owner nor a checksum, as in tables made before these were added."""
     with create(tmp_path / "t") as table:
         train(table)
     page = bytearray((tmp_path / "t" / "control").read_bytes())
@@ -117,11 +117,11 @@ def test_nothing_is_written(tmp_path: Path) -> None:
         assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / name).iterdir()} == before
 
 
-# ---- in use, and left by the killed ----
+# ---- tables in use, or left by killed processes ----
 
 
 def test_beside_writers(tmp_path: Path) -> None:
-    """New rows, new blocks and new epochs all the time, and weight decay: no false alarm."""
+    """New rows, new blocks and new epochs appear all the time, with weight decay, and cause no false alarm."""
     stop, trouble = threading.Event(), []
 
     def write(table: hashemb.EmbeddingTable, seed: int) -> None:
@@ -154,7 +154,7 @@ def test_a_killed_writer_leaves_a_table_in_order(tmp_path: Path) -> None:
         worker.request("open", str(create_closed(tmp_path / "t")), "r+")
         worker.pipe.send(("call", str(tmp_path / "t"), "r+", "update", (KEYS, np.ones((300, 8))), {}))
         worker.answer()
-        for _ in range(20):  # the last of which it never finishes
+        for _ in range(20):  # the last one is never finished
             worker.pipe.send(("call", str(tmp_path / "t"), "r+", "update", (KEYS, np.ones((300, 8))), {}))
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.join()
@@ -168,7 +168,7 @@ def create_closed(path: Path) -> Path:
 
 
 def test_a_row_killed_in_its_first_update_is_in_order(tmp_path: Path) -> None:
-    """State first, weight then: the row reads as never written, its accumulator does not start at zero."""
+    """State is written before the weight: the row reads as never written, but its accumulator is not zero."""
     with create(tmp_path / "t") as table:
         train(table)
         row = int(table.rows([1])[0])
@@ -178,7 +178,7 @@ def test_a_row_killed_in_its_first_update_is_in_order(tmp_path: Path) -> None:
 
 
 def test_a_writer_opens_a_snapshot_while_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What began as the check of an untouched snapshot ends as that of a table."""
+    """A check that begins with an untouched snapshot ends as the check of a table."""
     with create(tmp_path / "t") as table:
         train(table)
         table.snapshot(tmp_path / "s")
@@ -204,7 +204,7 @@ def test_a_writer_opens_a_snapshot_while_it_is_checked(tmp_path: Path, monkeypat
 
 
 def test_after_a_power_failure(tmp_path: Path) -> None:
-    """Rows, marks and history may be ahead of the page; what the next writer puts right is no problem before."""
+    """Rows, marks and history may be ahead of the page; anything that the next writer repairs is no problem."""
     with create(tmp_path / "t", optimizer=hashemb.Adagrad(lr=0.1, weight_decay=0.1)) as table:
         train(table, 0, KEYS[:20])
         lost = [(tmp_path / "t" / name).read_bytes() for name in ("control", "blocks.npy")]
@@ -217,7 +217,7 @@ def test_after_a_power_failure(tmp_path: Path) -> None:
     assert verify(tmp_path / "t") == []
     with pytest.warns(RuntimeWarning, match="not closed cleanly"):
         hashemb.open(tmp_path / "t", "r+").close()
-    found = lines(tmp_path / "t")  # of the decay alone, whose total is lost for good
+    found = lines(tmp_path / "t")  # only about the decay, whose total is lost for good
     assert {line.split(":")[0] for line in found} <= {"paid.npy"}
 
 
@@ -240,7 +240,7 @@ def test_deltas_and_replicas(tmp_path: Path) -> None:
     assert problem.file == str(tmp_path / "1.delta")
 
 
-# ---- not in order ----
+# ---- invalid tables ----
 
 
 def poke(path: Path, at: int, data: bytes) -> None:
@@ -309,7 +309,7 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_trained_snapshot_is_checked_where_it_was_not_trained(tmp_path: Path) -> None:
-    """Old blocks by check sums, so that any bit counts; new ones as any table's."""
+    """Old blocks are checked by checksums, which cover every bit, and new ones like those of any table."""
     with create(tmp_path / "t") as table:
         train(table)
         table.snapshot(tmp_path / "s")
@@ -325,7 +325,7 @@ def test_a_trained_snapshot_is_checked_where_it_was_not_trained(tmp_path: Path) 
 
 
 def test_kinds_of_files(tmp_path: Path) -> None:
-    """Pipes, directories and links to nowhere in place of files: named, none waited for."""
+    """Pipes, directories and dangling links in place of files are reported, without waiting for them."""
     create(tmp_path / "t").close()
     (tmp_path / "t" / "lock").unlink()
     os.mkfifo(tmp_path / "t" / "lock")
@@ -368,7 +368,7 @@ def test_a_history_out_of_order(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing disk: a problem, not an exception."""
+    """A failing disk is reported as a problem, not raised as an exception."""
     with create(tmp_path / "t") as table:
         train(table)
 

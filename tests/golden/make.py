@@ -1,9 +1,9 @@
-"""Writes the golden tables of the current format: run by hand, once per format version, never by a test.
+"""Write the golden tables of the current format. Run this by hand, once per format version, never in a test.
 
     python tests/golden/make.py
 
 A golden file is JSON text: the bytes of every file of a few small trained tables (zlib, base64), the vectors that
-look-ups must return, and the SHA-256 of the weights after one more update. It refuses to replace an existing file.
+look-ups must return, and the SHA-256 of the weights after one more update. The program refuses to replace a file.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ TABLES = {
 
 
 def gradient(dim: int, step: int) -> np.ndarray:
-    """Values that need no random generator and no library function: exact in float32."""
+    """Return values that are exact in float32 and need no random generator and no library function."""
     i = np.arange(len(KEYS) * dim).reshape(len(KEYS), dim)
     return (((i * 37 + step * 11) % 64) / 32.0 - 1.0).astype(np.float32)
 
 
 def train(table: hashemb.EmbeddingTable, steps: range) -> None:
-    """Some steps, half of them pooled; the first half of the keys only."""
+    """Take some steps, half of them pooled, on the first half of the keys."""
     for step in steps:
         table.update(KEYS[:6], gradient(table.embedding_dim, step)[:6])
         table.update(

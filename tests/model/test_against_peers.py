@@ -1,6 +1,6 @@
-"""The table against algorithms that others wrote or published: PyTorch, FBGEMM's formula, McMahan's, dense decay.
+"""The table against independent or published algorithms: PyTorch, FBGEMM's formula, McMahan's, dense decay.
 
-The peers work on a dense matrix of all rows; the table is told keys. They meet at `table.rows`.
+The peers work on a dense matrix of all rows, the table on keys; `table.rows` translates between them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ F64 = npt.NDArray[np.float64]
 
 
 def every_row(table: hashemb.EmbeddingTable) -> npt.NDArray[np.int64]:
-    """One key for each row of a small table, in the order of the rows."""
+    """Return one key for each row of a small table, in the order of the rows."""
     tried = np.arange(-2000, 2000)
     rows, first = np.unique(table.rows(tried), return_index=True)
     assert rows.tolist() == list(range(table.num_embeddings))
@@ -41,7 +41,7 @@ def create(tmp_path: Path, optimizer: Any, dim: int, init: Any = None) -> hashem
 
 
 def dense_gradient(table: hashemb.EmbeddingTable, keys: Any, grads: Any) -> F64:
-    """The gradient of the whole matrix."""
+    """Return the gradient of the whole matrix."""
     total = np.zeros((table.num_embeddings, table.embedding_dim))
     np.add.at(total, table.rows(keys), grads.astype(np.float64))
     return total
@@ -73,7 +73,7 @@ def test_adagrad_is_that_of_torch(tmp_path: Path, options: dict[str, float], spa
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_bags_are_those_of_torch(tmp_path: Path, mode: str, weighted: bool) -> None:
-    """Forward and, by autograd, backward; torch has weights for sums only, where the mean is of one more factor."""
+    """Compare forward and, by autograd, backward. torch has weights for sums only, so a mean takes one more factor."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(2)
     offsets = np.array([0, 3, 3, 10, 11, 40])
@@ -145,7 +145,7 @@ def weight(z: Any, n: Any, alpha: float, beta: float, l1: float, l2: float) -> A
 
 
 class Dense:
-    """The algorithm that visits every row at every step, in float64."""
+    """The algorithm in float64, visiting every row at every step."""
 
     def __init__(self, w: F64, optimizer: Any) -> None:
         self.w, self.optimizer = w, optimizer
@@ -172,7 +172,7 @@ DECAYING = [
 @pytest.mark.parametrize("optimizer", DECAYING, ids=repr)
 @pytest.mark.parametrize("dim", [1, 5])
 def test_lazy_decay_is_dense_decay(tmp_path: Path, optimizer: Any, dim: int) -> None:
-    """For a rate that changes, rests at 0 and returns, and for rows that wait long or are never touched."""
+    """This holds for a learning rate that changes, stays at 0 and returns, and for rows touched late or never."""
     with create(tmp_path, optimizer, dim) as table:
         order = every_row(table)
         dense = Dense(table.lookup(order).astype(np.float64), optimizer)
@@ -193,7 +193,7 @@ def test_lazy_decay_is_dense_decay(tmp_path: Path, optimizer: Any, dim: int) -> 
 
 
 def stream_on_few_rows(dim: int) -> list[tuple[Any, Any]]:
-    """Batches of which every fifth holds all keys and the others two of them; some keys never come."""
+    """Return batches of two of the keys, and of all of them in every fifth batch; some keys never occur."""
     return [
         (keys[: 64 if number % 5 == 0 else 2], grads[: 64 if number % 5 == 0 else 2])
         for number, (keys, grads) in enumerate(stream(dim, seed=5, num_batches=120))
@@ -205,7 +205,7 @@ def touched(table: hashemb.EmbeddingTable, dim: int) -> npt.NDArray[np.int64]:
 
 
 def test_decay_over_many_steps_stays_exact(tmp_path: Path) -> None:
-    """Ten thousand small steps on one row while another waits: the debt is one number, not ten thousand roundings."""
+    """After ten thousand steps on one row, another's owed decay is a single number without ten thousand roundings."""
     optimizer = hashemb.SGD(lr=0.01, weight_decay=0.01)
     with create(tmp_path, optimizer, 4) as table:
         waiting, busy = every_row(table)[:2]

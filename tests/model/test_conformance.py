@@ -1,4 +1,4 @@
-"""The conformance kit, run on tables in files of each storage type, on the slow twin, and on the model itself."""
+"""Run the conformance kit on tables in files of each storage type, on the slow twin, and on the model itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hashemb.reference import ReferenceTable
 
 
 class FileTables(conformance.Conformance):
-    """Makes tables in files and closes them."""
+    """The kit with tables in files, which it creates and closes."""
 
     @pytest.fixture(autouse=True)
     def close_tables(self) -> Iterator[None]:
@@ -44,7 +44,7 @@ class TestBfloat16(FileTables):
 
 
 class TestReopened(FileTables):
-    """A table that was closed and opened again before every call."""
+    """The kit with a table that is closed and reopened before every call."""
 
     def make(self, tmp_path: Path, **options: Any) -> Any:
         table = super().make(tmp_path, **options)
@@ -58,7 +58,7 @@ class TestReference(conformance.Conformance):
 
 
 class Reopening:
-    """Forwards each call to a table that is opened for it alone."""
+    """Forwards each call to a table that is opened for this call only."""
 
     def __init__(self, path: str) -> None:
         self.__dict__["path"] = path
@@ -86,7 +86,7 @@ class Forgetful(ReferenceTable):
 
 
 class Eager(ReferenceTable):
-    """Writes the initial value of what it reads."""
+    """Writes the initial value of every row it reads."""
 
     def lookup(self, keys: Any, **call: Any) -> Any:
         result = super().lookup(keys, **call)
@@ -102,7 +102,7 @@ class Eager(ReferenceTable):
     ],
 )
 def test_canary(broken: type[ReferenceTable], name: str, arguments: list[Any], tmp_path: Path) -> None:
-    """The kit notices a table that is wrong in a way that tables have been wrong."""
+    """The kit detects tables with defects that tables have had."""
 
     class Kit(conformance.Conformance):
         def __init__(self, table: type[ReferenceTable]) -> None:

@@ -1,4 +1,4 @@
-"""Rows past 2^31, byte offsets past 2^32 and 2^35, tables of 2^40 bytes: all virtual, all real arithmetic."""
+"""Rows beyond 2^31, byte offsets beyond 2^32 and 2^35, and tables of 2^40 bytes: sparse files, but real arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS, DIM, ROW_BYTES = 2**33, 16, 64
 
 
 def stored_row(path, row, name="weight", row_bytes=ROW_BYTES):
-    """A row's bytes, read from the file without the library."""
+    """Return the bytes of a row, read from the file without the library."""
     fd = os.open(path / f"{name}.npy", os.O_RDONLY)
     try:
         return np.frombuffer(os.pread(fd, row_bytes, 4096 + row * row_bytes), np.float32)
@@ -23,7 +23,7 @@ def stored_row(path, row, name="weight", row_bytes=ROW_BYTES):
 
 
 def test_rows_and_bytes_past_every_power(tmp_path):
-    """One Adagrad step, checked against the formula at the byte where the format says that the row is."""
+    """Check one Adagrad step against the formula, at the byte where the row is according to the format."""
     path, keys = tmp_path / "big", np.random.default_rng(1).integers(-(2**63), 2**63 - 1, 4000)
     grads = np.random.default_rng(2).normal(size=(4000, DIM)).astype(np.float32)
     rows = reference.rows(keys.astype(np.uint64), num_embeddings=ROWS)[:, 0]
@@ -81,7 +81,7 @@ def test_impossible_sizes_are_refused_with_numbers(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_random_keys(tmp_path):
-    """Takes about 9 GB of disk and a few minutes; prints what a touched row costs."""
+    """This takes about 9 GB of disk and a few minutes; it prints the cost of a touched row."""
     keys = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 1_000_000)
     with hashemb.create(tmp_path / "big", num_embeddings=ROWS, embedding_dim=DIM) as table:
         for part in np.array_split(keys, 10):

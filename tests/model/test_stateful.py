@@ -1,7 +1,7 @@
-"""A table in files against a dict of rows, over any order of calls, closings, other handles and other processes.
+"""A table in files against a dict of rows, with any sequence of calls, closes, other handles and other processes.
 
-hypothesis chooses the calls and, when one fails, finds the shortest sequence that does. The machine keeps a
-read-write handle, sometimes a read-only one beside it, and one other process for the whole module.
+hypothesis chooses the calls and, on a failure, finds the shortest failing sequence. The machine keeps a read-write
+handle, sometimes an additional read-only one, and one other process for the whole module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ rates = st.sampled_from([0.5, 0.25, 0.01, 0.125])
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Each rule does the same to the table and to its model; what is read must agree at every step."""
+    """Each rule does the same to the table and to its model; what they return must agree at every step."""
 
     worker: Worker
 
@@ -131,7 +131,7 @@ class TableMachine(RuleBasedStateMachine):
         self.reader.close()
         self.reader = None
 
-    # -- what always holds --
+    # -- invariants --
 
     @invariant()
     def the_step_counts_the_updates(self) -> None:
@@ -177,7 +177,7 @@ def test_table_against_a_dict_of_rows_at_length(machine: type[TableMachine]) -> 
 
 
 def test_canary(machine: type[TableMachine]) -> None:
-    """A table that now and then loses a gradient, and nothing else, does not get past the machine."""
+    """The machine detects a table whose only fault is that it occasionally loses a gradient."""
 
     class Lossy(machine):  # type: ignore[misc, valid-type]
         @rule(data=st.data())

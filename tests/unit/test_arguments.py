@@ -1,4 +1,4 @@
-"""Keys and gradients in any accepted form give the result of the form that the core takes; that one is not copied."""
+"""Keys and gradients in any accepted form give the same result; the form that the core takes is not copied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRADS = np.random.default_rng(3).standard_normal((2, 3, 4), np.float32)
 
 
 class Subclass(np.ndarray[Any, Any]):
-    """An array of a class that is not NumPy's own."""
+    """A subclass of NumPy's array."""
 
 
 FORMS = {
@@ -62,7 +62,7 @@ def test_the_cores_own_form_is_not_copied(dtype: type, shape: tuple[int, ...]) -
 
 
 def test_what_c_may_not_read_is_copied() -> None:
-    """Vector loops may assume that an element lies at a multiple of its size."""
+    """Vector loops may assume that the address of an element is a multiple of its size."""
     keys, grads = FORMS["unaligned"](KEYS), FORMS["unaligned"](GRADS)
     offsets = np.frombuffer(b"." + np.array([0, 6]).tobytes(), np.int64, offset=1)
     assert not any(a.flags.aligned for a in (keys, grads, offsets))

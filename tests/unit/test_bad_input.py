@@ -1,8 +1,8 @@
-"""Bad arguments, one case a line: each is refused with the right error and the numbers in it, and writes nothing.
+"""Bad arguments, one case per line: each is refused with the right error and its numbers, and nothing is written.
 
 A case is a name, a call on an open table `t` (64 rows of 3 float32, row-wise Adagrad with weight decay, some rows
-trained), the error, and a pattern for its message. The bytes of all files of the table are compared around it.
-Damaged tables are in test_bad_tables.py, bad lines of data files beside their readers.
+trained), the error, and a pattern for its message. The bytes of all files of the table are compared before and after.
+Damaged tables are tested in test_bad_tables.py, bad lines of data files with their readers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def with_value(array: Any, at: tuple[int, ...], value: float) -> Any:
     return changed
 
 
-# Keys: what is no integer names the function that makes integers of it.
+# Keys: the error for a non-integer names the function that converts it to an integer.
 KEYS: list[Case] = [
     ("float keys", lambda t: t.lookup([1.0, 2.0]), TypeError, r"keys must be integers, got dtype float64.*hash_keys"),
     ("float32 array", lambda t: t.lookup(K.astype("f4")), TypeError, r"got dtype float32.*hash_keys"),
@@ -150,7 +150,7 @@ BAGS: list[Case] = [
     ),
 ]
 
-# Gradients: their shape is that of the look-up, their values finite in float32.
+# Gradients: their shape is that of the look-up, and their values are finite in float32.
 GRADS: list[Case] = [
     ("few grads", lambda t: t.update(K, G[:5]), ValueError, r"grads must have shape \(6, 3\), got \(5, 3\)"),
     ("narrow grads", lambda t: t.update(K, G[:, :2]), ValueError, r"shape \(6, 3\), got \(6, 2\)"),
@@ -184,7 +184,7 @@ GRADS: list[Case] = [
     ),
 ]
 
-# Where a look-up shall put its result, and the table's rate.
+# The output array of a look-up, and the learning rate of the table.
 OUT_AND_RATE: list[Case] = [
     (
         "out float64",
@@ -263,7 +263,7 @@ def test_canary_a_good_call_changes_bytes(table: hashemb.EmbeddingTable) -> None
 
 
 def test_an_error_leaves_the_table_usable(table: hashemb.EmbeddingTable) -> None:
-    """A refused update does not spoil the next one, nor count as a step."""
+    """A refused update does not affect the next one and is not counted as a step."""
     step, before = table.step, table.lookup(K)
     with pytest.raises(ValueError, match="finite"):
         table.update(K, with_value(G, (5, 2), NAN))
@@ -273,7 +273,7 @@ def test_an_error_leaves_the_table_usable(table: hashemb.EmbeddingTable) -> None
     assert (table.lookup(K) < before).all()
 
 
-# ---- tables that may not be written, or not be used at all ----
+# ---- tables that are read-only or closed ----
 
 USES: list[tuple[str, Callable[[Any], object]]] = [
     ("lookup", lambda t: t.lookup(K)),

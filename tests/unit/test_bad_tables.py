@@ -1,7 +1,7 @@
-"""Tables that cannot be made, found or trusted: the error says which file, what was expected and what was found.
+"""Tables that cannot be created, found or trusted: the error names the file, what was expected and what was found.
 
-The first table of cases is of arguments to `create` and `open`; the second damages a good table, opens it in
-both modes and asks for its `info`, and checks that the attempt changed nothing.
+The first list of cases has arguments of `create` and `open`. The second damages a good table, opens it in both modes,
+calls `info`, and checks that these attempts changed nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hashemb._files.building import new_directory
 
 GOOD: dict[str, Any] = {"num_embeddings": 64, "embedding_dim": 3}
 
-# (name, what to change in the arguments of create, error, message)
+# (name, changes of the arguments of create, error, message)
 ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no rows", {"num_embeddings": 0}, ValueError, r"num_embeddings must be between 1 and \d+, got 0"),
     ("negative rows", {"num_embeddings": -5}, ValueError, r"num_embeddings must be between 1 and \d+, got -5"),
@@ -141,7 +141,7 @@ def test_open_in_an_unknown_mode(tmp_path: Path, mode: Any) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
-    """All files below a folder with their bytes, and links with where they lead."""
+    """Return all files below a folder with their bytes, and links with their targets."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -175,7 +175,7 @@ def become_directory(name: str) -> Callable[[Path], None]:
 
 
 def edit_meta(**changes: Any) -> Callable[[Path], None]:
-    """Change entries of meta.json and make its checksum right again: a file from another version, or a forged one."""
+    """Change entries of meta.json and correct its checksum, like a file from another version, or a forged one."""
 
     def damage(table: Path) -> None:
         content = json.loads((table / "meta.json").read_bytes()) | changes
@@ -191,7 +191,7 @@ def write_meta(data: bytes) -> Callable[[Path], None]:
 
 
 def header(**changes: Any) -> Callable[[Path], None]:
-    """A header of weight.npy that NumPy reads, but for another array."""
+    """Write a valid header of weight.npy, but for another array."""
     spec = dataclasses.replace(_format.FileSpec((64, 3), "<f4"), **changes)
     return overwrite("weight.npy", 0, _format.encode_npy_header(spec))
 
@@ -202,7 +202,7 @@ def control(field: str, value: Any) -> Callable[[Path], None]:
 
 
 Format, Corrupt = errors.FormatError, errors.CorruptTableError
-#: What `info` reads and so must notice; the arrays are noticed by `open`.
+#: Files that `info` reads, so that it must detect their damage; `open` detects damage of the arrays.
 META_FILES = ("meta.json", "control")
 
 DAMAGES: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
@@ -279,7 +279,7 @@ def test_damaged_table(tmp_path: Path, good: Path, damage: Any, error: type[Exce
 
 
 def test_canary_a_copy_without_damage_opens(tmp_path: Path, good: Path) -> None:
-    """What the damages start from is a good table: each is refused for its damage and for nothing else."""
+    """An undamaged copy opens: each damaged one is refused because of its damage only."""
     path = tmp_path / "t.emb"
     shutil.copytree(good, path)
     edit_meta()(path)

@@ -1,4 +1,4 @@
-"""Checkpoints: where a killed trainer goes on, and which deltas a server may have by then."""
+"""Checkpoints: where training resumes after a kill, and which deltas a server may have by then."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Model:
         return step
 
     def kill(self) -> None:
-        """As SIGKILL leaves it: the rows are there, the page says that a writer has it."""
+        """Leave the table as SIGKILL does: the rows are written, and the control page is marked as in use."""
         kept = (self.path / "control").read_bytes()
         self.table.close()
         (self.path / "control").write_bytes(kept)
@@ -89,7 +89,7 @@ def test_one_that_was_closed_is_left_alone(model: Model) -> None:
 def test_a_server_never_has_what_a_kill_takes_back(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed before, between and after the steps of a checkpoint; then trained on: the replica follows to the end."""
+    """If training is killed between the steps of a checkpoint and then continues, the replica follows to the end."""
     replica = tmp_path / "replica"
 
     def killed(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tables as people have them: labels of any two values, numbers with holes, ids or counts, delimiters."""
+"""Real-world tables: labels of any two values, missing numbers, ids or counts, delimiters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keys_of(values: list[Any], field: str) -> list[int]:
 
 
 def table_of(path: Path, columns: dict[str, list[Any]]) -> Path:
-    """A CSV or Parquet file, by its name."""
+    """Write a CSV or Parquet file, depending on its name."""
     if path.suffix == ".parquet":
         parquet.write_table(pa.table(columns), path)
         return path
@@ -52,7 +52,7 @@ def table_of(path: Path, columns: dict[str, list[Any]]) -> Path:
     ],
 )
 def test_labels_of_two_values(tmp_path: Path, suffix: str, labels: list[Any], values: Any, expected: list[int]) -> None:
-    """The one that sorts second is 1; 0 and 1 speak for themselves."""
+    """The value that sorts second is 1; 0 and 1 are used as they are."""
     path = table_of(tmp_path / f"a.{suffix}", {"a": [1, 2, 3], "y": labels})
     batch, reader = read_all(path, label="y")
     assert batch.labels is not None
@@ -65,7 +65,7 @@ def test_labels_of_two_values(tmp_path: Path, suffix: str, labels: list[Any], va
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_the_values_hold_for_later_files(tmp_path: Path, suffix: str) -> None:
-    """Fixed by the first one; a third value is a bad row, wherever it comes."""
+    """The values are fixed by the first file; a third value is a bad row in any file."""
     a = table_of(tmp_path / f"a.{suffix}", {"a": [1, 2], "y": ["yes", "no"]})
     b = table_of(tmp_path / f"b.{suffix}", {"a": [3, 4, 5], "y": ["yes", "maybe", None]})
     batch, reader = read_all([a, b], label="y")
@@ -110,7 +110,7 @@ def test_labels_that_are_none(tmp_path: Path, labels: list[Any], options: dict[s
     ],
 )
 def test_which_values_count(counts: dict[Any, int], expected: Any) -> None:
-    """Missing labels and rare slips don't; case and blanks make no difference; nor do ways to write a number."""
+    """Missing labels and rare typos don't count; case, blanks and number formats make no difference."""
     assert choose_label_values("here", counts, None) == expected
 
 
@@ -119,7 +119,7 @@ MISSING = ["", "NA", "N/A", "nan", "NaN", "?", "null", "None", " "]
 
 @pytest.mark.parametrize("missing", MISSING)
 def test_numbers_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """What stands for a missing number is one; in text it is a value, but for the empty string."""
+    """Markers of missing values count as missing in numeric columns; in text only the empty string does."""
     rows = [("1", "3.5", "x"), (missing, missing, missing), (" 3", "1e3", "y"), ("4", "-2", missing)]
     text = "label,n,f,s\n" + "".join(f"{i % 2},{','.join(row)}\n" for i, row in enumerate(rows))
     for block_bytes in (20, 1 << 20):
@@ -156,7 +156,7 @@ def numbers(**columns: Any) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_ids_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    """Amounts that hardly ever come twice are counts, also where most are 0; ids and small ranges are ids."""
+    """Amounts that rarely repeat are counts, even if most are 0; ids and small ranges are ids."""
     rng = np.random.default_rng(0)
     amounts = np.exp(rng.normal(12, 1, 1000))
     columns = numbers(
@@ -172,7 +172,7 @@ def test_ids_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix:
         keys = np.concatenate([batch.keys for batch in reader])
     assert keys[:20, 2].tolist() == keys_of(bucketize_counts(columns["age"][:20]).tolist(), "age")
     assert keys[:20, 1].tolist() == keys_of(columns["gain"][:20], "gain")
-    monkeypatch.setattr(_kinds, "SMALL_FILE_BYTES", 100)  # in a large file an id comes again later
+    monkeypatch.setattr(_kinds, "SMALL_FILE_BYTES", 100)  # in a large file an id repeats later
     with open_reader(path, label="y") as reader:
         assert set(reader.schema.values()) == {"integer"}
 
@@ -193,7 +193,7 @@ def test_kinds_that_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 12])
 def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    """What was looked at is not handed on in scraps: a scrap without the end of a line is no block for Arrow."""
+    """The inspected data is not passed on in small pieces, as Arrow rejects a block without the end of a line."""
     monkeypatch.setattr("hashemb.ctr._csv._HEAD_BYTES", block_bytes)
     monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
     monkeypatch.setattr("hashemb.ctr._streams._READ_BYTES", block_bytes // 2)
@@ -204,7 +204,7 @@ def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
-    """An error while Arrow's thread reads ahead ends Python as any error does, without a crash in that thread."""
+    """An error while Arrow's thread reads ahead ends Python normally, without a crash in that thread."""
     lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(60_000))
     path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
     program = (

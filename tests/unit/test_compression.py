@@ -1,4 +1,4 @@
-"""Small tables put together from rows of an ordinary one: their rows and gradients, and that a model learns."""
+"""Compressed tables, composed from rows of an ordinary one: their rows and gradients, and training a model on them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_pairs_of_rows(num_remainders: int | None, tmp_path: Path) -> None:
 
 
 def test_gradients_of_pairs_are_the_slopes(tmp_path: Path) -> None:
-    """One SGD step of rate 1 changes the rows by their gradients; these are compared with differences of the loss."""
+    """One SGD step with learning rate 1 subtracts the gradients, which are compared with differences of the loss."""
     keys = np.random.default_rng(3).integers(0, 1 << 64, 30, np.uint64)
     grads = np.random.default_rng(4).standard_normal((30, 3)).astype(np.float32)
     with make(tmp_path, 12, init=hashemb.Normal(0.5)) as table:
@@ -133,7 +133,7 @@ def test_what_pairs_refuse(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["frequent", "pairs"])
 def test_a_model_learns_on_fewer_rows_than_values(kind: str, tmp_path: Path) -> None:
-    """Labels are the parity of 200 values, a few of them popular: the same rows hold more of them than by one hash."""
+    """Labels are the parity of 200 values, a few of them popular; the rows represent more of them than by one hash."""
     rng = np.random.default_rng(5)
     popular = np.minimum(rng.zipf(1.3, 6000) - 1, 199)
     keys = hashemb.hash_fields({"a": popular, "b": rng.integers(0, 3, 6000)})

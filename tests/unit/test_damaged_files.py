@@ -1,4 +1,4 @@
-"""Files that are not what they seem: whatever PyArrow makes of them, the error names the file and says what to do."""
+"""Damaged or misnamed data files: whatever PyArrow does with them, the error names the file and what to do."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ RAISED = [
 def test_every_exception_of_arrow_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
-    """Arrow raises them over what files hold; which one for what changes with its version."""
+    """Arrow raises these for the contents of files; which one it raises depends on its version."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise error
@@ -123,7 +123,7 @@ def test_every_exception_of_arrow_names_the_file(
 
 
 def test_damage_in_a_footer_does_not_end_the_process(tmp_path: Path) -> None:
-    """PyArrow calls terminate() where it is asked for the metadata of a column whose statistics don't fit together."""
+    """PyArrow calls terminate() when asked for the metadata of a column with inconsistent statistics."""
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"a": ["x", None, "y"]}), path, store_schema=False)
     program = """
@@ -159,7 +159,7 @@ def test_errors_of_the_system_keep_their_class_and_number(tmp_path: Path, monkey
 
 
 def test_time_is_linear_in_the_number_of_columns(tmp_path: Path) -> None:
-    """No list of names is searched for each of them: as many comparisons as columns, not their square."""
+    """Names are not searched in a list for each column: the number of comparisons is linear, not quadratic."""
     compared = 0
 
     class Name(str):

@@ -1,4 +1,4 @@
-"""DeepFM and DCN-V2: the formulas, term by term, and that they learn what a linear model can't."""
+"""DeepFM and DCN-V2: the formulas, term by term, and learning of an interaction that a linear model can't learn."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def models(table: hashemb.EmbeddingTable) -> list[Any]:
 
 @pytest.mark.parametrize("number", range(4), ids=["DeepFM", "DCNv2", "crosses alone", "FM and a linear tower"])
 def test_learns_an_interaction(tmp_path: Path, number: int) -> None:
-    """Exclusive or of two features: the labels are independent of each alone."""
+    """Labels are the exclusive or of two features, and independent of each one alone."""
     torch.manual_seed(0)
     bits = np.random.default_rng(1).integers(0, 2, (512, 2))
     keys = hashemb.hash_fields({"a": bits[:, 0], "b": bits[:, 1]})
@@ -98,7 +98,7 @@ def test_predictions_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_second_process_may_score(tmp_path: Path) -> None:
-    """The table read-only, the tower from a file."""
+    """It opens the table read-only and loads the tower from a file."""
     keys = random_keys(30, 2)
     with create(tmp_path / "t.emb", 9) as table:
         model = DCNv2(table, 2, hidden_units=(16,))

@@ -1,4 +1,4 @@
-"""What a snapshot may carry along: JSON that reads back as it is, in any process."""
+"""The `extra` data of a snapshot: JSON that reads back unchanged, in any process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def holding_itself() -> dict[str, Any]:
 
 
 def doubled(times: int) -> list[Any]:
-    """2**times numbers, in a few bytes of memory."""
+    """Return a nested list of 2**times numbers that takes only a few bytes of memory."""
     value: list[Any] = [0]
     for _ in range(times):
         value = [value, value]
@@ -82,7 +82,7 @@ def test_refused(table: Any, tmp_path: Path, extra: Any, error: type[Exception],
     ids=["deep", "deep lists", "values", "long", "many", "empty"],
 )
 def test_read_back(table: Any, tmp_path: Path, extra: Any) -> None:
-    """Also where Python takes the fewest digits that it can be told to take."""
+    """It can be read back even with the lowest limit on digits that Python can be set to."""
     table.snapshot(tmp_path / "s", extra=extra)
     limit = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") else 0
     try:
@@ -96,7 +96,7 @@ def test_read_back(table: Any, tmp_path: Path, extra: Any) -> None:
 
 
 def test_it_is_what_was_given_when_it_was_given(table: Any, tmp_path: Path) -> None:
-    """A caller may go on with the object while the snapshot is written."""
+    """A caller may modify the object while the snapshot is written."""
     extra: dict[str, Any] = {"position": [1]}
     info = table.snapshot(tmp_path / "s", extra=extra)
     extra["position"].append(2)

@@ -31,7 +31,7 @@ def make_pair(tmp_path, **options):
 
 
 def random_batch(rng, num_keys, num_bags):
-    """Keys with duplicates and extreme values; offsets with empty bags."""
+    """Make keys with duplicates and extreme values, and offsets with empty bags."""
     keys = rng.integers(-50, 50, num_keys)
     keys[rng.random(num_keys) < 0.3] = rng.integers(-(2**63), 2**63 - 1, 1)
     cuts = np.sort(rng.integers(0, num_keys + 1, num_bags - 1)) if num_bags > 1 else []
@@ -88,7 +88,7 @@ def test_over_dims_and_optimizers(tmp_path, dim, dtype):
         fast, slow = make_pair(tmp_path, **options, init=INITS[i % 3], seed=i, num_hashes=1 + (i + dim) % 3)
         with fast:
             train_both(fast, slow, rng, steps=2)
-        assert np.count_nonzero(slow.weight.any(axis=1)) > 60, name  # the batches really spread
+        assert np.count_nonzero(slow.weight.any(axis=1)) > 60, name  # the batches are really diverse
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
@@ -111,7 +111,7 @@ def test_unknown_isa_is_refused():
 @pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_threads_do_not_change_bits(tmp_path, optimizer, dim):
-    """Large enough that all threads take part."""
+    """The batches are large enough for all threads."""
     rng = np.random.default_rng(5)
     keys = rng.integers(0, 3000, 40_000)
     offsets = np.concatenate([[0], np.sort(rng.integers(0, 40_000, 9_999)), [40_000]])
@@ -137,7 +137,7 @@ def test_threads_do_not_change_bits(tmp_path, optimizer, dim):
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("num_embeddings", [1, 2, 3, 255, 257, 4096, 5000, 2**16 + 1])
 def test_updates_are_merged_alike_whatever_the_buckets(tmp_path, num_embeddings, num_threads, dim):
-    """Rows fewer than buckets, buckets of no rows, one key in half of the batch, one key in all of it."""
+    """Cover fewer rows than buckets, empty buckets, and one key in half of the batch or in all of it."""
     hashemb.set_num_threads(num_threads)
     rng = np.random.default_rng(num_embeddings)
     keys = rng.integers(0, 2**63, 20_000)
@@ -153,7 +153,7 @@ def test_updates_are_merged_alike_whatever_the_buckets(tmp_path, num_embeddings,
 
 
 def test_a_batch_too_large_for_one_update_is_refused(tmp_path):
-    """2**32 occurrences and more; the arrays are never touched, so they take no memory."""
+    """A batch of 2**32 or more occurrences is refused; the arrays are never touched, so they take no memory."""
     keys, grads = np.zeros(2**28 + 1, np.uint64), np.zeros((2**28 + 1, 1), np.float32)
     with hashemb.create(tmp_path / "t", num_embeddings=10, embedding_dim=1, num_hashes=16) as table:
         with pytest.raises(ValueError, match=r"an update of 4294967312 rows .* of 10 rows .* divide the batch"):
@@ -163,7 +163,7 @@ def test_a_batch_too_large_for_one_update_is_refused(tmp_path):
 
 @pytest.mark.parametrize("num_embeddings", [1, 2, 2**31 - 1, 2**31, 2**33 + 7, 2**63 - 1])
 def test_rows_at_any_size(num_embeddings):
-    """The row formula alone, against Python's integers."""
+    """Compare the row formula alone with Python's integers."""
     from hashemb.reference import fmix64, mulhi64
 
     keys = np.array([0, 1, 2**31, 2**63, 2**64 - 1, 12345678901234567], np.uint64)

@@ -1,4 +1,4 @@
-"""Tables that are not in memory: `prefetch` brings rows in, calls ask ahead themselves, and neither changes a bit."""
+"""Tables that are not in memory: `prefetch` loads rows, calls read ahead by themselves, and neither changes a bit."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OPTIMIZERS = {
     "ftrl": hashemb.FTRL(alpha=0.1),
 }
 KEYS = np.random.default_rng(1).integers(0, 1 << 64, 3000, np.uint64)
-FILLED = np.arange(20_000, dtype=np.uint64)  # which fill every block
+FILLED = np.arange(20_000, dtype=np.uint64)  # these fill every block
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 def resident(path: pathlib.Path) -> npt.NDArray[np.bool_]:
-    """Per page of the file, whether it is in the page cache."""
+    """Return, for each page of the file, whether it is in the page cache."""
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
         address = np.frombuffer(mapped, np.uint8).ctypes.data
@@ -54,7 +54,7 @@ def evict(path: pathlib.Path) -> None:
 
 
 def make(path: pathlib.Path, optimizer: Any = OPTIMIZERS["rowwise_adagrad"], **options: Any) -> pathlib.Path:
-    """A written table, closed and not in memory."""
+    """Make a written table that is closed and not in memory."""
     settings = {"num_embeddings": ROWS, "embedding_dim": DIM, "optimizer": optimizer, "huge_pages": False, **options}
     with hashemb.create(path, **settings) as table:
         grads = np.random.default_rng(2).standard_normal((FILLED.size, settings["embedding_dim"]))
@@ -107,7 +107,7 @@ def test_prefetch_brings_rows_and_for_writers_their_state(cold: pathlib.Path, mo
         else:
             assert not resident(cold / "accumulator.npy")[64:].any()
     found = resident(cold / "weight.npy")
-    assert found[64:].sum() <= wanted.size, "neighbours were read too"  # but for those of the header, which open reads
+    assert found[64:].sum() <= wanted.size, "neighbours were read too"  # except for the header, which open reads
 
 
 LONG_ROWS = {"embedding_dim": 1500, "num_embeddings": 1 << 12}
@@ -136,7 +136,7 @@ def test_prefetch_takes_keys_as_lookup_does(cold: pathlib.Path) -> None:
 def test_prefetch_of_a_closed_table(cold: pathlib.Path) -> None:
     table = hashemb.open(cold)
     table.prefetch(KEYS)
-    table.close()  # while pages are on their way
+    table.close()  # while pages are being read
     with pytest.raises(ClosedTableError, match="closed"):
         table.prefetch(KEYS)
 
@@ -166,7 +166,7 @@ def test_prefetch_in_a_forked_child(cold: pathlib.Path) -> None:
 
 
 def test_reading_ahead_writes_nothing(tmp_path: pathlib.Path) -> None:
-    """A sparse table: its holes stay holes, and its pages clean."""
+    """The holes of a sparse table stay holes, and its pages stay clean."""
     path = tmp_path / "t.emb"
     with hashemb.create(path, num_embeddings=ROWS, embedding_dim=DIM, huge_pages=False) as table:
         table.flush()
@@ -181,7 +181,7 @@ def test_reading_ahead_writes_nothing(tmp_path: pathlib.Path) -> None:
         assert not any(array.any() for array in (table.weight, *table.state.values()))
 
 
-# ---- by itself ----
+# ---- automatic read-ahead ----
 
 
 def test_a_cold_lookup_asks_ahead_and_a_warm_one_stops(counted: pathlib.Path) -> None:

@@ -1,4 +1,5 @@
-"""All models alike: formula and gradient, both forms of a batch, values and weights, other processes, bad input."""
+"""Common tests of all models: formula and gradient, both forms of a batch, values and weights, other processes, bad
+input."""
 
 from __future__ import annotations
 
@@ -49,14 +50,14 @@ def make_model(tmp_path: Path) -> Iterator[MakeModel]:
 
 
 def matrix(n: int, num_fields: int = FIELDS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of few distinct values per field, so that rows repeat within the batch, and labels."""
+    """Make keys with few distinct values per field, so that rows repeat within the batch, and labels."""
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 9, (n, num_fields)).astype(np.uint64) + 1000 * np.arange(num_fields, dtype=np.uint64)
     return keys, (rng.random(n) < 0.3).astype(np.float32)
 
 
 def ragged(n: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """Keys, the rest of the examples, labels; 0 to 6 keys an example, fields in any order and more than once."""
+    """Make keys, the rest of the examples, and labels: 0 to 6 keys per example, with repeated fields in any order."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 7, n)
     counts[:2] = 0, 5
@@ -72,7 +73,7 @@ def ragged(n: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray], np
 
 
 def logit_by_definition(kind: str, v: np.ndarray, x: np.ndarray, f: np.ndarray, bias: float, r: np.ndarray) -> float:
-    """The sum over pairs of the papers, in float64."""
+    """Return the sum over pairs as in the papers, in float64."""
     total = bias + float(x @ v[:, 0])
     for i, j in itertools.combinations(range(len(v)), 2):
         if kind == "ffm":
@@ -109,7 +110,7 @@ def test_logit_is_the_formula(make_model: MakeModel, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_by_finite_differences(make_model: MakeModel, kind: str) -> None:
-    """With SGD at lr 1 a step subtracts the gradient: in every element of every row, the reserved ones too."""
+    """With SGD at lr 1 a step subtracts the gradient, in every element of every row, including reserved rows."""
     model = make_model(kind)
     keys, rest, labels = ragged(12)
     weights = np.random.default_rng(1).uniform(0.0, 2.0, 12).astype(np.float32)
@@ -170,7 +171,7 @@ def test_weights_are_repeated_examples(make_model: MakeModel, kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_of_two_are_twice_the_weight(make_model: MakeModel, kind: str) -> None:
-    """Linear in x for one key alone: where nothing interacts."""
+    """The logit is linear in x if an example has one key only and hence no interactions."""
     model = make_model(kind)
     one = {"offsets": [0, 1], "fields": [2]}
     bias, single, double = (float(model.predict_logits([7], values=[x], **one)[0]) for x in (0.0, 1.0, 2.0))
@@ -198,7 +199,7 @@ def test_an_example_is_scored_alike_in_any_batch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_goes_on_with_the_same_bits(make_model: MakeModel, kind: str) -> None:
-    """Closed and opened half way, and by another object: all that a model has learned is in its table."""
+    """Another object can continue after half of the batches: everything that a model has learned is in its table."""
     batches = [matrix(100, seed=seed) for seed in range(6)]
     through, stopped = (make_model(kind, optimizer=hashemb.Adagrad(lr=0.1)) for _ in range(2))
     path = stopped.table.path
@@ -262,7 +263,7 @@ def test_field_weighted_starts_as_a_factorization_machine(make_model: MakeModel)
 
 
 def test_field_weights_tell_pairs_apart(make_model: MakeModel) -> None:
-    """Labels that depend on the pair of fields (0, 1) alone: its weight grows beside that of the others."""
+    """If labels depend only on the pair of fields (0, 1), its weight grows compared with the others."""
     rng = np.random.default_rng(0)
     model = make_model("fwfm", optimizer=hashemb.Adagrad(lr=0.1))
     assert isinstance(model, FieldWeightedFM)

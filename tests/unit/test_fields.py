@@ -1,4 +1,4 @@
-"""Buckets of numbers, and columns to keys."""
+"""Buckets of numbers, and keys from columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pa = pytest.importorskip("pyarrow")
 
 
 def test_count_buckets_are_exact() -> None:
-    """At every edge below 2**37, by 50-digit arithmetic: the smallest integer with ln(x)**2 >= k."""
+    """Check every edge below 2**37 with 50-digit arithmetic: the smallest integer with ln(x)**2 >= k."""
     buckets = range(2, 658)
     with localcontext() as context:
         context.prec = 50
@@ -37,7 +37,7 @@ def test_count_buckets_at_the_ends() -> None:
 
 @given(st.integers(-(2**63), 2**63 - 1) | st.integers(-10, 5000))
 def test_count_buckets_are_of_the_value_alone(x: int) -> None:
-    """Whether it is looked up or computed, in any shape, width and company."""
+    """A bucket is the same whether looked up or computed, in any shape and width and among any other values."""
     bucket = int(bucketize_counts([x]).item())
     assert x <= 2 or bucket == int(np.floor(np.log(float(x)) ** 2))
     assert x > 2 or bucket == x
@@ -51,7 +51,7 @@ def test_count_buckets_are_of_the_value_alone(x: int) -> None:
 
 @given(st.floats(1e-300, 1e300), st.floats(0, 1), st.sampled_from([1.0, -1.0]))
 def test_float_buckets(x: float, share: float, sign: float) -> None:
-    """Values 13 % apart differ; the bucket keeps the order and tells the sign."""
+    """Values 13 % apart differ; buckets preserve the order and the sign."""
     a, b = bucketize_floats(np.array([x, x * 1.126]) * sign)
     assert a != b
     low, mid = bucketize_floats([x, x * (1 + 0.1 * share)])

@@ -27,7 +27,7 @@ KINDS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
 
 def key_of(value: object, field: str | None = None) -> int:
-    """The definition, one value at a time."""
+    """Compute a key by the definition, one value at a time."""
     if value is None:
         data = b"\x00null"
     elif isinstance(value, str):
@@ -51,7 +51,7 @@ def assert_keys(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_known_answers():
-    """Keys are in people's tables: these numbers may never change."""
+    """Keys are stored in existing tables, so these numbers must never change."""
     known = {
         (0, None): 0x28DF63B7CC57C3CB,
         (-1, None): 0xA0E4B27A1ABAED73,
@@ -110,7 +110,7 @@ def test_fixed_width_strings(values, order):
 
 @pytest.mark.parametrize("length", range(41))
 def test_every_length_of_bytes(length):
-    """Each at the start and at the end of its buffer, where nothing past it may be read."""
+    """Strings are at the start and at the end of their buffer, beyond which nothing may be read."""
     rng = np.random.default_rng(length)
     values = [rng.integers(1, 256, length, np.uint8).tobytes() for _ in range(5)]
     assert_keys(hash_keys(values), keys_of(values))
@@ -203,7 +203,7 @@ def test_nested_lists_and_ranges():
 
 @pytest.mark.parametrize("dtype", ["<i8", ">i8", "<u2", ">u2", "S5", "S17", "<U5", ">U5", "O"])
 def test_layouts(dtype):
-    """Strided, reversed, read-only and unaligned arrays, which are left as they were."""
+    """Strided, reversed, read-only and unaligned arrays are hashed and left unchanged."""
     array = np.arange(100, 124).astype(dtype)
     raw = np.zeros(array.nbytes + 1, np.uint8)
     unaligned = raw[1:].view(dtype) if dtype != "O" else array.copy()

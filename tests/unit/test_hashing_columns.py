@@ -1,4 +1,4 @@
-"""hash_keys and hash_fields on pandas, polars and Arrow columns: the keys of the same values in a list."""
+"""hash_keys and hash_fields on pandas, polars and Arrow columns give the keys of the same values in a list."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ if hasattr(pa, "string_view"):
 @pytest.mark.parametrize("field", [None, "city"])
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_columns(kind, field):
-    """The whole column, and slices, which begin in the middle of a validity byte."""
+    """Hash the whole column, and slices that begin in the middle of a validity byte."""
     build, values = COLUMNS[kind]
     column, expected = build(values), hash_keys(values, field=field)
     keys = hash_keys(column, field=field)
@@ -120,7 +120,7 @@ def test_the_samples_spread():
     lengths = {len(text.encode()) for text in STRINGS if text is not None}
     assert {0, 1, 12, 13, 16} < lengths
     assert STRINGS.count(None) == 2
-    assert len(STRINGS) > 8  # more than a byte of validity bits
+    assert len(STRINGS) > 8  # more than one byte of validity bits
 
 
 @given(st.lists(st.none() | st.text(max_size=40)), st.integers(0, 20), st.integers(0, 20))
@@ -158,7 +158,7 @@ def test_arrow_nulls_inside_a_dictionary():
 @pytest.mark.parametrize("num_rows", [55, 56, 57, 112, 300])
 @pytest.mark.parametrize("build", [pa.array, lambda values: pa.array(values).dictionary_encode()])
 def test_arrow_nulls_of_long_columns(build, num_rows):
-    """Nulls are found 56 at a time, from any bit on: at the edges, none, all, and one in three."""
+    """Nulls are found 56 at a time, from any bit offset: at the edges, none, all, and one in three."""
     rng = np.random.default_rng(num_rows)
     for absent in (rng.random(num_rows) < 1 / 3, np.zeros(num_rows, bool), np.ones(num_rows, bool)):
         absent[[0, 54]] = True
@@ -181,7 +181,7 @@ def test_arrow_codes_of_nulls_are_never_followed():
 
 @pytest.mark.parametrize("num_rows", [3, 2000])
 def test_dictionaries_longer_than_the_column(num_rows):
-    """A short batch of a long file does not pay for the whole dictionary, and gets the same keys."""
+    """A short batch of a long file doesn't hash the whole dictionary, and gets the same keys."""
     words = [f"word {i}" for i in range(1000)]
     codes = [(i * 617) % 1000 for i in range(num_rows)]
     expected = hash_keys([words[code] for code in codes])
@@ -198,7 +198,7 @@ def test_views_beyond_one_buffer():
 
 
 def test_offsets_past_2_to_the_31():
-    """A large_string whose bytes lie 4 GiB into a buffer that is never touched before that."""
+    """The bytes of this large_string are 4 GiB into a buffer that is never touched before that."""
     num_bytes = 2**32 + 16
     data = np.zeros(num_bytes, np.uint8)
     data[2**32 :] = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -236,7 +236,7 @@ def arrow_from_buffers(arrow_type, length, *buffers, **children):
 
 
 def damaged_offsets(offsets, dtype, arrow_type):
-    """Offsets that change after pyarrow has looked at them."""
+    """Make an array whose offsets change after pyarrow has checked them."""
     shared = np.zeros(len(offsets), dtype)
     column = arrow_from_buffers(arrow_type, len(offsets) - 1, None, shared, b"0123456789")
     shared[:] = offsets
@@ -302,7 +302,7 @@ def test_fields_name_the_column_that_is_wrong():
 
 
 class Exporter:
-    """A column of another library: the Arrow PyCapsule interface, a length, and nothing else."""
+    """A column of another library, with the Arrow PyCapsule interface, a length, and nothing else."""
 
     def __init__(self, column, length):
         self.column, self.length = column, length

@@ -1,4 +1,4 @@
-"""What is asked of the kernel and when, what it gives, and that huge pages change speed alone."""
+"""Huge pages: what is requested from the kernel and when, what it returns, and that only speed changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(table: hashemb.EmbeddingTable, num_keys: int) -> None:
 
 
 def huge(table: hashemb.EmbeddingTable) -> int:
-    """Bytes by huge pages as `stats` says, which has to be what the kernel says."""
+    """Return the bytes in huge pages according to `stats`, after checking them against the kernel."""
     found = table.stats().huge_page_bytes
     in_smaps = sum(mapped_bytes(f"{table.path}/", *PMD_KINDS).values())
     if found is None:
@@ -44,7 +44,7 @@ def huge(table: hashemb.EmbeddingTable) -> int:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A directory on a file system whose pages are huge when asked for, as seen without this library."""
+    """Return a directory on a file system that gives huge pages on request, as tested without this library."""
     with open(tmp_path / "probe", "w+b") as file:
         file.truncate(8 << 20)
         with mmap.mmap(file.fileno(), 8 << 20) as memory:
@@ -58,7 +58,7 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shm() -> Iterator[Path]:
-    """A directory on a tmpfs that gives small pages until they are collapsed."""
+    """Yield a directory on a tmpfs that gives small pages until they are collapsed."""
     if not os.path.isdir("/dev/shm") or not os.access("/dev/shm", os.W_OK):
         pytest.skip("there is no /dev/shm")
     with tempfile.TemporaryDirectory(prefix="hashemb-test-", dir="/dev/shm") as name:
@@ -134,7 +134,7 @@ def test_write_back_limit_here() -> None:
 def test_small_tables_on_disk_get_huge_pages(disk: Path, huge_pages: bool | None) -> None:
     with create(disk / "t", huge_pages=huge_pages) as table:
         train(table, ROWS)
-        assert huge(table) >= 2 * 3 * HUGE_PAGE_BYTES  # the first extents have a page that was read as a header
+        assert huge(table) >= 2 * 3 * HUGE_PAGE_BYTES  # one page of each first extent was read as a header
         table.flush()
         assert huge(table) >= 2 * 3 * HUGE_PAGE_BYTES
     with hashemb.open(disk / "t", huge_pages=huge_pages) as table:
@@ -174,7 +174,7 @@ def test_a_table_on_tmpfs_is_collapsed_as_it_fills(shm: Path) -> None:
         train(table, ROWS)
         assert huge(table) == 2 * 4 * HUGE_PAGE_BYTES
         assert (table.lookup(np.arange(500)) != before).any(axis=1).all()
-    with hashemb.open(shm / "t") as table:  # what one process has collapsed another maps
+    with hashemb.open(shm / "t") as table:  # extents collapsed by one process are mapped by another
         table.lookup(np.arange(ROWS))
         assert huge(table) == 4 * HUGE_PAGE_BYTES
 
@@ -207,11 +207,11 @@ def test_blocks_larger_than_a_huge_page(shm: Path) -> None:
     with create(shm / "t", **options) as table:
         key = int(np.flatnonzero(table.rows(np.arange(100)) == 2)[0])  # bytes 10 to 15 Mi: 5 extents of 2 Mi
         table.update([key], np.ones((1, options["embedding_dim"]), np.float32))
-        assert huge(table) == 3 * HUGE_PAGE_BYTES  # those that hold a part of row 2
+        assert huge(table) == 3 * HUGE_PAGE_BYTES  # the extents with a part of row 2
 
 
 def test_space_is_kept_where_reading_a_hole_would_take_it(shm: Path) -> None:
-    """Looking how full an extent is takes no page of blocks.npy."""
+    """Checking how full an extent is allocates no page of blocks.npy."""
     with create(shm / "t", num_embeddings=2**24, optimizer=hashemb.SGD()) as table:
         train(table, 20)
         assert (shm / "t" / "blocks.npy").stat().st_blocks * 512 <= 4096 + 20 * 4096
@@ -222,7 +222,7 @@ def test_space_is_kept_where_reading_a_hole_would_take_it(shm: Path) -> None:
 
 
 class FakeKernel:
-    """Notes what is collapsed; answers with an errno."""
+    """Records what is collapsed, and returns an errno."""
 
     def __init__(self, answer: int = 0) -> None:
         self.answer, self.asked = answer, []
@@ -235,7 +235,7 @@ class FakeKernel:
 
 
 class Filling:
-    """Extents of an imaginary file of 4096-byte blocks, beside a real blocks.npy."""
+    """Extents of an imaginary file of 4096-byte blocks, with a real blocks.npy."""
 
     def __init__(self, directory: Path, num_extents: int, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernel = FakeKernel(answer)
@@ -245,7 +245,7 @@ class Filling:
         self.extents = _huge_pages.Extents(0, 4096 + num_extents * HUGE_PAGE_BYTES, 4096, self.fd, always=False)
 
     def write(self, *blocks: Any) -> list[int]:
-        """Writes blocks; returns the extents that are then collapsed."""
+        """Write blocks; return the extents that are then collapsed."""
         self.kernel.asked = []
         written = np.concatenate([np.asarray(b).ravel() for b in blocks]).astype(np.uint64)
         self.epochs[written] = 1
@@ -267,7 +267,7 @@ def filling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_an_extent_is_collapsed_once_and_when_a_quarter_is_written(filling: Any) -> None:
-    """Extent 0 has 511 blocks (the header is before them), extent 1 those from 511 on."""
+    """Extent 0 has 511 blocks, after the header; extent 1 has those from 511 on."""
     f = filling(3)
     assert f.write(np.arange(511, 511 + 127)) == []
     assert f.write(np.arange(511 + 127, 511 + 127 + 32)) == [1]
@@ -307,7 +307,7 @@ def test_a_kernel_that_cannot_is_not_asked_again(filling: Any, answer: int, goes
     assert f.write(np.arange(511, 1023)) == ([1] if goes_on else [])
 
 
-# ---- what stays the same ----
+# ---- unchanged behaviour ----
 
 
 @pytest.mark.parametrize("where", ["disk", "shm"])

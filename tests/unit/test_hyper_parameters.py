@@ -1,4 +1,4 @@
-"""Hyper-parameters that float64 holds and float32 does not: refused. Those at the limits keep every row finite."""
+"""Hyper-parameters that fit float64 but not float32 are refused. Those at the limits keep every row finite."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_ratio_of_ftrl(beta: float, alpha: float) -> None:
 @pytest.mark.parametrize(("cls", "name"), PARAMETERS, ids=ids)
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int32, np.uint8])
 def test_numbers_of_numpy(cls: Any, name: str, kind: Any) -> None:
-    """Kept as Python's: equal, written to JSON, and of an ordinary repr."""
+    """NumPy numbers become Python numbers: equal, serializable as JSON, and with an ordinary repr."""
     value = getattr(cls(**{name: kind(1)}), name)
     assert type(value) is float
     assert value == 1.0
@@ -76,7 +76,7 @@ def test_what_is_no_number(value: Any) -> None:
 
 
 def test_integers_stay_integers() -> None:
-    """As files have them."""
+    """Integers are kept, as files may contain them."""
     assert type(Adagrad(lr=1).lr) is int
 
 
@@ -131,7 +131,7 @@ EXTREMES = [
 @pytest.mark.parametrize("init", [Zeros(), Uniform(0.5)], ids=repr)
 @pytest.mark.parametrize("gradients", [[0], [1e-23], [1e-38], [1, 0, -1], [1e-20, 1, 1e-20], [100, -100]], ids=str)
 def test_at_the_limits_rows_stay_finite(tmp_path: Path, gradients: list[float], init: Any) -> None:
-    """With gradients of any size that is not large."""
+    """Rows stay finite with gradients of any size that is not large."""
     for number, optimizer in enumerate(EXTREMES):
         options = {"num_embeddings": 8, "embedding_dim": 2, "optimizer": optimizer, "init": init}
         with hashemb.create(tmp_path / str(number), **options) as table:

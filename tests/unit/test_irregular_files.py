@@ -1,4 +1,4 @@
-"""Files of a table that are no regular files, links, what others left in a table, and tables taken back."""
+"""Table files that are not regular files, links, foreign files in a table, and creations that are undone."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from hashemb._files import table_files as _storage
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 3000, "embedding_dim": 4}
 ONES = np.ones((100, 4), np.float32)
-LIMIT_S = 60  # an open that waits for the other end of a FIFO would wait for ever
+LIMIT_S = 60  # an open that waits for the other end of a FIFO would wait forever
 
-#: Every call that reads a table or a delta, by its path; prints how each ended.
+#: Make every call that reads a table or a delta by its path; print how each ended.
 CALLS = """
 import json, signal, sys
 import hashemb
@@ -71,7 +71,7 @@ READ_BY = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A snapshot `t`, and a delta `0.delta` that follows it; `empty` is an empty directory."""
+    """Make a snapshot `t`, a delta `0.delta` that follows it, and an empty directory `empty`."""
     folder = tmp_path_factory.mktemp("made")
     with hashemb.create(folder / "source", **OPTIONS) as table:
         table.update(np.arange(100), ONES)
@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ends(folder: Path) -> dict[str, list[str]]:
-    """How every call ends, on what is in a folder."""
+    """Return how every call on the contents of a folder ends."""
     paths = [folder / "t", folder / "0.delta", folder / "new", folder / "empty"]
     command = [sys.executable, "-c", CALLS, str(LIMIT_S), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT_S)
@@ -107,7 +107,7 @@ def test_a_fifo_in_the_place_of_a_file(tmp_path: Path, made: Path, name: str) ->
         else:
             assert error in ("CorruptTableError", "FormatError"), (call, message)
             assert file.name in message, (call, message)
-            assert "found a FIFO" in message or call == "restore", (call, message)  # which gives `verify`'s findings
+            assert "found a FIFO" in message or call == "restore", (call, message)  # reports like `verify`
     assert file.is_fifo()
 
 
@@ -146,7 +146,7 @@ def test_what_is_given_as_a_delta_and_is_no_file(tmp_path: Path, kind: str) -> N
 
 @pytest.fixture
 def linked(tmp_path: Path, made: Path) -> Path:
-    """A copy of the snapshot, of which every file is a link to one elsewhere, as in the cache of a model hub."""
+    """Make a copy of the snapshot in which every file is a link to one elsewhere, as in the cache of a model hub."""
     shutil.copytree(made / "t", tmp_path / "blobs")
     (tmp_path / "t").mkdir()
     for file in (tmp_path / "blobs").iterdir():
@@ -194,11 +194,12 @@ def test_only_what_replacing_a_file_left_is_removed(tmp_path: Path) -> None:
     assert set(os.listdir(path)) - own == {*mine, "history.json.79.tmp"}
 
 
-# ---- the rights of new directories ----
+# ---- the permissions of new directories ----
 
 
 def test_the_umask_does_not_change_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the process's: what another thread created meanwhile could be written by everybody. A thread watches it."""
+    """The umask is global to the process: files created by other threads could become world-writable. A thread watches
+    it."""
     stop, seen, real = threading.Event(), set(), os.umask
 
     def slow_umask(mask: int) -> int:
@@ -227,12 +228,12 @@ def test_the_umask_does_not_change_for_a_moment(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "t0" / "weight.npy").stat().st_mode & 0o777 == 0o640
 
 
-# ---- tables that cannot be taken into use ----
+# ---- tables that cannot be opened after creation ----
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
-    """Opening a table raises what is in the list, at its last step."""
+    """Make the opening of a table raise the exceptions in the list, at its last step."""
     raised: list[BaseException] = [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
     real = _storage.TableFiles._unseal
 
@@ -283,7 +284,7 @@ def test_a_table_that_was_there_before_stays(tmp_path: Path, failing: list[BaseE
 def test_a_table_that_another_process_uses_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still_open: bool
 ) -> None:
-    """It has the table open for writing, or has written to it and closed it."""
+    """The other process has the table open for writing, or has written to it and closed it."""
     others = []
 
     def open_beside(path: str, mode: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Label delay: scored when shown, learned when the label is known, in order; and no pause shows."""
+"""Label delay: examples are scored when shown and learned in order when their label is known; pauses leave no trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hashemb.ctr.readers import Batch
 
 
 class Diary:
-    """A model that predicts how much it has learned, and writes down what happens to it."""
+    """A model that predicts how much it has learned, and records all calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, int]] = []  # (what, first key, number of examples)
@@ -34,7 +34,7 @@ class Diary:
 
 
 def stream(n: int, size: int) -> list[Batch]:
-    """Batches whose keys are the numbers of the examples."""
+    """Make batches whose keys are the numbers of the examples."""
     rng = np.random.default_rng(0)
     labels, keys = (rng.random(n) < 0.4).astype(np.float32), np.arange(n, dtype=np.uint64)[:, None]
     return [Batch(labels[i : i + size], keys[i : i + size]) for i in range(0, n, size)]
@@ -59,7 +59,7 @@ def test_no_delay_is_one_call_a_batch() -> None:
 @pytest.mark.parametrize("size", [1, 7, 20])
 @pytest.mark.parametrize("delay", [1, 20, 33, 1000])
 def test_what_is_known_when(size: int, delay: int) -> None:
-    """Before a batch is scored, just those batches have been learned whose last label is `delay` examples old."""
+    """Before a batch is scored, exactly those batches have been learned whose last label is `delay` examples old."""
     diary, validator = run(stream(100, size), delay=delay)
     learned = 0
     for what, first, count in diary.events:
@@ -77,7 +77,7 @@ def test_what_is_known_when(size: int, delay: int) -> None:
 
 
 def test_a_delay_of_one_batch_is_none() -> None:
-    """The labels of a batch are known when the next one begins: the same order of events, scored and learned apart."""
+    """The labels of a batch are known when the next one begins: learning and scores are those without a delay."""
     diary, validator = run(stream(100, 20), delay=1)
     undelayed, expected = run(stream(100, 20))
     validator.finish()
@@ -86,7 +86,7 @@ def test_a_delay_of_one_batch_is_none() -> None:
 
 
 def test_delay_in_units_of_time() -> None:
-    """A rush of impressions is learned later in the stream than a lull of them."""
+    """Impressions in a busy period are learned later in the stream than those in a quiet one."""
     seconds = np.concatenate([np.arange(50) * 0.1, 100 + np.arange(50) * 10.0])
     diary = Diary()
     validator = ProgressiveValidator(diary, delay=30.0)
@@ -100,7 +100,7 @@ def test_delay_in_units_of_time() -> None:
 @pytest.mark.parametrize("delay", [0, 25, 64])
 @pytest.mark.parametrize("learned_again", [0, 3])
 def test_a_pause_leaves_no_trace(delay: int, learned_again: int, negatives: NegativeSampling | None) -> None:
-    """Resumed with the batches that had not been learned, even where they are cut in other places."""
+    """Training resumes with the batches that had not been learned, even if they are divided differently."""
     batches = stream(400, 16)
     options: dict[str, Any] = {"delay": delay, "negatives": negatives}
     unbroken, expected = run(batches, **options)

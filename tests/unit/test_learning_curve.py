@@ -1,4 +1,4 @@
-"""The kept progressive table: bounded, complete, the same after it has been to disk. And the example that draws one."""
+"""The saved progressive table is bounded, complete, and unchanged by saving it; and the example that plots one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "learning_curve.py"
 
 
 def rows_of(losses: list[float], every: int = 100) -> list[ProgressRow]:
-    """Rows that are `every` examples and one second apart."""
+    """Return rows that are `every` examples and one second apart."""
     means = np.cumsum(losses) / np.arange(1, len(losses) + 1)
     return [
         ProgressRow(every * (i + 1), loss, float(means[i]), 0.9, 0.7, float(every)) for i, loss in enumerate(losses)

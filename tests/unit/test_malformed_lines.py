@@ -1,4 +1,4 @@
-"""Criteo lines that are none: refused one by one, with the number of the line and the reason, never mended."""
+"""Malformed Criteo lines are refused one by one, with the line number and the reason, and never repaired."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MALFORMED: list[tuple[str, bytes, str]] = [
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# At the very start of a file a byte-order mark is no fault: that place is left out for it (test_readers.py has it).
+# A byte-order mark is allowed at the very start of a file, so it is not tested there (see test_readers.py).
 PLACES = [
     pytest.param(line, reason, place, id=f"{name}-{place}")
     for name, line, reason in MALFORMED
@@ -81,7 +81,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("line", "reason", "place"), PLACES)
 def test_malformed_line(tmp_path: Path, line: bytes, reason: str, place: int) -> None:
-    """It is counted, reported with its number and skipped; its neighbours are read as ever. Strict mode stops."""
+    """It is counted, reported with its number and skipped; its neighbours are read as usual. Strict mode stops."""
     path = write(tmp_path / "a.tsv", tsv(GOOD[:place]) + line + tsv(GOOD[place:]))
     batch, reader = read_all(path, format="criteo")
     assert np.array_equal(batch.keys, expected_keys(GOOD))
@@ -127,7 +127,7 @@ ROWS = st.lists(
 
 @given(ROWS)
 def test_any_values_round_trip(rows: list[tuple[int, list[int | None], list[str]]]) -> None:
-    """What is written as Criteo lines is read back with the keys of the values."""
+    """Values that are written as Criteo lines are read back with the same keys."""
     lines = [[str(y), *("" if x is None else str(x) for x in ints), *cats] for y, ints, cats in rows]
     columns = {name: pa.array([row[1][j] for row in rows], pa.int64()) for j, name in enumerate(INTEGERS)}
     columns |= {name: pa.array([row[2][j] or None for row in rows], pa.string()) for j, name in enumerate(CATEGORIES)}
@@ -143,7 +143,7 @@ def test_any_values_round_trip(rows: list[tuple[int, list[int | None], list[str]
 
 
 def memory_file(data: bytes) -> int:
-    """A descriptor of an anonymous file that holds `data`: hypothesis makes too many for a directory."""
+    """Return a descriptor of an anonymous file with `data`: hypothesis makes too many for a directory."""
     descriptor = os.memfd_create("rows")
     os.write(descriptor, data)
     os.lseek(descriptor, 0, os.SEEK_SET)

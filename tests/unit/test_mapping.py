@@ -1,4 +1,4 @@
-"""Files mapped at multiples of 2 MiB, by `mmap` objects that own what they map."""
+"""Files mapped at multiples of 2 MiB by `mmap` objects that own their mapping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def address_of(mapped: mmap.mmap, offset: int) -> int:
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
-    """A file of 5 MiB and a bit whose bytes say where they are."""
+    """Open a file of slightly over 5 MiB whose bytes encode their position."""
     path = tmp_path / "file"
     np.arange((5 << 20) // 8 + 7, dtype=np.uint64).tofile(path)
     fd = os.open(path, os.O_RDWR)

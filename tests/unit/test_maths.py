@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from hashemb.ctr import _maths, _reference_maths
 
-# (kind, dim, fields of the model): rows of one lane, of whole lanes, of more, with and without a rest.
+# (kind, dim, fields of the model): rows of one lane, of whole lanes, and of more, with and without a remainder.
 MODELS = [
     ("fm", 1, 7), ("fm", 2, 5), ("fm", 11, 10), ("fm", 16, 39), ("fm", 17, 3), ("fm", 32, 4), ("fm", 40, 1),
     ("fwfm", 2, 5), ("fwfm", 16, 6), ("fwfm", 11, 1), ("fwfm", 35, 4),
@@ -28,9 +28,9 @@ def isa(request: Any) -> Iterator[str]:
 
 
 def batch(kind: str, dim: int, num_fields: int, form: str, n: int = 150) -> dict[str, Any]:
-    """Arguments of the twin. Ragged examples have 0 to 6 keys, in no order of their fields, and repeat fields.
+    """Make arguments of the twin. Ragged examples have 0 to 6 keys, with repeated fields in any order.
 
-    There are half as many vectors as keys: some occur in several examples, some more than once in one, some nowhere.
+    There are half as many vectors as keys: some occur in several examples, some several times in one, some in none.
     """
     rng = np.random.default_rng(dim * 100 + num_fields)
     counts = np.full(n, num_fields) if form in ("matrix", "values") else rng.integers(0, 7, n)
@@ -55,7 +55,7 @@ def batch(kind: str, dim: int, num_fields: int, form: str, n: int = 150) -> dict
 
 
 def run(kind: str, arguments: dict[str, Any], num_threads: int = 1) -> _reference_maths.Outcome:
-    """The extension, with the twin's arguments and results."""
+    """Call the extension, with the arguments and results of the twin."""
     rest = {name: value for name, value in arguments.items() if name not in ("vectors", "labels", "weights")}
     vectors = arguments["vectors"].copy()
     maths = _maths.Maths(kind, vectors.shape[1], arguments["num_fields"])
@@ -120,7 +120,7 @@ def test_sums_do_not_depend_on_where_a_batch_is_cut(kind: str, dim: int, num_fie
 
 @pytest.mark.parametrize("num_distinct", [1, 3, 100, 1000, 10**9])
 def test_distinct_keys_come_in_the_order_of_their_first_places(num_distinct: int) -> None:
-    """Also the same object on batches of other sizes, and keys that differ in their highest or lowest bits only."""
+    """The same object works on batches of other sizes, and on keys that differ only in their highest or lowest bits."""
     rng, finder = np.random.default_rng(num_distinct), _maths.DistinctKeys()
     for n in (1000, 1, 0, 20_000, 7):
         for shift in (0, 34):
@@ -147,7 +147,7 @@ def test_distinct_keys_stay_within_their_arrays(change: Any, error: type[Excepti
 
 
 def test_sigmoid_is_rounded_once() -> None:
-    """Off by at most .501 units in the last place of the exact value; exact at the ends."""
+    """The error is at most .501 units in the last place of the exact value, and zero at both ends."""
     rng = np.random.default_rng(0)
     z = np.concatenate([rng.normal(0, 4, 20000), rng.uniform(-100, 100, 20000), [0.0, -0.0, 88.8, -103.0]])
     z = z.astype(np.float32)

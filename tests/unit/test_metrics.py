@@ -1,4 +1,4 @@
-"""Metrics: against scikit-learn and the formulas; streaming against whole arrays; nothing undefined warns."""
+"""Metrics against scikit-learn and the formulas, streaming against whole arrays; undefined values cause no warnings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_streaming_equals_whole() -> None:
     [(-1.5, 1.3, 3e-4), (-6, 2, 3e-4), (-12, 3, 1e-2), (0, 8, 0.1), (-3, 1e-4, 0.5), (2, 0, 0.5)],
 )
 def test_auc_is_off_by_no_more_than_its_bound(mean: float, std: float, bound: float) -> None:
-    """Also where scores lie beyond the histogram, in one bin, or are all tied; the bound is not always vacuous."""
+    """This includes scores outside the histogram, in one bin, or all tied; the bound is not always vacuous."""
     y, p = predictions(50_000, mean=mean, std=std)
     y[:2] = 0, 1
     metrics = streamed(y, p)
@@ -284,7 +284,7 @@ def test_weights_of_nothing() -> None:
 
 
 def gauc_user_by_user(y: np.ndarray, p: np.ndarray, users: np.ndarray) -> float:
-    """The definition, with scikit-learn's AUC and a loop."""
+    """Compute GAUC by its definition, with scikit-learn's AUC and a loop."""
     total, impressions = 0.0, 0
     for user in np.unique(users):
         mine = users == user
@@ -355,7 +355,7 @@ def test_streamed_bins_are_close_to_exact_ones() -> None:
 
 
 def test_intervals_hold_what_they_promise() -> None:
-    """Calibrated predictions lie in 95 % of the intervals, with weights too; predictions half as high do not."""
+    """95 % of the intervals contain calibrated predictions, also with weights; few contain predictions half as high."""
     inside, weighted, wrong = [], [], []
     for seed in range(40):
         y, p = predictions(2000, seed=seed)
@@ -370,7 +370,7 @@ def test_intervals_hold_what_they_promise() -> None:
 
 @pytest.mark.parametrize(("positive", "count"), [(0, 7), (3, 10), (10, 10), (1, 1)])
 def test_wilson_against_its_definition(positive: int, count: int) -> None:
-    """The limits are the rates whose distance from the share is 1.96 of their own standard deviations."""
+    """The limits are the rates that are 1.96 of their own standard deviations away from the observed share."""
     share = positive / count
     low, high = wilson_interval(share, count)
     assert 0.0 <= low <= share <= high <= 1.0

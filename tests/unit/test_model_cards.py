@@ -1,4 +1,4 @@
-"""`model.json`: every value is checked when the file is read, whoever wrote it."""
+"""`model.json`: every value is checked when the file is read, whichever program wrote it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hashemb.errors import FormatError
 
 
 def card(**changes: Any) -> str:
-    """The text of a card, changed."""
+    """Return the text of a card with these changes."""
     return json.dumps({"format": 1, "rank": 3, "kind": "factorization_machine", "sources": {}} | changes)
 
 
@@ -75,7 +75,7 @@ def test_a_card_that_is_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_a_card_is_written_to_no_other_file(tmp_path: Path) -> None:
-    """Whatever stands where it is made first: a link to another's file, or what a killed writer left."""
+    """This holds whatever is at its temporary name: a link to another file, or the leftover of a killed writer."""
     (tmp_path / "other").write_text("kept")
     new = tmp_path / "model.json.new"
     for prepare in (lambda: new.symlink_to(tmp_path / "other"), lambda: new.write_text("half")):
@@ -87,7 +87,7 @@ def test_a_card_is_written_to_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_card_of_another_table(tmp_path: Path) -> None:
-    """The card is well formed, but its model has no such rows: said of the file, before anything is made for it."""
+    """The card is valid but does not match the table: the error names the file, before anything is allocated for it."""
     hashemb.create(tmp_path / "T", num_embeddings=10, embedding_dim=4).close()
     for change, message in (
         ({"rank": 7}, "of rank 7 needs rows of 1 . rank = 8 elements"),
@@ -101,7 +101,7 @@ def test_a_card_of_another_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "count"), [("readers", 300), ("models", 150)])
 def test_hostile_files(kind: str, count: int) -> None:
-    """A few of the cases of hostile_files.py, in a process of their own: a crash or a hang would be of that one."""
+    """Run a few cases of hostile_files.py in a child process, which contains a crash or a hang."""
     run_hostile_files(kind, count)
 
 

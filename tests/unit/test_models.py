@@ -1,4 +1,4 @@
-"""The factorisation machine: its formula, its gradient, and how it uses the table."""
+"""The factorisation machine: its formula, its gradient, and its use of the table."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def make_table(tmp_path: Path) -> Iterator[MakeTable]:
 
 
 def random_batch(n: int, num_fields: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of few distinct values per field, so that rows repeat within the batch, and labels."""
+    """Make keys with few distinct values per field, so that rows repeat within the batch, and labels."""
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 20, (n, num_fields)).astype(np.uint64) + 1000 * np.arange(num_fields, dtype=np.uint64)
     return keys, (rng.random(n) < 0.3).astype(np.float32)
 
 
 def logits_by_definition(table: hashemb.EmbeddingTable, keys: np.ndarray) -> np.ndarray:
-    """Rendle's formula with its double sum, in float64."""
+    """Compute Rendle's formula with its double sum, in float64."""
     vectors = table.lookup(keys).astype(np.float64)
     bias = float(table.lookup(hashemb.hash_keys(["bias"], field=BIAS_FIELD))[0, 0])
     pairs = itertools.combinations(range(keys.shape[1]), 2)
@@ -62,7 +62,7 @@ def test_logit_is_the_formula(make_table: MakeTable, rank: int, num_fields: int)
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_gradient_by_finite_differences(make_table: MakeTable, rank: int) -> None:
-    """With SGD at lr 1 a step subtracts the gradient: compare it with differences of the loss, in every element."""
+    """With SGD at lr 1 a step subtracts the gradient, which is compared with differences of the loss per element."""
     table = make_table(rank)
     keys, labels = random_batch(12, 3)
     model = FactorizationMachine(table)
@@ -125,7 +125,7 @@ def test_predictions_do_not_depend_on_the_cache_chunks(make_table: MakeTable, mo
 @pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize("rank", RANKS)
 def test_learning_is_the_update_of_all_keys(make_table: MakeTable, rank: int, num_threads: int) -> None:
-    """Bit for bit, where no two keys share a row: the table itself sums a gradient for each key of each example."""
+    """They are equal bit for bit if no two keys share a row: the table sums a gradient per key of each example."""
     keys, labels = random_batch(3000, 7)
     bias_key = hashemb.hash_keys(["bias"], field=BIAS_FIELD)
     options = {"num_embeddings": 10**5, "optimizer": hashemb.Adagrad(lr=0.1)}
@@ -167,7 +167,7 @@ def test_keys_that_were_numbered_before(make_table: MakeTable) -> None:
 
 
 def test_loss_is_summed_over_the_batch(make_table: MakeTable) -> None:
-    """The same examples twice in a batch make twice the step."""
+    """A batch with each example twice makes a step twice as large."""
     keys, labels = random_batch(1, 3)
     steps = []
     for copies in (1, 2):
@@ -179,7 +179,7 @@ def test_loss_is_summed_over_the_batch(make_table: MakeTable) -> None:
 
 
 def test_bias_alone_learns_the_rate(make_table: MakeTable) -> None:
-    """With a field that says nothing, the probability becomes the share of positive labels."""
+    """With an uninformative field, the probability becomes the share of positive labels."""
     table = make_table(2, optimizer=hashemb.Adagrad(lr=0.5), init=hashemb.Zeros())
     model = FactorizationMachine(table)
     keys = np.zeros((1000, 1), np.uint64)

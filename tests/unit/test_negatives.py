@@ -1,4 +1,4 @@
-"""Negative down-sampling: reproducible, and calibrated on a stream whose truth is known; uncorrected it is not."""
+"""Negative down-sampling is reproducible, and calibrated on a stream with known truth; without correction it is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("pyarrow")
 
 
 class WeightedLogisticRegression:
-    """A learner on a table of one column that takes weights; sums over fields, gradients by hand."""
+    """A learner with sample weights on a table of one column: sums over fields, and gradients by hand."""
 
     def __init__(self, table: hashemb.EmbeddingTable) -> None:
         self.table = table
@@ -38,7 +38,7 @@ class WeightedLogisticRegression:
 
 @pytest.fixture(scope="module")
 def impressions() -> Batch:
-    """Of a stream in which one impression in twenty is clicked: where negatives are dropped in life."""
+    """Generate a stream with one click in twenty impressions, typical of negative down-sampling in practice."""
     from hashemb.ctr.synthetic import ImpressionStream
 
     made = ImpressionStream(seed=3, base_ctr=0.05).generate(0, 60_000)
@@ -46,7 +46,7 @@ def impressions() -> Batch:
 
 
 def learn(batch: Batch, path: Path, negatives: NegativeSampling | None) -> tuple[ProgressiveValidator, np.ndarray]:
-    """Learn 50,000 impressions; the validator, and raw predictions of the 10,000 that follow."""
+    """Learn 50,000 impressions; return the validator, and raw predictions for the next 10,000."""
     optimizer = hashemb.Adagrad(lr=0.02, initial_accumulator_value=1.0)
     with hashemb.create(path, num_embeddings=2**18, embedding_dim=1, optimizer=optimizer, init=hashemb.Zeros()) as t:
         validator = ProgressiveValidator(WeightedLogisticRegression(t), negatives=negatives)
@@ -72,7 +72,7 @@ def test_corrected_probabilities_are_calibrated(impressions: Batch, correction: 
 
 
 def test_progressive_metrics_are_those_of_all_examples(impressions: Batch, tmp_path: Path) -> None:
-    """From a fifth of the examples: the click rate, calibration and loss that learning them all would show."""
+    """A fifth of the examples gives the click rate, calibration and loss of learning all of them."""
     everything, _ = learn(impressions, tmp_path / "all", None)
     for correction in ("predictions", "weights"):
         sampled, _ = learn(impressions, tmp_path / correction, NegativeSampling(0.2, correction))
@@ -84,7 +84,7 @@ def test_progressive_metrics_are_those_of_all_examples(impressions: Batch, tmp_p
 
 
 def test_unweighted_learning_is_not_calibrated(impressions: Batch, tmp_path: Path) -> None:
-    """The weights are what does it: learned with a weight of 1, the same examples give odds ten times too high."""
+    """Calibration is due to the weights: with a weight of 1, the same examples give odds ten times too high."""
     negatives = NegativeSampling(0.1)
     kept = negatives.select(impressions, 0)
     optimizer = hashemb.Adagrad(lr=0.02, initial_accumulator_value=1.0)

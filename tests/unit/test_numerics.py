@@ -1,6 +1,6 @@
-"""The reference's numerics against independent ones: libm, exact integers, expectations of random rounding.
+"""The numerics of the reference against independent ones: libm, exact integers, expectations of random rounding.
 
-The kernels are held to the reference elsewhere (test_fast_equals_slow.py); here the reference is held to the world.
+The kernels are compared with the reference in test_fast_equals_slow.py.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def test_normal_quantile():
 
 
 def test_splitmix64_known_answers():
-    """First outputs for seed 1234567, as published with the generator's reference implementation."""
+    """The first outputs for seed 1234567 are those published with the reference implementation of the generator."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert reference.splitmix64(1234567, np.arange(3, dtype=np.uint64)).tolist() == expected
 
 
 def test_fmix64_known_answers():
-    """0 is its fixed point; 1 as in MurmurHash3.cpp."""
+    """0 is the fixed point of the function, and the value for 1 is that of MurmurHash3.cpp."""
     assert reference.fmix64(np.array([0, 1], np.uint64)).tolist() == [0, 0xB456BCFC34C2CB2C]
 
 
@@ -89,7 +89,7 @@ def test_representable_values_are_kept(name):
 
 @pytest.mark.parametrize("num_hashes", [1, 4])
 def test_initial_values_are_distributed_as_said(tmp_path, num_hashes):
-    """Of a key's vector, through the compiled core, for any number of hashes."""
+    """Check the vectors of keys, through the compiled core, for any number of hashes."""
     keys = hashemb.hash_keys(range(20_000))
     options = {"num_embeddings": 2**36, "embedding_dim": 8, "num_hashes": num_hashes, "optimizer": hashemb.SGD()}
     with hashemb.create(tmp_path / "n", init=hashemb.Normal(0.5), **options) as table:

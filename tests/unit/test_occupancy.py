@@ -1,4 +1,4 @@
-"""Who shares rows, counted one by one; norms of the rows that were written, and of no others."""
+"""Keys that share rows, counted one by one, and norms of exactly the rows that were written."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_the_census_merges_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_norms_are_those_of_the_rows_written(
     tmp_path: Path, dtype: str, weight_decay: float, num_embeddings: int
 ) -> None:
-    """With the decay they owe: a table of 2**36 rows, nearly all holes, takes no longer."""
+    """Norms include the decay that rows owe. A table of 2**36 rows that is nearly all holes takes no longer."""
     keys = keys_of(400)
     adagrad = hashemb.Adagrad(lr=0.1, weight_decay=weight_decay)
     with learned(tmp_path / "t", keys, dtype=dtype, num_embeddings=num_embeddings, optimizer=adagrad) as table:
         for _ in range(5):
-            table.update(keys[:1], np.ones((1, 2, 4)))  # the others owe more by now
+            table.update(keys[:1], np.ones((1, 2, 4)))  # the other rows owe more by now
         one_each = np.unique(table.rows(keys), return_index=True)[1]
         expected = np.linalg.norm(table.lookup(keys.reshape(-1)[one_each]), axis=1)
         found = row_norms(table)

@@ -1,4 +1,4 @@
-"""`_core.OpenFile`: it owns its descriptor from the first moment, and never closes another's."""
+"""`_core.OpenFile` owns its descriptor from the first moment, and never closes another one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_flags_mode_and_directory(tmp_path: Path) -> None:
             OpenFile("new", os.O_RDWR | os.O_CREAT | os.O_EXCL, directory=directory)
     with pytest.raises(OSError, match="new") as caught:
         OpenFile("new", directory=directory)
-    assert caught.value.errno == errno.EBADF  # it is closed: never the current directory instead
+    assert caught.value.errno == errno.EBADF  # it is closed, and is not replaced by the current directory
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
@@ -62,7 +62,7 @@ def test_what_cannot_be_opened(tmp_path: Path, flags: int) -> None:
 
 @pytest.mark.parametrize("argument", ["1.5", "Raising()", "'/', 'no flags'", "'/', 0, 0, 3", "'a\\0b'", "'/nowhere'"])
 def test_what_fails_closes_nothing_else(argument: str) -> None:
-    """Descriptor 0 is what a number that was never set would be."""
+    """Descriptor 0 would be the value of a number that was never set."""
     script = f"""
 import os
 from hashemb._core import OpenFile

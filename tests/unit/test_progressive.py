@@ -1,4 +1,4 @@
-"""Progressive validation: scored before learned, and a pause that leaves no trace."""
+"""Progressive validation: examples are scored before they are learned, and a pause leaves no trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hashemb.ctr.readers import Batch
 
 
 class Memoriser:
-    """Predicts 0.5 for keys it has not seen, and afterwards, almost surely, the label it saw."""
+    """A model that predicts 0.5 for unseen keys, and for others, with near certainty, the label it has seen."""
 
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}
@@ -36,7 +36,7 @@ class Memoriser:
 
 
 def stream(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of two fields whose labels depend on both."""
+    """Make examples of two fields whose labels depend on both."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 50, (n, 2))
     effects = rng.normal(0, 1.5, (2, 50))
@@ -93,7 +93,7 @@ def test_rows_fall_due_inside_batches() -> None:
 
 
 def test_figures_of_a_row() -> None:
-    """Against the metrics of the same predictions in one piece."""
+    """Compare them with the metrics of the same predictions in one array."""
     keys, labels = stream(1000)
     model = Memoriser()
     predictions = np.concatenate([model.learn(batch.keys, batch.labels) for batch in batches(keys, labels)])

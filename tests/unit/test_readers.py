@@ -1,4 +1,4 @@
-"""Readers: batches, files, compression, options. Malformed lines and the other formats have files of their own."""
+"""Readers: batches, files, compression, options. Malformed lines and the other formats are tested in separate files."""
 
 from __future__ import annotations
 

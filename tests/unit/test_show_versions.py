@@ -1,4 +1,4 @@
-"""`show_versions` says what is in use, also where it was forced, and where the machine tells little."""
+"""`show_versions` prints what is in use, also if it was forced or if the machine provides little information."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hashemb import _core, _versions
 
 
 def fields(text: str) -> dict[str, str]:
-    """What was printed, by name: names take up 26 columns."""
+    """Return the printed values by name: names take up 26 columns."""
     return {line[:26].strip(): line[27:] for line in text.splitlines()}
 
 
@@ -41,7 +41,7 @@ def test_what_is_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_a_forced_instruction_set_is_the_one_shown(isa: str) -> None:
-    """Also: no optional package is imported for its version."""
+    """In addition, no optional package is imported for its version."""
     extras = {name.replace("scikit-learn", "sklearn") for name in _versions._EXTRAS}
     program = (
         "import sys, hashemb; known = set(sys.modules); hashemb.show_versions(); "
@@ -56,7 +56,7 @@ def test_a_forced_instruction_set_is_the_one_shown(isa: str) -> None:
 
 
 def test_where_little_is_known(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No /proc, no /sys, no package metadata: the rest is still printed."""
+    """Without /proc, /sys and package metadata, the rest is still printed."""
     monkeypatch.setattr(_versions, "_read", lambda path: "")
     monkeypatch.setattr(_versions, "_installed", lambda package: None)
     hashemb.show_versions()

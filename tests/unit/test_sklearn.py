@@ -1,4 +1,4 @@
-"""The estimators: learning in pieces, going on, inputs, scikit-learn's tools."""
+"""The estimators: partial_fit, resuming, inputs, and scikit-learn's tools."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_seed_fixes_the_bits_and_another_changes_them(kind: type[Estimator]) -
 
 @every_kind
 def test_whole_weights_are_copies(kind: type[Estimator]) -> None:
-    """In one batch, to what float32 sums allow; and an example of weight 0 is as good as absent, to the bit."""
+    """They agree within one batch, up to the rounding of float32 sums; an example of weight 0 equals an absent one."""
     table, y = clicks(120)
     weights = np.random.default_rng(2).integers(0, 4, 120)
     frame = pd.DataFrame(table)
@@ -127,7 +127,7 @@ def test_values_never_seen_are_scored() -> None:
     new = {"user": [999], "site": ["new.com"], "price": [1.0]}
     known = {"user": [999], "site": ["site-3.com"], "price": [None]}
     assert np.isfinite(model.decision_function(new)).all()
-    # What was never seen has no weight: one site's weight is all the difference, and it is a learned one.
+    # Unseen values have no weight: the difference is the weight of one site, which is learned.
     weight = model.table_.lookup(hashemb.hash_keys(["site-3.com"], field="site"))[0, 0]
     without = model.decision_function({**known, "site": ["other.com"]})
     assert abs(weight) > 0.01
@@ -230,7 +230,7 @@ def test_clones_have_the_parameters_and_not_the_table(tmp_path: Path) -> None:
 def test_early_stopping_keeps_the_best_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     table = {"id": random.integers(0, 200, 600), "kind": random.integers(0, 3, 600)}
-    y = random.random(600) < 0.2 + 0.3 * table["kind"]  # ids mean nothing: to learn them is to overfit
+    y = random.random(600) < 0.2 + 0.3 * table["kind"]  # ids are random, so learning them is overfitting
     options = {
         "early_stopping": True,
         "validation_fraction": 0.25,

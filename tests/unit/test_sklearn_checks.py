@@ -1,4 +1,4 @@
-"""scikit-learn's own checks of an estimator, on each of ours."""
+"""scikit-learn's own estimator checks, on each of our estimators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOAT32 = "a weight of 3 and three copies differ in the last bits of float32 sum
 
 
 def expected_failures(estimator: Any) -> dict[str, str]:
-    """Checks that ask for more than there can be, and why."""
+    """Return the checks whose requirements cannot be met, with the reasons."""
     failures = {"check_sample_weight_equivalence_on_dense_data": FLOAT32}
     if estimator._takes_sparse:
         failures["check_sample_weight_equivalence_on_sparse_data"] = FLOAT32

@@ -1,4 +1,4 @@
-"""Tables of every library give the same keys, and what cannot be a table is refused with the reason."""
+"""Tables of every library give the same keys, and anything that is not a table is refused with the reason."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_matrix_is_columns_x0_x1() -> None:
     assert values is None
     np.testing.assert_array_equal(keys, hashemb.hash_fields({"x0": [1, 3], "x1": [2, 4]}))
     np.testing.assert_array_equal(keys_of(matrix.tolist())[0], keys)
-    np.testing.assert_array_equal(keys_of(pd.DataFrame(matrix.astype(int)))[0], keys)  # integer names are none
+    np.testing.assert_array_equal(keys_of(pd.DataFrame(matrix.astype(int)))[0], keys)  # integers are not used as names
 
 
 def test_rows_of_several_types_keep_them() -> None:

@@ -70,7 +70,7 @@ def test_bad_data_is_refused_before_anything_is_written(
     model = HashedLogisticRegression(table=tmp_path / "m.emb", **SMALL)
     for learn in (model.fit, model.partial_fit):
         if weights == [0, 1, 0, 1] and learn == model.partial_fit:
-            continue  # a stream's batch may hold one class
+            continue  # a batch of a stream may have a single class
         with pytest.raises(error, match=message):
             learn({"a": [1, 2, 3, 4]}, y, sample_weight=weights)
     gc.collect()

@@ -1,4 +1,4 @@
-"""How well the estimators learn, with default settings, against scikit-learn on the same rows."""
+"""The quality of the estimators with default settings, compared with scikit-learn on the same rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = 0
 
 
 def scores(model: Any) -> dict[str, float]:
-    """Means over five folds of scikit-learn's breast-cancer data: 569 rows of 30 positive numbers."""
+    """Return means over five folds of scikit-learn's breast-cancer data: 569 rows of 30 positive numbers."""
     x, y = load_breast_cancer(return_X_y=True)
     folds = StratifiedKFold(5, shuffle=True, random_state=SEED)
     found = cross_validate(model, x, y, cv=folds, scoring=["accuracy", "neg_log_loss", "roc_auc"])
@@ -42,7 +42,7 @@ def scores(model: Any) -> dict[str, float]:
     ],
 )
 def test_measured_numbers_in_any_scale(model: Any, accuracy: float, auc: float) -> None:
-    """Floors a point below what was measured; scikit-learn's logistic regression has .953 unscaled, .979 scaled."""
+    """The floors are a point below the measured values; logistic regression reaches .953 unscaled and .979 scaled."""
     found = scores(model)
     assert found["accuracy"] > accuracy, found
     assert found["roc_auc"] > auc, found
@@ -52,7 +52,7 @@ NUM_TRAIN, NUM_TEST = 12_000, 6_000
 
 
 def test_clicks_against_logistic_regression_on_one_hot_columns() -> None:
-    """39 columns of generated impressions, most values rare; scikit-learn gets the best of three regularisations."""
+    """The data has 39 columns of impressions with mostly rare values; scikit-learn gets its best of three penalties."""
     stream = ImpressionStream(seed=1)
     train, test = stream.generate(0, NUM_TRAIN), stream.generate(NUM_TRAIN, NUM_TEST)
     assert 0.1 < train.labels.mean() < 0.4
@@ -83,7 +83,7 @@ def best_on_one_hot(train: Any, test: Any) -> float:
 
 
 def test_interactions_are_what_a_factorisation_machine_is_for() -> None:
-    """Whether a user and an item agree in parity: neither says anything by itself."""
+    """The label is whether a user and an item have the same parity: neither is informative by itself."""
     random = np.random.default_rng(SEED)
     user, item = random.integers(0, 40, (2, 8000))
     y = (user + item) % 2 == 0

@@ -1,4 +1,4 @@
-"""Where an estimator's table is: its own or shared, attached to, pickled, in other processes and threads."""
+"""The table of an estimator: private or shared, opened by others, pickled, in other processes and threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL = {"rows": 4096, "random_state": 0}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-# ---- where the table is ----
+# ---- the location of the table ----
 
 
 def test_a_private_table_goes_with_its_estimator() -> None:

@@ -59,7 +59,7 @@ def as_lists(batch: Batch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_a_file_holds(tmp_path: Path, format: str) -> None:
-    """Recognised by its contents; the examples are those of the slow twin."""
+    """The format is recognised by the contents of the file, and the examples are those of the slow twin."""
     (batch,), reader = read(write(tmp_path / "data.txt", GOOD[format]))
     examples = [parse_line(format, line) for line in GOOD[format].splitlines()]
     want = expected([example for example in examples if example is not None], reader.field_names)
@@ -87,7 +87,7 @@ PIECES = {
 @settings(max_examples=700, deadline=None)
 @given(st.data())
 def test_tokeniser_equals_its_slow_twin(data: st.DataObject) -> None:
-    """Over lines made of what the formats are made of: the same examples, and the same lines refused."""
+    """On lines composed of the tokens of the formats, both return the same examples and refuse the same lines."""
     format = data.draw(st.sampled_from(FORMATS))
     labelled = data.draw(st.booleans())
     pieces = st.lists(st.sampled_from(PIECES[format]), max_size=12).map(b"".join)
@@ -141,7 +141,7 @@ NUMBERS = st.one_of(
 @settings(max_examples=600, deadline=None)
 @given(NUMBERS)
 def test_numbers_are_those_of_float(text: str) -> None:
-    """Correctly rounded, to double and then to float32; what is refused is no finite number."""
+    """Numbers are correctly rounded, to double and then to float32; anything but a finite number is refused."""
     compare_with_twin("libsvm", [b"1 1:" + text.encode()], True)
 
 
@@ -178,7 +178,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("format", "line", "reason"), [(f, *case) for f in FORMATS for case in REFUSED[f]])
 def test_refused_lines(tmp_path: Path, format: str, line: bytes, reason: str) -> None:
-    """Counted, reported with number and reason, and without effect on their neighbours."""
+    """They are counted, reported with number and reason, and don't affect their neighbours."""
     path = write(tmp_path / "a", GOOD[format] + line + b"\r\n" + GOOD[format])
     (batch,), reader = read(path, format=format)
     assert [str(bad) for bad in reader.report.bad_lines] == [f"{path}:4: {reason}"]
@@ -222,7 +222,7 @@ def test_batches_compression_and_start(tmp_path: Path, format: str) -> None:
 
 
 def test_fields_keep_their_numbers(tmp_path: Path) -> None:
-    """A second file, or one read with the schema of the first, gives the same numbers; new ones come after them."""
+    """A second file, or one read with the schema of the first, gets the same numbers; new fields get the next ones."""
     first = write(tmp_path / "a.vw", b"1 |a x |b y\n-1 |b y\n")
     second = write(tmp_path / "b.vw", b"1 |c z |b y\n-1 |a x\n")
     (batch,), reader = read([first, second])
@@ -245,7 +245,7 @@ def test_a_field_that_comes_late_and_very_many(tmp_path: Path) -> None:
 
 
 def seconds(work: Callable[[], Any], tries: int = 3) -> float:
-    """The least of a few measurements: what the machine does besides only adds."""
+    """Return the minimum of a few measurements: other work on the machine can only add time."""
     taken = []
     for _ in range(tries):
         start = time.perf_counter()
@@ -265,7 +265,7 @@ MANY_FIELDS: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("name", MANY_FIELDS)
 def test_time_is_linear_in_the_number_of_fields(tmp_path: Path, name: str) -> None:
-    """Four times as many names take four times as long; 16 times where each name had its line read again."""
+    """Four times as many names take four times as long; reading the line again for each name would take 16 times."""
     few, many = (write(tmp_path / f"{n} {name}", MANY_FIELDS[name](n)) for n in (4_000, 16_000))
     (batch,), reader = read(many, batch_size=16_000)
     assert len(reader.schema) >= 16_000
@@ -274,7 +274,7 @@ def test_time_is_linear_in_the_number_of_fields(tmp_path: Path, name: str) -> No
 
 
 def test_time_to_recognise_a_format_is_linear() -> None:
-    """A number matched in several ways made 2^n of them of a line of n features that fails at its end."""
+    """Regression: a number that matched in several ways gave 2^n matches on a line of n features with a final fault."""
 
     few, many = (b"1 " + b"1:12 " * features + b"x\n" for features in (10, 22))
     assert seconds(lambda: _sparse_text.recognise(many), 1) < 50 * seconds(lambda: _sparse_text.recognise(few)) + 0.01
@@ -333,7 +333,7 @@ def test_forms_that_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than a block is nothing special; longer than a line may be is a fault, however long it is."""
+    """A line longer than a block is valid; one above the maximum length is a fault, however long it is."""
     monkeypatch.setattr(_sparse_text, "_BLOCK_BYTES", 100)
     long = b"1 " + b" ".join(b"%d:1" % i for i in range(1000)) + b"\n"
     (batch,), _ = read(write(tmp_path / "a.svm", GOOD["libsvm"] + long))

@@ -1,4 +1,4 @@
-"""The generators spread: a test that never draws a collision or an empty bag proves nothing about them."""
+"""The generators are diverse: a test that never draws a collision or an empty bag proves nothing about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hashemb import reference
 
 
 def draws(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """What hypothesis makes of a strategy in `count` examples."""
+    """Return `count` examples that hypothesis draws from a strategy."""
     found: list[Any] = []
 
     @settings(max_examples=count, database=None)
@@ -78,7 +78,7 @@ def test_colliding_keys_collide(num_embeddings: int) -> None:
 
 
 def test_canary_stream() -> None:
-    """A stream too short for its borders is refused, not used."""
+    """A stream that is too short for all extreme keys is refused."""
     with pytest.raises(AssertionError, match="a border was never drawn"):
         own.random_stream(2, 5, 1, seed=0, num_embeddings=50)
     assert len(own.random_stream(10, 64, 1, seed=0, num_embeddings=50)) == 10

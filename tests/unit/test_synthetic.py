@@ -1,4 +1,4 @@
-"""The generator: a pure function of (seed, i), of the shape it promises, with labels drawn from its own truth."""
+"""The generator is a pure function of (seed, i), with the documented distributions and labels drawn from its truth."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_new_stream_of_the_same_seed_is_the_same() -> None:
 
 
 def test_the_stream_is_pinned() -> None:
-    """Changing the generator changes every figure measured on it: then this changes too, on purpose."""
+    """A change of the generator changes every figure measured on it, and must be made here too, on purpose."""
     part = ImpressionStream(seed=0).generate(10**6, 3)
     assert part.columns["I5"].to_pylist() == [13326, 2276, None]
     assert part.columns["C21"].to_pylist() == ["02ceeb46", "cb20cbf3", "6a888fda"]
@@ -96,7 +96,7 @@ def test_missing_values(impressions: Impressions) -> None:
 
 
 def test_counts_are_log_normal(impressions: Impressions) -> None:
-    """The share of counts from a power of two on is the normal tail; every column reaches its smallest value."""
+    """The share of counts above a power of two is the normal tail; every column reaches its smallest value."""
     for name, (_, log2_median, log2_std, smallest) in zip(impressions.columns, synthetic._INTEGERS, strict=False):
         ranks = impressions.columns[name].drop_null().to_numpy() - (smallest - 1)
         assert ranks.min() == 1, name
@@ -106,7 +106,7 @@ def test_counts_are_log_normal(impressions: Impressions) -> None:
 
 
 def test_vocabularies(stream: ImpressionStream, impressions: Impressions) -> None:
-    """From 4 to 10**8 values; small ones are all seen, none is exceeded, large ones hardly begun."""
+    """Vocabularies have 4 to 10**8 values; small ones are seen completely, large ones barely, and none is exceeded."""
     sizes = stream.vocabularies
     assert sorted(sizes.values())[0] == 4
     assert sorted(sizes.values())[-1] == 10**8
@@ -125,7 +125,7 @@ def test_small_vocabularies_of_a_small_stream() -> None:
 
 
 def test_power_law_ranks() -> None:
-    """Each octave has the weight of the law; the largest rank is reached and not passed."""
+    """Each octave has the weight given by the law; the largest rank is reached and not exceeded."""
     words = draws(99, 0, 200_000)
     for size, exponent in ((4, 1.04), (1000, 1.2), (10**8, 1.2)):
         ranks = power_law(size, exponent).ranks(words)
@@ -147,7 +147,7 @@ def test_log_normal_weights_sum_up() -> None:
 
 
 def test_popularity_drifts() -> None:
-    """The most popular value of now is not that of a period ago, changes by degrees, and stays without drift."""
+    """The most popular value differs from that of a period ago, changes gradually, and stays the same without drift."""
 
     def top(stream: ImpressionStream, start: int) -> str:
         column = stream.generate(start, 4000).columns["C21"].dictionary_decode()
@@ -169,7 +169,7 @@ def test_popularity_drifts() -> None:
 
 
 def test_labels_are_drawn_from_the_truth(impressions: Impressions) -> None:
-    """Calibrated overall and in every tenth of the probabilities, within four standard errors."""
+    """Labels are calibrated overall and in every decile of the probabilities, within four standard errors."""
     y, p = impressions.labels, impressions.probabilities
     assert p.mean() == pytest.approx(0.22, abs=0.01)
     order = np.argsort(p)
@@ -185,7 +185,7 @@ def test_base_ctr(base_ctr: float) -> None:
 
 
 def one_hot(columns: list[npt.NDArray[np.uint64]]) -> Any:
-    """A sparse matrix with a column for each value of each of `columns`."""
+    """Return a sparse matrix with a column for each value of each of `columns`."""
     codes, width = [], 0
     for column in columns:
         values, code = np.unique(column, return_inverse=True)
@@ -196,14 +196,14 @@ def one_hot(columns: list[npt.NDArray[np.uint64]]) -> Any:
 
 
 def with_crosses(keys: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.uint64]]:
-    """The columns of `keys`, and one for each of the true pairs."""
+    """Return the columns of `keys`, and one for each of the true pairs."""
     names = list(CRITEO_SCHEMA)
     pairs = [(keys[:, names.index(a)], keys[:, names.index(b)]) for a, b in synthetic._PAIRS]
     return [*keys.T, *(a * np.uint64(3) + b for a, b in pairs)]
 
 
 def test_the_truth_is_a_function_of_the_keys() -> None:
-    """Effects of values and of the pairs explain all of the logit; without the pairs much of it is left."""
+    """The effects of values and pairs explain the whole logit; without the pairs much of it is unexplained."""
     part = ImpressionStream(max_vocabulary=12, drift_period=None).generate(0, 10_000)
     logits = np.log(part.probabilities / (1 - part.probabilities))
     left = {}

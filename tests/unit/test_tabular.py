@@ -1,4 +1,4 @@
-"""CSV and Parquet: kinds of columns, the label, values that don't fit, and the same keys in every format."""
+"""CSV and Parquet: column types, the label, values of the wrong type, and the same keys in every format."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ still ok"
 
 @pytest.mark.parametrize("block_bytes", [40, 1 << 20])
 def test_malformed_csv_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    """The header is record 1, and a quoted line break starts none."""
+    """The header is record 1, and a quoted line break does not start a record."""
     monkeypatch.setattr(_csv, "_BLOCK_BYTES", block_bytes)
     path = write(tmp_path / "a.csv", BAD_CSV)
     batch, reader = read_all(path, schema={"user": "integer", "site": "string"})
@@ -154,7 +154,7 @@ def test_ragged_records_alone(tmp_path: Path) -> None:
 
 
 def test_a_kind_holds_for_the_whole_file_and_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the head a value that doesn't fit is refused; with a schema it can be read."""
+    """A value of another type after the inspected rows is refused; with a schema it can be read."""
     monkeypatch.setattr(_csv, "_HEAD_BYTES", 64)
     a = write(tmp_path / "a.csv", b"label,user\n" + b"1,17\n" * 30 + b"0,u18\n")
     b = write(tmp_path / "b.csv", b"label,user\n0,u19\n1,20\n")
@@ -171,7 +171,7 @@ def test_a_kind_holds_for_the_whole_file_and_the_next(tmp_path: Path, monkeypatc
 
 
 def test_bytes_that_are_not_utf8_at_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Characters cut in two by a read are whole; a noncharacter in good input is data."""
+    """Characters that are split by a read are decoded whole; a noncharacter in valid input is data."""
     monkeypatch.setattr(_csv, "_BLOCK_BYTES", 33)
     good = "label,site\n" + "".join(f"1,ü€😀{i}\ufdd0\n" for i in range(20))
     batch, reader = read_all(write(tmp_path / "a.csv", good.encode()))
@@ -211,11 +211,11 @@ def criteo_columns(rows: list[list[str]]) -> dict[str, Any]:
 
 
 def test_the_same_data_has_the_same_keys_in_every_format(tmp_path: Path) -> None:
-    """Also where a category looks like a number, is empty instead of null, or is dictionary-encoded."""
+    """This includes categories that look like a number, are empty instead of null, or are dictionary-encoded."""
     rows = criteo_rows(300)
     for i, row in enumerate(rows):
         row[14] = f"{i % 10:08d}"  # C1: all digits
-        row[15] = f"{i % 10}e{i % 7}00000"  # C2: a float, by its looks
+        row[15] = f"{i % 10}e{i % 7}00000"  # C2: looks like a float
     truth, _ = read_all(write(tmp_path / "a.tsv", tsv(rows)))
     header = [["label", *CRITEO_SCHEMA]]
     table = pa.table(criteo_columns(rows))
@@ -268,11 +268,11 @@ def test_parquet_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["string", "binary", "large_string", "large_binary", "dictionary", "long"])
 def test_the_empty_string_is_missing_in_parquet(tmp_path: Path, kind: str) -> None:
-    """Also among nulls, at any place of a batch that is cut anywhere, and in columns without the one or the other."""
+    """This holds among nulls, anywhere in a batch divided anywhere, and in columns without nulls or empty strings."""
     rng = np.random.default_rng(0)
     for values in (["", None, "a", "b"], [None, "a"], ["", "a"], ["a", "b"], [""], [None, "x" * 50, "y" * 900, ""]):
         texts = [values[i] for i in rng.integers(0, len(values), 200)]
-        if kind == "long":  # no dictionary is kept in the file
+        if kind == "long":  # the file has no dictionary
             texts = [text and f"{text}{i}" for i, text in enumerate(texts)]
         column = pa.array(texts, pa.string() if kind in ("dictionary", "long") else getattr(pa, kind)())
         table = pa.table({"label": [0, 1] * 100, "x": column.dictionary_encode() if kind == "dictionary" else column})
@@ -282,7 +282,7 @@ def test_the_empty_string_is_missing_in_parquet(tmp_path: Path, kind: str) -> No
 
 
 def test_nulls_with_bytes_beneath_are_not_empty_strings() -> None:
-    """Arrow leaves open what lies under a null: as many nulls of some bytes as values of none."""
+    """Arrow does not specify the bytes under a null: here as many nulls have bytes as values have none."""
     data = pa.array(["", "ab", "", "cd"]).buffers()
     for present, expected in (((1, 0, 1, 0), True), ((0, 1, 0, 1), False), ((1, 0, 0, 1), True)):
         validity = pa.py_buffer(np.packbits(present, bitorder="little"))
@@ -292,7 +292,7 @@ def test_nulls_with_bytes_beneath_are_not_empty_strings() -> None:
 
 
 def test_the_thread_that_decodes_parquet_ends(tmp_path: Path) -> None:
-    """With the reader, whether it has been read or not; and what it raises is raised by the reader."""
+    """It ends with the reader, exhausted or not, and the reader raises its exceptions."""
     table = pa.table({"label": [0, 1] * 50_000, "x": np.arange(100_000)})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, compression="none", use_dictionary=False)
     before = threading.active_count()

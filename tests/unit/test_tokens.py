@@ -1,4 +1,4 @@
-"""The Criteo tokeniser against the careful way (line by line, Arrow columns, `fields.encode`): bit for bit the same."""
+"""The Criteo tokeniser equals the careful path (line by line, Arrow columns, `fields.encode`) bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_instruction_sets_by_name() -> None:
 
 
 class Lines:
-    """A stream of bytes, as `Stream` is."""
+    """A stream of bytes with the interface of `Stream`."""
 
     name = "lines"
     bytes_read = 0
@@ -61,7 +61,7 @@ class Lines:
 
 
 def fast(data: bytes, schema: dict[str, Kind], *, labelled: bool = True) -> tuple[Batch, list[tuple[int, str]]]:
-    """What the source makes of it, and what it refuses."""
+    """Return what the source reads, and what it refuses."""
     source = _criteo.CriteoSource.__new__(_criteo.CriteoSource)
     source._stream, source._labelled = Lines(data), labelled  # type: ignore[assignment]
     bad: list[tuple[int, str]] = []
@@ -72,7 +72,7 @@ def fast(data: bytes, schema: dict[str, Kind], *, labelled: bool = True) -> tupl
 
 
 def careful(data: bytes, schema: dict[str, Kind], *, labelled: bool = True) -> tuple[Batch, list[tuple[int, str]]]:
-    """The same by `line_fault` and Arrow alone."""
+    """Return the same with `line_fault` and Arrow only."""
     text = data.removeprefix(b"\xef\xbb\xbf")
     text = (text if text.endswith(b"\n") or not text else text + b"\n").replace(b"\r\n", b"\n")
     good, bad = [], []
@@ -126,7 +126,7 @@ def test_equals_the_careful_way(rows: list[Any], schema: dict[str, Kind], labell
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_good_lines_with_odd_bytes(data: st.DataObject) -> None:
-    """Bytes put into, cut out of and changed in good lines."""
+    """Insert, remove and change bytes in good lines."""
     text = bytearray(tsv(criteo_rows(3, seed=data.draw(st.integers(0, 5)))))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(text)))
@@ -153,7 +153,7 @@ def test_blocks_cut_at_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_width_of_line_and_place_of_a_tab() -> None:
-    """Lines whose end falls on each byte of the 64 that are looked at together, the text's own end included."""
+    """Lines may end at any of the 64 bytes that are examined together, including the end of the text."""
     row = criteo_rows(1, seed=8)[0]
     for width in range(66):
         row[39] = "e" * width
@@ -161,7 +161,7 @@ def test_every_width_of_line_and_place_of_a_tab() -> None:
 
 
 def test_buckets_are_those_of_the_rule() -> None:
-    """At both sides of every edge, at every power of two, and at random: what `bucketize_counts` says."""
+    """Compare with `bucketize_counts` on both sides of every edge, at every power of two, and at random."""
     tables = CountBuckets.all()
     rng = np.random.default_rng(0)
     edges = np.concatenate([tables.first[:-1], tables.first[1:] - 1, 2 ** np.arange(63), 2 ** np.arange(1, 63) - 1])
@@ -179,7 +179,7 @@ def test_buckets_are_those_of_the_rule() -> None:
 
 
 def test_the_careful_way_is_rarely_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary lines never are, nor other alphabets; an integer of 19 digits is, and its neighbours are not."""
+    """Ordinary lines and other alphabets never take it; an integer of 19 digits does, but its neighbours don't."""
     taken: list[int] = []
     monkeypatch.setattr(_criteo, "_keys_of", lambda lines, schema: taken.append(len(lines)) or 0)
     rows = criteo_rows(50)
@@ -200,7 +200,7 @@ def test_strict_reading_stops_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_block_of_nothing_but_line_ends() -> None:
-    """A row is kept free only where a line could be one."""
+    """A row is reserved only for a line that could be valid."""
     got, bad = fast(b"\n" * 5000, SCHEMAS[0])
     assert len(got.keys) == 0
     assert len(bad) == 5000

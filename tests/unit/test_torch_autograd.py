@@ -1,4 +1,4 @@
-"""What users of autograd expect: accumulation, failure, freezing, dtypes, compilation, copies, processes."""
+"""Behaviour that users of autograd expect: accumulation, failure, freezing, dtypes, compilation, copies, processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def create(path: Path, **options: Any) -> hashemb.EmbeddingTable:
 
 
 def twin(table: hashemb.EmbeddingTable) -> hashemb.EmbeddingTable:
-    """Another table with the same rows."""
+    """Make another table with the same rows."""
     return create(Path(table.path + ".twin"))
 
 
@@ -57,7 +57,7 @@ def test_a_backward_pass_is_one_update(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_accumulation_is_one_update(table: hashemb.EmbeddingTable) -> None:
-    """Micro-batches whose graphs are gone before `step`, twice; then gradients that are forgotten."""
+    """Accumulate micro-batches whose graphs are freed before `step`, twice, and then discard gradients."""
     embedding = Embedding(table)
     optimizer = TableOptimizer(torch.nn.Sequential(embedding))
     with twin(table) as other:
@@ -88,7 +88,7 @@ def test_two_modules_on_one_table(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_retained_graph(table: hashemb.EmbeddingTable) -> None:
-    """Twice through one graph is two updates; with an optimiser one, of the sum."""
+    """Two passes through one graph are two updates, or with an optimiser one update by the sum."""
     loss = Embedding(table)(KEYS).sum()
     loss.backward(retain_graph=True)
     loss.backward()
@@ -101,9 +101,9 @@ def test_retained_graph(table: hashemb.EmbeddingTable) -> None:
     assert leaf.grad.unique().tolist() == [2.0]
 
 
-@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # a cycle of tensors, which `step` undoes
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # a cycle of tensors, which `step` breaks
 def test_gradients_of_gradients(table: hashemb.EmbeddingTable) -> None:
-    """A penalty on the gradient by the vectors, as in adversarial training: d/dv (3 v²)² = 36 v³."""
+    """Penalise the gradient with respect to the vectors, as in adversarial training: d/dv (3 v²)² = 36 v³."""
     embedding = Embedding(table)
     optimizer, vectors = TableOptimizer(embedding), embedding(KEYS)
     (gradient,) = torch.autograd.grad((vectors**3).sum(), vectors, create_graph=True)
@@ -130,7 +130,7 @@ class _Fails(torch.autograd.Function):
 def test_a_pass_that_fails_leaves_nothing(table: hashemb.EmbeddingTable) -> None:
     embedding = Embedding(table)
     other = torch.ones(3, requires_grad=True)
-    failing = _Fails.apply(other).sum()  # before the look-up, so after it on the way back
+    failing = _Fails.apply(other).sum()  # before the look-up, so after it in the backward pass
     with pytest.raises(KeyError, match="on purpose"):
         (failing + embedding(KEYS).sum()).backward()
     assert table.step == 0
@@ -156,7 +156,7 @@ def test_gradients_that_are_not_finite(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_gradients_of_any_strides(table: hashemb.EmbeddingTable) -> None:
-    """Broadcast, transposed and sliced ones."""
+    """Gradients may be broadcast, transposed or sliced."""
     embedding = Embedding(table)
     grads = torch.arange(64.0).reshape(DIM, 2, 8)[:, :, ::4].permute(2, 1, 0)
     embedding(KEYS).backward(grads)
@@ -191,7 +191,7 @@ def test_clipping(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_loss_scaling(table: hashemb.EmbeddingTable) -> None:
-    """Unscaled before the update; a step with infinite gradients is left out."""
+    """Gradients are unscaled before the update; a step with infinite gradients is skipped."""
     embedding = Embedding(table)
     optimizer, scaler = TableOptimizer(embedding), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(embedding(KEYS).sum()).backward()
@@ -217,7 +217,7 @@ def test_learning_rates_of_schedulers(table: hashemb.EmbeddingTable) -> None:
         assert table.lr == expected
         schedule.step()
     saved = optimizer.state_dict()
-    table.lr = 0.3  # by another process, say: no scheduler has spoken since
+    table.lr = 0.3  # for example by another process, after the last step of a scheduler
     embedding(KEYS).sum().backward()
     restored = TableOptimizer(embedding)
     assert restored.param_groups[0]["lr"] == 0.3
@@ -276,7 +276,7 @@ def test_a_table_that_is_only_read(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_dtypes(table: hashemb.EmbeddingTable) -> None:
-    """The module's, as with any; the table's arithmetic stays float32. Autocast begins after the look-up."""
+    """Vectors have the dtype of the module; the table computes in float32. Autocast applies after the look-up."""
     embedding = Embedding(table)
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         embedding.to(dtype)
@@ -302,9 +302,9 @@ def test_other_devices(table: hashemb.EmbeddingTable) -> None:
     assert embedding.cpu()(KEYS).device.type == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile reads it of what enters a graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile reads it from graph inputs
 def test_compiled(table: hashemb.EmbeddingTable) -> None:
-    """The look-up stays outside of the graphs on both its sides."""
+    """The look-up stays outside of the graphs before and after it."""
     embedding, bag = Embedding(table), EmbeddingBag(table)
     compiled = torch.compile(lambda keys: (embedding(keys * 1).sin() + bag(keys)).sum(), backend="eager")
     with torch.no_grad():
@@ -351,7 +351,7 @@ def test_state_dict_refers_to_the_table(table: hashemb.EmbeddingTable, tmp_path:
     model(KEYS).sum().backward()
     with pytest.warns(RuntimeWarning, match="is at step 2, the state was saved at step 1"):
         model.load_state_dict(saved)
-    with hashemb.open(tmp_path / "saved.emb", "r+") as restored:  # the table of that moment is as good
+    with hashemb.open(tmp_path / "saved.emb", "r+") as restored:  # the table of that moment works as well
         torch.nn.Sequential(Embedding(restored), torch.nn.Linear(DIM, 1)).load_state_dict(saved)
     with twin(table) as other, pytest.raises(ValueError, match="the state is of table"):
         torch.nn.Sequential(Embedding(other), torch.nn.Linear(DIM, 1)).load_state_dict(saved)
@@ -395,7 +395,7 @@ def test_a_second_process_reads_while_this_one_trains(table: hashemb.EmbeddingTa
 
 
 class _Examples(torch.utils.data.Dataset):
-    """Vectors looked up by the worker itself."""
+    """A dataset of vectors that are looked up in the worker."""
 
     def __init__(self, embedding: Any) -> None:
         self.embedding = embedding

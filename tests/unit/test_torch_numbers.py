@@ -1,4 +1,4 @@
-"""The modules of hashemb.torch against those of torch.nn on the same rows: results, gradients, Adagrad's updates."""
+"""The modules of hashemb.torch against those of torch.nn on the same rows: results, gradients, Adagrad updates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table(tmp_path: Path) -> Iterator[hashemb.EmbeddingTable]:
 
 
 def key_of_row(table: hashemb.EmbeddingTable) -> npt.NDArray[np.int64]:
-    """A key for each row."""
+    """Return a key for each row."""
     tried = np.arange(-1000, 1000)
     rows, first = np.unique(table.rows(tried), return_index=True)
     assert rows.tolist() == list(range(NUM_ROWS))
@@ -36,7 +36,7 @@ def key_of_row(table: hashemb.EmbeddingTable) -> npt.NDArray[np.int64]:
 
 
 def dense_twin(table: hashemb.EmbeddingTable, kind: Any, **options: Any) -> tuple[Any, Any]:
-    """torch's module with the table's rows as its weight, and torch's Adagrad of it."""
+    """Make torch's module with the rows of the table as its weight, and torch's Adagrad for it."""
     weight = torch.from_numpy(table.lookup(key_of_row(table)))
     module = kind(NUM_ROWS, DIM, _weight=weight, **options)
     return module, torch.optim.Adagrad(module.parameters(), lr=LR, initial_accumulator_value=0.1)
@@ -47,13 +47,13 @@ def assert_same_rows(table: hashemb.EmbeddingTable, module: Any) -> None:
 
 
 def bags_of(rng: np.random.Generator, num_keys: int, num_bags: int) -> npt.NDArray[np.int64]:
-    """Where each bag begins; some are empty."""
+    """Return the offsets of bags, some of which are empty."""
     return np.concatenate([[0], np.sort(rng.integers(0, num_keys + 1, num_bags - 1))])
 
 
 @pytest.mark.parametrize("collected", [False, True], ids=["at backward", "TableOptimizer"])
 def test_embedding_is_that_of_torch(table: hashemb.EmbeddingTable, collected: bool) -> None:
-    """Through a nonlinear loss of all fields of a batch at once, many repeated keys in it."""
+    """Compare them through a nonlinear loss of all fields of a batch at once, with many repeated keys."""
     rng = np.random.default_rng(0)
     ours, (theirs, adagrad) = Embedding(table), dense_twin(table, torch.nn.Embedding)
     tables = TableOptimizer(ours) if collected else None
@@ -94,7 +94,7 @@ def test_bags_are_those_of_torch(table: hashemb.EmbeddingTable, mode: str, inclu
 
 @pytest.mark.parametrize("learned_weights", [False, True])
 def test_per_sample_weights_are_those_of_torch(table: hashemb.EmbeddingTable, learned_weights: bool) -> None:
-    """Bags of equal size in a matrix; the gradient of the weights too."""
+    """Compare bags of equal size in a matrix, and the gradient of the weights."""
     rng = np.random.default_rng(2)
     ours, (theirs, adagrad) = EmbeddingBag(table, mode="sum"), dense_twin(table, torch.nn.EmbeddingBag, mode="sum")
     for _ in range(20):
@@ -117,7 +117,7 @@ def test_per_sample_weights_are_those_of_torch(table: hashemb.EmbeddingTable, le
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn"])
 def test_both_ways_of_pooling_agree(table: hashemb.EmbeddingTable, mode: str) -> None:
-    """The kernel, and torch's operations where weights learn: an empty bag and one of divisor 0 included."""
+    """The kernel and, for learned weights, torch's operations agree, also for an empty bag and one with divisor 0."""
     rng = np.random.default_rng(3)
     keys, offsets = torch.from_numpy(rng.integers(-500, 500, 12)), torch.tensor([0, 4, 4, 6])
     weights = torch.from_numpy(rng.random(12).astype("f"))
@@ -140,7 +140,7 @@ def test_both_ways_of_pooling_agree(table: hashemb.EmbeddingTable, mode: str) ->
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn"])
 def test_gradient_of_per_sample_weights(table: hashemb.EmbeddingTable, mode: str) -> None:
-    """First and second derivatives, in float64."""
+    """Check first and second derivatives in float64."""
     rng = np.random.default_rng(4)
     keys, offsets = rng.integers(-500, 500, 8), [0, 3, 3]
     weights = torch.from_numpy(rng.random(8) + 0.5).requires_grad_()
@@ -150,7 +150,7 @@ def test_gradient_of_per_sample_weights(table: hashemb.EmbeddingTable, mode: str
 
 
 def test_padding(table: hashemb.EmbeddingTable) -> None:
-    """Padding has no vector, no part in a mean and no gradient; -1 is the key 2**64 - 1."""
+    """Padding has no vector, is not counted in a mean and has no gradient; -1 is the key 2**64 - 1."""
     keys = torch.tensor([[3, 4, -1], [5, -1, -1], [-1, -1, -1]])
     plain, padded = Embedding(table), Embedding(table, padding_idx=-1)
     assert torch.equal(padded(keys)[0, :2], plain(keys)[0, :2])
@@ -186,7 +186,7 @@ def test_empty_batches(table: hashemb.EmbeddingTable) -> None:
 
 
 def test_one_update_for_look_ups_of_every_kind(table: hashemb.EmbeddingTable) -> None:
-    """Single vectors, means and weighted sums in one table: the gradients of a key meet before Adagrad sees them."""
+    """One table has single vectors, means and weighted sums: the gradients of a key are summed before Adagrad."""
     rng = np.random.default_rng(5)
     modules = [Embedding(table), EmbeddingBag(table), EmbeddingBag(table, mode="sum")]
     tables = TableOptimizer(modules)
@@ -209,7 +209,7 @@ def test_one_update_for_look_ups_of_every_kind(table: hashemb.EmbeddingTable) ->
 
 @pytest.mark.parametrize("kind", ["Embedding", "EmbeddingBag"])
 def test_l2_is_a_term_of_the_loss(table: hashemb.EmbeddingTable, kind: str) -> None:
-    """Once for each distinct row of a look-up, however often its key occurs in it."""
+    """It counts each distinct row of a look-up once, however often its key occurs."""
     rng = np.random.default_rng(6)
     ours = Embedding(table, l2=0.3) if kind == "Embedding" else EmbeddingBag(table, mode="sum", l2=0.3)
     theirs, adagrad = dense_twin(table, torch.nn.Embedding)

@@ -1,4 +1,4 @@
-"""The model directory and the trainer: positions, resuming to the bit, files that grow or change."""
+"""The model directory and the trainer: positions, bit-exact resuming, files that grow or change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 50
 
 
 def write_clicks(path: Path, start: int, stop: int, *, bad: Sequence[int] = ()) -> Path:
-    """A CSV of clicks whose rows are a function of their number; those in `bad` have no valid label."""
+    """Write a CSV of clicks whose rows are a function of their number; those in `bad` have no valid label."""
     lines = ["click,user,site"]
     for i in range(start, stop):
         user, site = (i * 7919) % 101, f"s{(i * 104729) % 13}"
@@ -43,7 +43,7 @@ def trainer_for(directory: Path, paths: Sequence[Path], **options: Any) -> Train
 
 
 def train(directory: Path, paths: Sequence[Path], *, stop_after: int | None = None, **options: Any) -> list[TrainStep]:
-    """Run to the end, or stop cleanly after that many steps; the steps taken."""
+    """Run to the end, or stop cleanly after that many steps; return the steps taken."""
     trainer = trainer_for(directory, paths, **options)
     steps = []
     with closing(trainer.model.table), closing(trainer.run()) as run:
@@ -57,7 +57,7 @@ def train(directory: Path, paths: Sequence[Path], *, stop_after: int | None = No
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """What must be equal for two models to be the same: table bytes, step, card without paths."""
+    """Return what must be equal for two models to be the same: table bytes, step, card without paths."""
     with hashemb.open(directory) as table:
         arrays = {"weight": table.weight.tobytes(), "step": table.step}
         arrays |= {name: array.tobytes() for name, array in table.state.items()}
@@ -72,7 +72,8 @@ def without_rates(steps: Sequence[TrainStep]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("stop_after", [1, 3, 10, 11, 14])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, stop_after: int, passes: int) -> None:
-    """Bit for bit: weights, accumulators, decay, step, metrics, progressive table. File a has 10.3 batches."""
+    """Everything is equal bit for bit: weights, accumulators, decay, step, metrics, progressive table. File a has 10.3
+    batches."""
     files = [write_clicks(tmp_path / "a.csv", 0, 515, bad=(3, 170)), write_clicks(tmp_path / "b.csv", 600, 801)]
     unbroken = train(tmp_path / "unbroken", files, passes=passes)
     steps = train(tmp_path / "broken", files, passes=passes, stop_after=stop_after)
@@ -151,7 +152,7 @@ def test_bad_lines_are_reported_and_strict_stops_at_the_first(tmp_path: Path) ->
 
 
 def test_saving_while_running(tmp_path: Path) -> None:
-    """Every save is a state to go on from: a copy of the directory taken then, resumed, ends the same."""
+    """Training can resume from every save: a copy of the directory at that moment ends the same."""
     path = write_clicks(tmp_path / "a.csv", 0, 500)
     now = [0.0]
     trainer = trainer_for(tmp_path / "m", [path], save_seconds=10.0, clock=lambda: now[0])
@@ -370,7 +371,7 @@ def test_counts() -> None:
 
 
 def test_a_log_is_learned_in_growing_batches_at_first(tmp_path: Path) -> None:
-    """The model steps as one that is given those batches does, and a run that is stopped goes on with the same cuts."""
+    """The model equals one that is given those batches, and a stopped run resumes with the same batch boundaries."""
     path = write_clicks(tmp_path / "a.csv", 0, 700)
     bits = []
     for name, stop_after in (("whole", None), ("stopped", 3)):

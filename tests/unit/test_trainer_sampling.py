@@ -1,4 +1,4 @@
-"""Training with a label delay and with a share of the negatives: stopped anywhere, it ends with the same bits."""
+"""Training with a label delay and with down-sampled negatives: stopped anywhere, it ends with the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = 50
 
 
 def write_clicks(path: Path, start: int, stop: int, bad: Sequence[int] = ()) -> Path:
-    """One impression in five is a click; clicks go with some users."""
+    """Write impressions of which one in five is a click; clicks depend on the user."""
     lines = ["click,user,site"]
     for i in range(start, stop):
         user = (i * 7919) % 101
@@ -43,7 +43,7 @@ def write_clicks(path: Path, start: int, stop: int, bad: Sequence[int] = ()) -> 
 def train(
     directory: Path, paths: Sequence[Path], *, stop_after: int | None = None, rate: float = 1.0, **options: Any
 ) -> int:
-    """Run to the end, or stop cleanly after that many steps; the number of steps taken."""
+    """Run to the end, or stop cleanly after that many steps; return the number of steps taken."""
     model, card = open_or_create(directory, SMALL)
     card.batch_size, card.negative_rate = BATCH, rate
     trainer = Trainer(directory, model, card, paths, schedule=EveryN(100), **options)
@@ -71,7 +71,7 @@ def contents(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("delay", "rate"), [(1, 1.0), (130, 1.0), (10_000, 1.0), (0, 0.3), (130, 0.3)])
 @pytest.mark.parametrize("stop_after", [1, 4, 11, 13])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, delay: int, rate: float, stop_after: int) -> None:
-    """Also where what waits comes from the file before the one that is being read: file a has 10.3 batches."""
+    """This includes waiting examples from the file before the one being read: file a has 10.3 batches."""
     files = [write_clicks(tmp_path / "a.csv", 0, 515, bad=(3, 170)), write_clicks(tmp_path / "b.csv", 600, 801)]
     options: dict[str, Any] = {"label_delay": delay, "rate": rate}
     for passes in (1, 2):
@@ -129,7 +129,7 @@ def clicks(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("correction", ["predictions", "weights"])
 def test_negative_rate_on_the_command_line(clicks: Path, tmp_path: Path, capsys: Any, correction: Any) -> None:
-    """The rate is kept with the model, and what is predicted is calibrated."""
+    """The rate is saved with the model, and its predictions are calibrated."""
     table = str(tmp_path / "m")
     options = ["--rank", "0", "--rows", "4096", "--batch-size", "50", "--initial-accumulator", "0.1"]
     sampling = ["--negative-rate", "0.2", "--negative-correction", correction]
@@ -173,7 +173,7 @@ def test_label_delay_on_the_command_line(clicks: Path, tmp_path: Path, capsys: A
 
 
 def test_what_a_pipe_gave_is_not_waited_for_again(clicks: Path, tmp_path: Path) -> None:
-    """A stopped run can't read a pipe again: the next one must not take another file's examples for it."""
+    """A stopped run can't read a pipe again, and the next one must not use examples of another file instead."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 

@@ -1,4 +1,4 @@
-"""Optimisers, initialisers and errors: what they hold, what they refuse, and what they say."""
+"""Optimisers, initialisers and errors: their values, their checks, and their messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_defaults(cls: type[Any]) -> None:
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_values_are_values(value: Any) -> None:
-    """Equal when their numbers are, usable as keys, frozen, copied and pickled, and repr gives them back."""
+    """They are equal if their numbers are, hashable, frozen, can be copied and pickled, and repr round-trips."""
     assert value == type(value)()
     assert hash(value) == hash(type(value)())
     assert eval(repr(value)) == value
@@ -91,7 +91,7 @@ def test_numbers_in_range(cls: type[Any], name: str, value: float) -> None:
 
 @pytest.mark.parametrize("cls", [Adagrad, RowWiseAdagrad, SGD], ids=lambda cls: cls.__name__)
 def test_decay_must_leave_something_of_a_weight(cls: type[Any]) -> None:
-    """1 - lr * weight_decay is a factor that is multiplied in at every step: 0 would erase the table."""
+    """Every step multiplies weights by 1 - lr * weight_decay: a factor of 0 would erase the table."""
     with pytest.raises(ValueError, match=r"lr \* weight_decay must be < 1, got 0.5 \* 2.0 = 1.0"):
         cls(lr=0.5, weight_decay=2.0)
     assert cls(lr=0.5, weight_decay=1.99).weight_decay == 1.99
@@ -163,7 +163,7 @@ def test_a_missing_extra_says_what_to_install() -> None:
     "error", [errors.NoSpaceError("no room", "weight.npy"), errors.MissingExtraError("pyarrow", "ctr")]
 )
 def test_errors_with_a_constructor_of_their_own_cross_processes(error: Exception) -> None:
-    """multiprocessing pickles what a worker raises; a class that cannot be rebuilt hangs the pool."""
+    """multiprocessing pickles the exceptions of a worker; a class that cannot be unpickled hangs the pool."""
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)

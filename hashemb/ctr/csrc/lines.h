@@ -1,4 +1,4 @@
-/* Lines and the delimiters in them, 64 bytes of text at a time: one bit a byte for tabs, line feeds, other controls. */
+/* Find lines and their delimiters, 64 bytes of text at a time, as masks with one bit per byte. */
 #ifndef HASHEMB_LINES_H
 #define HASHEMB_LINES_H
 
@@ -52,7 +52,7 @@ static inline lines_masks lines_scan(const uint8_t *p)
 
 #endif
 
-/* The masks of the bytes from `p` to `end`, 64 at most; what is past the end looks like a letter. */
+/* Return the masks of the bytes from `p` to `end`, at most 64; bytes past the end are treated as letters. */
 static inline lines_masks lines_scan_upto(const uint8_t *p, const uint8_t *end)
 {
     uint8_t padded[LINES_CHUNK_BYTES];
@@ -63,7 +63,7 @@ static inline lines_masks lines_scan_upto(const uint8_t *p, const uint8_t *end)
     return lines_scan(padded);
 }
 
-/* Lines in whole blocks of them. The inner loop counts in bytes, which is what compilers vectorise well. */
+/* Count the lines in a block of whole lines. The inner loop counts in bytes, which compilers vectorise well. */
 static inline int64_t lines_count(const uint8_t *p, int64_t size)
 {
     int64_t total = 0;
@@ -77,7 +77,7 @@ static inline int64_t lines_count(const uint8_t *p, int64_t size)
     return total;
 }
 
-/* Bytes of the UTF-8 sequence at `p`; 0 if there is none: not a lone surrogate, not overlong, not past U+10FFFF. */
+/* Return the length of the UTF-8 sequence at `p`; 0 if it is invalid: a lone surrogate, overlong or past U+10FFFF. */
 static inline int utf8_sequence(const uint8_t *p, const uint8_t *end)
 {
     uint8_t first = p[0], low = 0x80, high = 0xbf;

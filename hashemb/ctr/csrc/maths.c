@@ -1,6 +1,6 @@
-/* The models' kernels, compiled for each instruction set, and how a batch is spread over threads.
+/* Compile the models' kernels for each instruction set, and distribute a batch over threads.
  *
- * The instruction set is chosen once, by what the CPU has; HASHEMB_ISA or hm_isa_force names another. */
+ * The instruction set is chosen once, according to the CPU; HASHEMB_ISA or hm_isa_force selects another. */
 #include "maths.h"
 
 #include <math.h>
@@ -9,8 +9,9 @@
 #include "numerics.h"
 #include "parallel.h"
 
-/* Examples take a thread about .3 us each, and waking one takes some 10 us. A thread alone sums gradients as it goes; where
- * there are several, one does it when all are done, which a factorisation machine gains by only from four on. */
+/* A thread takes about .3 us per example, and waking a thread takes about 10 us. A single thread sums gradients as it
+ * goes; with several threads, one sums them when all are done, which is faster for a factorisation machine only from
+ * four threads on. */
 enum { HM_FLOATS_PER_THREAD = 1 << 15, HM_FM_THREADS = 4 };
 
 HE_INLINE int64_t hm_padded(int64_t n) { return (n + HM_LANES - 1) / HM_LANES * HM_LANES; }
@@ -22,7 +23,7 @@ HE_INLINE double hm_probability(double z) {
     return (z < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
-/* One example of a batch. Its vectors are written to only where they are copies. */
+/* One example of a batch. Its vectors are written to only if they are copies. */
 typedef struct {
     float *vectors;
     const int32_t *index;
@@ -64,7 +65,7 @@ HE_BEGIN_TARGET(HE_AVX512)
 HE_END_TARGET
 #endif
 
-/* Slowest first. */
+/* The variants, slowest first. */
 static const hm_kernels variants[] = {
     {"baseline", block_baseline, add_gradients_baseline},
 #if HE_X86
@@ -109,7 +110,7 @@ const char *hm_isa_available(int i) {
     return NULL;
 }
 
-/* ---- memory: what each thread works in, then what each block leaves ---- */
+/* ---- memory: the scratch of each thread, then the results of each block ---- */
 
 static int64_t num_blocks(const hm_batch *b) { return (b->num_examples + HM_BLOCK - 1) / HM_BLOCK; }
 
@@ -129,7 +130,8 @@ static int64_t scratch_floats(const hm_batch *b) {
     return hm_padded(b->dim) * (rows * b->max_keys + 2 + hm_num_pairs(b));
 }
 
-/* Vectors that are copied: of an example if one thread sums their gradients as it goes, else of the batch. */
+/* Return the size of the copied vectors: those of an example per thread or, if gradients are summed at the end, of the
+ * batch. */
 static int64_t copied_floats(const hm_batch *b, int num_threads) {
     if (!b->index) return 0;
     return hm_padded(b->labels && num_threads > 1 ? b->num_keys * b->dim : num_threads * hm_padded(b->max_keys * b->dim));
@@ -141,7 +143,7 @@ int64_t hm_memory_bytes(const hm_batch *b, int num_threads) {
     return (copied_floats(b, num_threads) + num_threads * scratch_floats(b)) * 4 + shared + HE_LINE_BYTES;
 }
 
-/* ---- a batch over threads: whoever is free takes the next block; each block leaves its own sums ---- */
+/* ---- a batch over threads: a free thread takes the next block; each block has its own sums ---- */
 
 typedef struct {
     const hm_batch *batch;
@@ -197,7 +199,7 @@ void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, 
     }
 }
 
-/* ---- distinct keys: open addressing, at most a quarter of the slots taken; a slot holds a number + 1 ---- */
+/* ---- distinct keys: open addressing with at most a quarter of the slots in use; a slot holds a number + 1 ---- */
 
 enum { HM_LEAST_SLOT_BITS = 8 };
 

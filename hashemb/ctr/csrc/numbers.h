@@ -1,4 +1,4 @@
-/* Decimal numbers as they stand in text: integers of up to 18 digits, and reals rounded to the nearest double. */
+/* Parse decimal numbers: integers of up to 18 digits, and reals rounded to the nearest double. */
 #ifndef HASHEMB_NUMBERS_H
 #define HASHEMB_NUMBERS_H
 
@@ -10,8 +10,8 @@ enum { NUMBER_MAX_BYTES = 128 };
 
 static inline int is_digit(uint8_t c) { return (uint8_t)(c - '0') <= 9; }
 
-/* Eight digits, the first in the lowest byte: three multiplications join neighbours
- * (Lemire, "Quickly parsing eight digits", 2018). Returns 0 where one of them is no digit. */
+/* Parse eight digits, the first in the lowest byte: three multiplications combine adjacent digits
+ * (Lemire, "Quickly parsing eight digits", 2018). Return 0 if one of them is not a digit. */
 static inline int parse_eight_digits(uint64_t word, uint64_t *out)
 {
     const uint64_t nibbles = UINT64_C(0xf0f0f0f0f0f0f0f0), zeros = UINT64_C(0x3030303030303030);
@@ -36,7 +36,7 @@ static inline int parse_long_digits(const uint8_t *p, int64_t length, uint64_t *
     return 1;
 }
 
-/* -?[0-9]{1,18} in `length` > 0 bytes, of `readable` that may be read. Returns 0 for anything else. */
+/* Parse -?[0-9]{1,18} in `length` > 0 bytes, where `readable` bytes may be read. Return 0 for anything else. */
 static inline int parse_integer(const uint8_t *p, int64_t length, int64_t readable, int64_t *out)
 {
     uint64_t magnitude;
@@ -56,7 +56,7 @@ static inline int parse_integer(const uint8_t *p, int64_t length, int64_t readab
     return 1;
 }
 
-/* What a number is made of, as far as 19 digits hold it. */
+/* The parts of a number, to a precision of 19 digits. */
 typedef struct {
     uint64_t mantissa;
     int exponent, negative, inexact;
@@ -69,7 +69,7 @@ static inline const uint8_t *scan_digits(const uint8_t *p, const uint8_t *end, n
             parts->mantissa = 10 * parts->mantissa + (uint64_t)(*p - '0');
             parts->exponent += step;
         } else {
-            parts->exponent += step + 1; /* a digit left out: before the point it still counts as a place */
+            parts->exponent += step + 1; /* a dropped digit; before the point it still shifts the exponent */
             parts->inexact |= *p != '0';
         }
     }
@@ -89,7 +89,7 @@ static inline const uint8_t *scan_exponent(const uint8_t *p, const uint8_t *end,
     return p;
 }
 
-/* [+-]?(digits[.digits]|.digits)([eE][+-]?digits)?, all of [p, end). */
+/* Scan [+-]?(digits[.digits]|.digits)([eE][+-]?digits)?, which must span all of [p, end). */
 static inline int scan_number(const uint8_t *p, const uint8_t *end, number_parts *parts)
 {
     const uint8_t *digits, *point;
@@ -107,9 +107,9 @@ static inline int scan_number(const uint8_t *p, const uint8_t *end, number_parts
     return p == end;
 }
 
-/* The double nearest to the number in [p, end), as Python's float() gives it. Returns 0 where there is none or it is
- * not finite. Most are exact in one operation (Clinger, "How to read floating point numbers accurately", 1990);
- * `slow` gets a copy of the others that ends in a NUL. */
+/* Parse the double nearest to the number in [p, end), like Python's float(). Return 0 if there is no number or it is
+ * not finite. Most numbers are exact in one operation (Clinger, "How to read floating point numbers accurately",
+ * 1990); `slow` parses a NUL-terminated copy of the others. */
 static inline int parse_number(const uint8_t *p, const uint8_t *end, double (*slow)(const char *), double *out)
 {
     static const double powers[] = {1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11,

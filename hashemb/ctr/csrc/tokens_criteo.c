@@ -1,4 +1,4 @@
-/* Criteo lines -> keys. A line in which anything is out of the ordinary is not judged here but handed back. */
+/* Convert Criteo lines to keys. Unusual lines are not checked here but returned to the caller. */
 #include "lines.h"
 #include "numbers.h"
 #include "portability.h"
@@ -6,7 +6,7 @@
 
 enum { MIN_LINE_BYTES = TOK_COLUMNS - 1, MAX_TABS = TOK_COLUMNS + 1, ROW_WORDS = 40 };
 
-/* Where the columns of a line end: at tabs, and the last one at its line feed. */
+/* The ends of a line's columns: tabs and, for the last column, the line feed. */
 typedef struct {
     int32_t tabs[MAX_TABS];
     int64_t num_tabs;
@@ -20,13 +20,13 @@ typedef struct line_words line_words;
 struct criteo_work {
     const tok_column *columns;
     const tok_buckets *buckets;
-    const uint8_t *limit; /* where the text ends */
+    const uint8_t *limit; /* the end of the text */
     uint64_t seeds[ROW_WORDS], null_keys[ROW_WORDS]; /* of the columns, and padding */
-    int takes_all; /* every column is wanted, in the order of the file */
+    int takes_all; /* every column is selected, in the order of the file */
     void (*hash_words)(const criteo_work *work, line_words *line);
 };
 
-static int is_limited; /* to what every CPU of its kind runs */
+static int is_limited; /* to instructions that every CPU of this architecture supports */
 
 void tok_limit_isa(int limited) { is_limited = limited; }
 
@@ -45,7 +45,7 @@ int64_t tok_count_lines(const uint8_t *text, int64_t size) { return lines_count(
 
 int64_t tok_criteo_max_rows(int64_t size) { return size / (MIN_LINE_BYTES + 1) + 1; }
 
-/* Sets of bits are walked from the lowest up. The first tabs are kept, all are counted. */
+/* Store the first tabs and count all of them; bits are visited from the lowest up. */
 static inline int64_t keep_tabs(line_index *index, uint64_t bits, int64_t offset)
 {
     int64_t count = index->num_tabs + __builtin_popcountll(bits);
@@ -78,7 +78,7 @@ static inline int64_t count_bucket(const tok_buckets *buckets, int64_t x)
         return x < 0 ? x : buckets->small[x];
     int octave = 63 - __builtin_clzll((uint64_t)x);
     int64_t low = buckets->octave[octave], high = buckets->octave[octave + 1];
-    while (low < high) { /* the last one that begins at x or below */
+    while (low < high) { /* find the last bucket with first <= x */
         int64_t middle = (low + high + 1) / 2;
         if (buckets->first[middle] <= x)
             low = middle;
@@ -88,12 +88,12 @@ static inline int64_t count_bucket(const tok_buckets *buckets, int64_t x)
     return low;
 }
 
-/* What is hashed of a line: a word for each column, all bytes of which count; places past the columns are padding. */
+/* The hash input of a line: a word for each column, all bytes of which are hashed; the rest is padding. */
 struct line_words {
     uint64_t words[ROW_WORDS], lengths[ROW_WORDS], is_missing[ROW_WORDS], keys[ROW_WORDS];
 };
 
-/* Returns 0 where the integers of the line are not all plain ones. */
+/* Return 0 if any integer of the line is not a plain one. */
 static inline int take_integers(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
                                 line_words *to)
 {
@@ -113,7 +113,7 @@ static inline int take_integers(const criteo_work *work, const uint8_t *line, co
     return 1;
 }
 
-/* Returns the set of the columns that are longer than a word. */
+/* Return the set of columns that are longer than a word. */
 static inline uint64_t take_categories(const criteo_work *work, const uint8_t *line, const int32_t *ends, int32_t begin,
                                        line_words *to)
 {
@@ -130,7 +130,7 @@ static inline uint64_t take_categories(const criteo_work *work, const uint8_t *l
     return longer;
 }
 
-/* The columns side by side: murmur_hash_short of one word. */
+/* Compute murmur_hash_short of one word for all columns in parallel. */
 static inline void hash_words(const criteo_work *work, line_words *line)
 {
     for (int j = 0; j < ROW_WORDS; j++) {
@@ -143,7 +143,7 @@ static inline void hash_words(const criteo_work *work, line_words *line)
 static void hash_words_baseline(const criteo_work *work, line_words *line) { hash_words(work, line); }
 
 #if HE_X86
-HE_BEGIN_TARGET(HE_AVX512) /* which multiplies words of 64 bits */
+HE_BEGIN_TARGET(HE_AVX512) /* has a multiplication of 64-bit words */
 static void hash_words_avx512(const criteo_work *work, line_words *line) { hash_words(work, line); }
 HE_END_TARGET
 #endif
@@ -170,7 +170,7 @@ static inline int take_line(const criteo_work *work, const uint8_t *line, line_i
 {
     if (!index->is_plain || index->num_tabs != TOK_COLUMNS - 1 + labelled)
         return 0;
-    index->tabs[index->num_tabs] = (int32_t)index->length; /* the last column ends there */
+    index->tabs[index->num_tabs] = (int32_t)index->length; /* the end of the last column */
     if (labelled) {
         if (index->tabs[0] != 1 || (line[0] | 1) != '1')
             return 0;

@@ -1,6 +1,6 @@
-/* libsvm, libffm and Vowpal Wabbit lines -> keys, values and fields of any number of features.
+/* Convert libsvm, libffm and Vowpal Wabbit lines to keys, values and fields of any number of features.
  *
- * A line is taken as a whole or not at all: a fault anywhere takes back what the line has written.
+ * A line is accepted as a whole or not at all: a fault anywhere discards the features that the line has written.
  */
 #define _GNU_SOURCE
 #include <locale.h>
@@ -10,7 +10,7 @@
 #include "numbers.h"
 #include "tokens.h"
 
-static locale_t c_locale; /* where the decimal point is a point */
+static locale_t c_locale; /* its decimal separator is a point */
 
 int tok_init(void)
 {
@@ -19,16 +19,16 @@ int tok_init(void)
     return c_locale != (locale_t)0;
 }
 
-/* The shortest feature of each format with the blank before it: " a" of VW. */
+/* The shortest feature of all formats, with the blank before it, is " a" in VW. */
 int64_t tok_max_features(int64_t size) { return size / 2 + 1; }
 
-/* A line under way. */
+/* The state of parsing a line. */
 typedef struct {
     const tok_rules *rules;
     tok_fields *fields;
     tok_examples *out;
     const uint8_t *text, *end; /* the end of the line */
-    int64_t at;                /* the next feature goes there */
+    int64_t at;                /* the position of the next feature */
     double label, importance;
     tok_fault fault;
 } work;
@@ -46,7 +46,7 @@ static inline int number(const uint8_t *p, const uint8_t *end, double *out)
     return parse_number(p, end, slow_number, out);
 }
 
-/* A value that float32 can hold. */
+/* Parse a value that float32 can hold. */
 static inline int finite_value(const uint8_t *p, const uint8_t *end, double *out)
 {
     return number(p, end, out) && isfinite((float)*out);
@@ -77,14 +77,14 @@ static inline const uint8_t *find(const uint8_t *p, const uint8_t *end, uint8_t 
 
 /* ---- fields ---- */
 
-/* Where to look first: the high bits of a product with a secret are as good as random (Dietzfelbinger et al., "A
- * reliable randomized algorithm for the closest-pair problem", 1997). */
+/* Return the first slot to probe: the high bits of a product with a secret are as good as random (Dietzfelbinger et
+ * al., "A reliable randomized algorithm for the closest-pair problem", 1997). */
 static inline uint64_t first_slot(const tok_fields *fields, uint64_t hash)
 {
     return hash * fields->secret >> fields->shift;
 }
 
-/* The slot of a field, or the free one where it belongs. */
+/* Return the slot of a field, or the free slot where it belongs. */
 static inline uint64_t find_slot(const tok_fields *fields, uint64_t hash)
 {
     uint64_t slot = first_slot(fields, hash), mask = ~UINT64_C(0) >> fields->shift;
@@ -107,10 +107,10 @@ void tok_add_field(tok_fields *fields, uint64_t hash, uint32_t seed)
     if (fields->numbers[slot] < 0)
         fill_slot(fields, slot, hash, seed);
     else
-        fields->seeds[fields->count++] = seed; /* names with one hash are one field, that of the first */
+        fields->seeds[fields->count++] = seed; /* names with the same hash share the field of the first name */
 }
 
-/* The number of a field that is met for the first time; -1, and the line is given up, where it can't have one. */
+/* Add a new field and return its number; return -1, and set the fault of the line, if it cannot be added. */
 static int32_t new_field(work *w, uint64_t slot, uint64_t hash, const uint8_t *name, const uint8_t *end)
 {
     tok_fields *fields = w->fields;
@@ -194,7 +194,7 @@ static inline int take_triple(work *w, const uint8_t *p, const uint8_t *end)
     return 1;
 }
 
-/* label feature feature …; a label has no colon in it. */
+/* Parse: label feature feature …, where a label contains no colon. */
 static int take_indexed_line(work *w, const uint8_t *p)
 {
     const uint8_t *end = w->end;
@@ -218,8 +218,8 @@ static int take_indexed_line(work *w, const uint8_t *p)
 
 /* ---- Vowpal Wabbit ---- */
 
-/* [label [importance]] ['tag], up to the first bar. The last word is a tag if it begins with a quote or touches the
- * bar. */
+/* Parse: [label [importance]] ['tag], up to the first bar. The last word is a tag if it begins with a quote or touches
+ * the bar. */
 static int take_vw_head(work *w, const uint8_t *p, const uint8_t *bar)
 {
     const uint8_t *begins[4], *ends[4];
@@ -250,7 +250,7 @@ static inline const uint8_t *vw_name_end(const uint8_t *p, const uint8_t *end)
     return p;
 }
 
-/* An optional ":number" at *p, which is moved past it. */
+/* Parse an optional ":number" at *p, and move *p past it. */
 static inline int take_vw_number(work *w, const uint8_t **p, tok_code code, double *out)
 {
     const uint8_t *begin = *p + 1, *end = begin;
@@ -263,7 +263,7 @@ static inline int take_vw_number(work *w, const uint8_t **p, tok_code code, doub
     return finite_value(begin, end, out) ? 1 : blame(w, code, begin, end);
 }
 
-/* The namespace at *p, behind its bar, up to the next one. */
+/* Parse the namespace at *p, after its bar, up to the next bar. */
 static int take_vw_namespace(work *w, const uint8_t **p)
 {
     const uint8_t *name = *p, *end = w->end;
@@ -324,7 +324,7 @@ static void keep_example(work *w)
     out->offsets[++out->rows] = w->at;
 }
 
-/* In libsvm and libffm what follows a # is a comment; a line that is nothing else is no example, and no fault. */
+/* In libsvm and libffm a # begins a comment. A line that contains only a comment is neither an example nor a fault. */
 static int is_comment(work *w, const uint8_t *p)
 {
     if (w->rules->format == TOK_VW)

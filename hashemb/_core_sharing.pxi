@@ -82,6 +82,7 @@ cdef class Calls:
     cdef he_batches batches
     cdef list threads
     cdef bint closing
+    cdef unsigned long closer  # the thread inside `Closing`, or 0
     cdef readonly str path
     cdef readonly tuple identity
     cdef object __weakref__
@@ -95,6 +96,8 @@ cdef class Calls:
         HELD.clear()  # the locks are held by the parent
         he_batches_after_fork(&self.batches)
         self.threads = [thread for thread in self.threads if thread == this_thread()]
+        if self.closer != this_thread():
+            self.closer = 0
 
     cdef closed_error(self):
         return ClosedTableError(f"{self.path} has been closed")
@@ -120,14 +123,8 @@ cdef class Calls:
         if self.closing or self.batches.closed:
             raise self.closed_error()
 
-    def close(self):
-        """Close the table: no call may begin any more, long ones are told to stop, and this call waits for them."""
-        if self.batches.closed:
-            return
-        if this_thread() in self.threads:
-            raise TableBusyError(
-                f"{self.path}: close() was called by a signal handler or callback, in the middle of another call of the same "
-                "thread: let that call return first")
+    cdef int end(self) except -1:
+        """Let no call begin any more, tell long ones to stop, and wait for them."""
         self.closing = True
         try:
             while self.threads:
@@ -140,6 +137,7 @@ cdef class Calls:
             he_batches_leave(&self.batches)
         finally:
             self.closing = False
+        return 0
 
     @property
     def closed(self):
@@ -153,6 +151,39 @@ cdef class Calls:
     @dirty.setter
     def dirty(self, bint value):
         he_batches_set_dirty(&self.batches, value)
+
+
+cdef class Closing:
+    """Ends the calls on a table and, in a ``with``, keeps other threads from closing it at the same time.
+
+    A second ``with`` of the same thread, in a signal handler, is a `TableBusyError`; another thread waits, and may then
+    repeat what the first one did.
+    """
+
+    cdef Calls calls
+
+    def __cinit__(self, Calls calls not None):
+        self.calls = calls
+
+    def __enter__(self):
+        cdef Calls calls = self.calls
+        if calls.closer == this_thread() or this_thread() in calls.threads:
+            raise TableBusyError(
+                f"{calls.path}: close() was called by a signal handler or callback, in the middle of another call of the same "
+                "thread: let that call return first")
+        while calls.closer:
+            with nogil:
+                usleep(WAIT_US)
+            PyErr_CheckSignals()
+        calls.closer = this_thread()
+        try:
+            calls.end()
+        except BaseException:
+            calls.closer = 0
+            raise
+
+    def __exit__(self, *exc_info):
+        self.calls.closer = 0
 
 
 def wait_for_lock(int fd, int kind, int64_t place, Calls calls not None, str call):

@@ -400,8 +400,13 @@ class TableFiles:
 
         An error in syncing the table is raised, but the table is closed all the same and not marked clean.
         """
-        if hasattr(self, "calls"):
-            self.calls.close()
+        if not hasattr(self, "calls"):  # opening has failed early
+            self._release()
+            return
+        with _core.Closing(self.calls):
+            self._release()
+
+    def _release(self) -> None:
         joined, self._joined = self._joined, False
         try:
             if joined:

@@ -24,6 +24,7 @@ import pytest
 
 import hashemb
 from hashemb import _core
+from hashemb._files import recovery
 from hashemb.errors import ClosedTableError, TableBusyError
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 2**14, "embedding_dim": 8}
@@ -265,6 +266,34 @@ def test_closing_under_an_update_that_waits_at_the_gate(tmp_path: Path) -> None:
         other.update(KEYS, GRADS)
         assert other.step == 2
     assert hashemb.info(path).clean
+
+
+@pytest.mark.parametrize("by", ["handler", "thread"])
+def test_closing_in_the_middle_of_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """The files were closed under the first call, which then failed on the directory."""
+    table, seal, ended = hashemb.create(tmp_path / "t", **OPTIONS), recovery.seal, []
+    table.update(KEYS, GRADS)
+    thread = threading.Thread(target=lambda: ended.append(table.close()))
+
+    def seal_late(*arguments: Any) -> None:
+        if by == "handler":
+            with pytest.raises(TableBusyError, match="close"):
+                table.close()
+        else:
+            thread.start()
+            time.sleep(0.2)
+            assert ended == []  # it waits
+        seal(*arguments)
+
+    monkeypatch.setattr(recovery, "seal", seal_late)
+    files = table._open_files()
+    table.close()
+    if by == "thread":
+        thread.join(30)
+        assert ended == [None]
+    assert files.directory.fd == -1
+    assert hashemb.info(tmp_path / "t").clean
+    table.close()
 
 
 # ---- arrays that change during a call ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -310,7 +311,8 @@ def test_follow_ends_with_ctrl_c(tmp_path: Path, source: hashemb.EmbeddingTable)
     send(tmp_path, 0)
     arguments = ["follow", str(tmp_path / "inbox"), str(tmp_path / "r"), "--interval", "0.05"]
     command = [sys.executable, "-m", "hashemb", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=default) as process:
         assert process.stdout
         lines = [process.stdout.readline() for _ in range(2)]
         send(tmp_path, 2)

@@ -173,14 +173,15 @@ def remove_directory(path: str) -> None:
     This avoids `shutil.rmtree`, which closes a descriptor twice if a signal handler raises after the close and before
     it is recorded: by then the number may belong to another file.
     """
-    with suppress(OSError), Directory(path) as directory:
-        for entry in list(directory.entries()):
-            with suppress(OSError):
-                if entry.is_dir(follow_symlinks=False):  # the user's, as the library creates none
-                    shutil.rmtree(directory.filename(entry.name), ignore_errors=True)
-                else:
-                    directory.remove(entry.name)
-        os.rmdir(path)
+    for _ in range(2):  # a call that fails only once leaves nothing behind
+        with suppress(OSError), Directory(path) as directory:
+            for entry in list(directory.entries()):
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):  # the user's, as the library creates none
+                        shutil.rmtree(directory.filename(entry.name), ignore_errors=True)
+                    else:
+                        directory.remove(entry.name)
+            os.rmdir(path)
 
 
 # ---- their content ----

@@ -2,9 +2,13 @@
 
 Each build runs in its own process; both are started the same way, and one is idle while the other is timed. Both open
 the same table, hence the same physical pages, so that neither gets a luckier placement. They get the same batches of
-keys in a different order, so that neither finds in the caches what the other has just looked up. The order of the two
-alternates. Ratios are the other build's time over ours, as for peers: above 1, this build is faster. When a build is
-compared with itself, the ratio is within 1 or 2 % of 1.
+keys in a different order, so that neither finds in the caches what the other has just looked up. One repeat is four
+turns, ours, other, other, ours, so that both begin once with cold caches and once with warm ones. Ratios are the other
+build's time over ours, as for peers: above 1, this build is faster.
+
+A process may be lucky for as long as it lives: with its processor, when another machine uses part of the core, and with
+the pages of its own memory. So each case is measured by several pairs of processes, started one after another; with one
+thread both of a pair keep to the same processor. The note gives the ratio of each pair.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from bench.workload import Case
 
 OTHER = "the other build"
 NAMES = ("lookup", "update", "overhead")
+PAIRS = 7
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: Import hashemb from the other directory and the benchmarks from this one.
 START = "import sys; sys.path[0] = sys.argv[1]; import hashemb; sys.path[0] = sys.argv[2]; import bench.against; "
@@ -61,12 +66,6 @@ class Build:
             raise RuntimeError(f"{self.name} ended with status {self.process.wait()}: see above")
         return json.loads(line)
 
-    def timed(self, numbers: list[int]) -> Clock:
-        """Run one untimed batch, then time the others."""
-        found, clock = self.ask("run", numbers=numbers), Clock()
-        clock.seconds, clock.cpu_seconds = found["seconds"], found["cpu_seconds"]
-        return clock
-
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -77,13 +76,9 @@ def run(name: str, settings: Settings, other: str) -> Iterator[Result]:
     """Measure each case of a benchmark with both builds."""
     if name not in NAMES:
         raise Skip(f"--against is for {', '.join(NAMES)}")
+    places = {OURS: pathlib.Path(hashemb.__file__).parents[1], OTHER: pathlib.Path(other)}
     for table, case, calls in cases(name, settings):
-        builds = [Build(OURS, pathlib.Path(hashemb.__file__).parents[1]), Build(OTHER, pathlib.Path(other))]
-        try:
-            yield compare(name, settings, builds, table, case, calls)
-        finally:
-            for build in builds:
-                build.close()
+        yield compare(name, settings, places, table, case, calls)
 
 
 def cases(name: str, settings: Settings) -> Iterator[tuple[hashemb.EmbeddingTable, Case, int]]:
@@ -103,35 +98,67 @@ def cases(name: str, settings: Settings) -> Iterator[tuple[hashemb.EmbeddingTabl
 
 
 def compare(
-    name: str, settings: Settings, builds: list[Build], table: hashemb.EmbeddingTable, case: Case, calls: int
+    name: str,
+    settings: Settings,
+    places: dict[str, pathlib.Path],
+    table: hashemb.EmbeddingTable,
+    case: Case,
+    calls: int,
 ) -> Result:
+    """Measure one case with several pairs of processes, one after another."""
     opening = {"path": table.path, "case": dataclasses.asdict(case), "calls": calls, "train": name != "lookup"}
-    opened = {build.name: build.ask("open", **opening) for build in builds}
-    digests = {name: found.pop("lookup_sha256") for name, found in opened.items()}
-    if len(set(digests.values())) != 1:
-        raise Mismatch(f"look-ups of the same table differ: {digests}")
-    clocks = measure(builds, settings, embedding.SETTLE_S if case.threads > 1 and not settings.smoke else 0.0)
+    settle_s = embedding.SETTLE_S if case.threads > 1 and not settings.smoke else 0.0
+    cpus = sorted(os.sched_getaffinity(0))
+    pairs = []
+    for number in range(1 if settings.smoke else PAIRS):
+        opening["cpus"] = [cpus[number % len(cpus)]] if case.threads == 1 else cpus
+        pairs.append(measure_pair(settings, places, opening, settle_s))
+    builds = pairs[0][0]
+    clocks = {build.name: [clock for pair in pairs for clock in pair[1][build.name]] for build in builds}
     units = calls if name == "overhead" else case.num_keys
-    rows = summaries(builds, clocks, units * (1 if name == "overhead" else settings.inner))  # type: ignore[arg-type]
-    for row in rows[1:]:
-        row["note"] = "by phase " + ", ".join(phase_ratios(clocks[OURS], clocks[row["name"]]))
+    rows = summaries(builds, clocks, 2 * units * (1 if name == "overhead" else settings.inner))  # type: ignore[arg-type]
+    by_pair = " ".join(f"{median_ratio(pair[1]):.3f}" for pair in pairs)
+    rows[1]["note"] = f"by phase {', '.join(phase_ratios(clocks[OURS], clocks[OTHER]))}; by pair {by_pair}"
     point = dataclasses.asdict(case) if name != "overhead" else overhead.point(case)
-    checks = {"lookup_sha256": digests[OURS], "opened": opened}
+    checks = {"lookup_sha256": pairs[0][2], "opened": pairs[0][3]}
     return Result(name, {**point, "against": OTHER}, "call" if name == "overhead" else "key", units, rows, {}, checks)
+
+
+def measure_pair(
+    settings: Settings, places: dict[str, pathlib.Path], opening: dict[str, Any], settle_s: float
+) -> tuple[list[Build], dict[str, list[Clock]], str, dict[str, Any]]:
+    """Start a process for each build, measure both in turn, and return their times and what they looked up."""
+    builds = [Build(name, place) for name, place in places.items()]
+    try:
+        opened = {build.name: build.ask("open", **opening) for build in builds}
+        digests = {name: found.pop("lookup_sha256") for name, found in opened.items()}
+        if len(set(digests.values())) != 1:
+            raise Mismatch(f"look-ups of the same table differ: {digests}")
+        return builds, measure(builds, settings, settle_s), digests[OURS], opened
+    finally:
+        for build in builds:
+            build.close()
 
 
 def measure(builds: list[Build], settings: Settings, settle_s: float) -> dict[str, list[Clock]]:
     """Like harness.measure, except that a build gets the batches that the other had half of the repeats earlier."""
     clocks: dict[str, list[Clock]] = {build.name: [] for build in builds}
-    per_run = settings.inner + 1
-    for repeat in range(settings.repeats + 1):
-        for build in builds if repeat % 2 else reversed(builds):
-            turn = (repeat + builds.index(build) * (settings.repeats + 1) // 2) % (settings.repeats + 1)
+    per_run, turns = settings.inner + 1, settings.repeats + 1
+    for repeat in range(turns):
+        timed = {build.name: Clock() for build in builds}
+        for build in [*builds, *reversed(builds)]:
+            turn = (repeat + builds.index(build) * turns // 2) % turns
             time.sleep(settle_s)
-            clock = build.timed(list(range(turn * per_run, (turn + 1) * per_run)))
-            if repeat:
-                clocks[build.name].append(clock)
+            numbers = list(range(turn * per_run, (turn + 1) * per_run))  # the first is not timed
+            timed[build.name].add(**build.ask("run", numbers=numbers))
+        for name, clock in timed.items() if repeat else ():
+            clocks[name].append(clock)
     return clocks
+
+
+def median_ratio(clocks: dict[str, list[Clock]]) -> float:
+    pairs = zip(clocks[OURS], clocks[OTHER], strict=True)
+    return float(np.median([theirs.total / ours.total for ours, theirs in pairs]))
 
 
 def phase_ratios(ours: list[Clock], theirs: list[Clock]) -> list[str]:
@@ -163,8 +190,11 @@ def serve() -> None:
         served["table"].close()
 
 
-def open_table(served: dict[str, Any], path: str, case: dict[str, Any], calls: int, train: bool) -> dict[str, Any]:
+def open_table(
+    served: dict[str, Any], path: str, case: dict[str, Any], calls: int, train: bool, cpus: list[int]
+) -> dict[str, Any]:
     """Open the table and touch every page for writing: zero gradients change no value of a row."""
+    os.sched_setaffinity(0, cpus)
     served["case"], served["calls"] = Case(**case), calls
     hashemb.set_num_threads(served["case"].threads)
     served["table"] = table = hashemb.open(path, "r+")

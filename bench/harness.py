@@ -58,6 +58,11 @@ class Clock:
         self.cpu_seconds += cpu - self._last_cpu
         self._last, self._last_cpu = now, cpu
 
+    def add(self, seconds: dict[str, float], cpu_seconds: float) -> None:
+        for phase, took in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+        self.cpu_seconds += cpu_seconds
+
     @property
     def total(self) -> float:
         return sum(self.seconds.values())

@@ -143,13 +143,13 @@ def measure_pair(
 def measure(builds: list[Build], settings: Settings, settle_s: float) -> dict[str, list[Clock]]:
     """Like harness.measure, except that a build gets the batches that the other had half of the repeats earlier."""
     clocks: dict[str, list[Clock]] = {build.name: [] for build in builds}
-    per_run, turns = settings.inner + 1, settings.repeats + 1
-    for repeat in range(turns):
+    per_run, turns = settings.inner + 1, 2 * (settings.repeats + 1)
+    for repeat in range(settings.repeats + 1):
         timed = {build.name: Clock() for build in builds}
-        for build in [*builds, *reversed(builds)]:
-            turn = (repeat + builds.index(build) * turns // 2) % turns
-            time.sleep(settle_s)
+        for visit, build in enumerate([*builds, *reversed(builds)]):
+            turn = (2 * repeat + visit // 2 + builds.index(build) * turns // 2) % turns
             numbers = list(range(turn * per_run, (turn + 1) * per_run))  # the first is not timed
+            time.sleep(settle_s)
             timed[build.name].add(**build.ask("run", numbers=numbers))
         for name, clock in timed.items() if repeat else ():
             clocks[name].append(clock)

@@ -10,6 +10,7 @@
 #include "table.h"
 
 enum { HE_RING = 64, HE_LOOKUP_LINES_AHEAD = 192, HE_UPDATE_AHEAD = 16, HE_BLOCKS_AHEAD = 16, HE_MANY_BLOCKS = 1 << 18 };
+enum { HE_HEAD = 16, HE_IN_PLACE_DIM = 64 };
 
 /* Returns the factor for a bag's sum: 1 / total weight, or 1 / root of the sum of squares; 0 if the total is 0. */
 HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {

@@ -68,10 +68,10 @@ def test_eight_readers_use_the_memory_of_one(tmp_path: Path, weight_bytes: int) 
 
 def test_canary_copies_are_noticed(tmp_path: Path) -> None:
     """A reader with a private copy of the table would show anonymous memory of that size."""
-    fill(tmp_path / "t", 1 << 12)
+    fill(tmp_path / "t", 1 << 14)
     with hashemb.open(tmp_path / "t") as table:
         before = own_memory()
-        copy = np.array(np.tile(table.weight, (16, 1)))
+        copy = np.array(np.tile(table.weight, (64, 1)))  # too large for memory that was freed before
         assert own_memory() - before >= 0.9 * copy.nbytes
 
 

@@ -92,7 +92,7 @@ def test_over_dims_and_optimizers(tmp_path, dim, dtype):
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
-@pytest.mark.parametrize("dim", [1, 5, 16, 128])
+@pytest.mark.parametrize("dim", [1, 5, 16, 64, 128])
 def test_every_isa(tmp_path, isa, dim):
     _core.set_isa(isa)
     assert _core.get_isa() == isa
@@ -101,6 +101,37 @@ def test_every_isa(tmp_path, isa, dim):
         fast, slow = make_pair(tmp_path, **options, init=INITS[(i + 1) % 3], num_hashes=1 + i % 2)
         with fast:
             train_both(fast, slow, np.random.default_rng(i), steps=1)
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("optimizer_class", [hashemb.Adagrad, hashemb.RowWiseAdagrad])
+@pytest.mark.parametrize("dim", [1, 8, 16, 17, 32, 48, 64, 80])
+def test_rows_that_become_zero_in_part(tmp_path, isa, optimizer_class, dim):
+    """With that accumulator, and gradients too small for it, an update subtracts exactly the gradient."""
+    _core.set_isa(isa)
+    cuts = (0, 1, 2, 15, 16, 17, 32, 63, dim - 1, dim)
+    parts = sorted({(a, b) for a in cuts for b in cuts if a < b <= dim})
+    keys = np.arange(len(parts))
+    optimizer = optimizer_class(lr=2.0**30, initial_accumulator_value=2.0**60)
+    fast, slow = make_pair(tmp_path, num_embeddings=1 << 14, embedding_dim=dim, optimizer=optimizer)
+    assert len(np.unique(slow.rows(keys))) == len(parts)
+    grads = np.random.default_rng(dim).normal(size=(len(parts), dim)).astype(np.float32)
+    with fast:
+        for table in (fast, slow):
+            table.update(keys, grads)
+        rows = slow.lookup(keys)
+        grads = np.zeros_like(rows)
+        for grad, row, (a, b) in zip(grads, rows, parts, strict=True):
+            grad[a:b] = row[a:b]
+        for _ in range(2):
+            for table in (fast, slow):
+                table.update(keys, grads)
+            assert_same(fast, slow, keys)
+            assert_same_bytes(fast, slow)
+            grads = np.zeros_like(rows)
+        zero = np.array([fast.lookup([key])[0, a:b] == 0 for key, (a, b) in zip(keys, parts, strict=True)], object)
+        assert all(part.all() for part in zero)
+        assert np.signbit(fast.lookup([keys[parts.index((0, dim))]])[0, 0])
 
 
 def test_unknown_isa_is_refused():

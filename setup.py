@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 
 CSRC = "hashemb/csrc/"
 CTR_CSRC = "hashemb/ctr/csrc/"
+DATA_CSRC = "hashemb/ctr/data/csrc/"
 C_SOURCES = ["ahead.c", "commit.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
              "save.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -39,10 +40,10 @@ maths = Extension(
 )
 
 tokens = Extension(
-    "hashemb.ctr._tokens",
-    sources=["hashemb/ctr/_tokens.pyx", CTR_CSRC + "tokens_criteo.c", CTR_CSRC + "tokens_examples.c"],
-    depends=[*glob(CTR_CSRC + "*.h"), CSRC + "murmur.h"],
-    include_dirs=[CTR_CSRC, CSRC, numpy.get_include()],
+    "hashemb.ctr.data._tokens",
+    sources=["hashemb/ctr/data/_tokens.pyx", DATA_CSRC + "tokens_criteo.c", DATA_CSRC + "tokens_examples.c"],
+    depends=[*glob(DATA_CSRC + "*.h"), CSRC + "murmur.h"],
+    include_dirs=[DATA_CSRC, CSRC, numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     extra_compile_args=C_FLAGS,
 )

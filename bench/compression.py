@@ -30,10 +30,10 @@ import numpy.typing as npt
 
 import hashemb
 from bench.harness import Mismatch, Result, Settings, digest
-from hashemb.ctr.compression import FrequentRows, QuotientRemainder, keys_for_rows, most_frequent_keys
+from examples.compressed_tables import FrequentRows, QuotientRemainder, keys_for_rows, most_frequent_keys
+from hashemb.ctr.data import open_reader
 from hashemb.ctr.metrics import StreamingMetrics, auc, logloss
 from hashemb.ctr.models import PAIR_FIELD, FactorizationMachine, FieldWeightedFM, HashedModel
-from hashemb.ctr.readers import open_reader
 from hashemb.ctr.synthetic import ImpressionStream
 
 Keys = npt.NDArray[np.uint64]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hashemb.ctr.fields import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts
+from hashemb.ctr.data import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts
 from hashemb.ctr.synthetic import ImpressionStream, truth_path
 
 NAMESPACES = string.ascii_letters[: len(CRITEO_SCHEMA)]

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 import hashemb
+from hashemb.ctr.data import open_reader
 from hashemb.ctr.metrics import auc, logloss
-from hashemb.ctr.model_dir import ModelCard, build_model
 from hashemb.ctr.models import HashedModel
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.training import ModelCard, build_model
 
 BATCH_SIZE = 1024
 MAX_EPOCHS = 30

@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from compressed_tables import keys_for_rows
 from frappe import default_directory, load
 
 import hashemb
 import hashemb.reference
-from hashemb.ctr import deep
-from hashemb.ctr.compression import keys_for_rows
 from hashemb.ctr.metrics import auc, logloss
+from hashemb.ctr.models import deep
 from hashemb.torch import TableOptimizer
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]

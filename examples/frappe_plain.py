@@ -22,8 +22,8 @@ import torch
 from frappe import default_directory, load
 
 import hashemb
-from hashemb.ctr import deep
 from hashemb.ctr.metrics import auc, logloss
+from hashemb.ctr.models import deep
 
 RANK, L2, LR, BATCH_SIZE, MAX_EPOCHS = 10, 0.05, 1e-3, 4096, 30
 PATIENCE, LAST_PATIENCE = 2, 4  # epochs without a better validation AUC before a lower rate, and before the end
@@ -42,7 +42,7 @@ def numbered(data: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, 
 
 
 def model_of(name: str, num_values: int, num_fields: int, directory: str) -> torch.nn.Module:
-    """Build the model of `hashemb.ctr.deep` with `torch.nn.Embedding` instead of a table."""
+    """Build the model of `hashemb.ctr.models.deep` with `torch.nn.Embedding` instead of a table."""
     dim = RANK if name == "DCNv2" else 1 + RANK
     with hashemb.create(f"{directory}/unused.emb", num_embeddings=1, embedding_dim=dim) as table:
         model: torch.nn.Module = getattr(deep, name)(table, num_fields, dropout=0.2)

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 import hashemb
+from hashemb.ctr.data import read_ahead
 from hashemb.ctr.models import FactorizationMachine
-from hashemb.ctr.readahead import read_ahead
 from hashemb.ctr.synthetic import Impressions, ImpressionStream
 
 CHUNK = 1 << 15

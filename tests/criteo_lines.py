@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import hashemb
-from hashemb.ctr.batches import Batch
-from hashemb.ctr.fields import CRITEO_SCHEMA
-from hashemb.ctr.readers import Reader, open_reader
+from hashemb.ctr.data import CRITEO_SCHEMA, Batch, Reader, open_reader
 
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]

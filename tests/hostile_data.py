@@ -15,7 +15,7 @@ from criteo_lines import criteo_rows, tsv
 from hostile_files import Case, WrongError, changed, overwritten, packed
 
 from hashemb import cli
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import open_reader
 
 _CSV = (
     b'click,site,age,"odd, name",price\n1,a.com,7,"x\ny",0.5\n0,"b,c",8,"say ""hi""",1e3\n1,,9,z,\n'

@@ -23,11 +23,8 @@ from hostile_files import Case, WrongError, changed
 
 import hashemb
 from hashemb import cli
-from hashemb.ctr.checkpoints import Checkpoints
-from hashemb.ctr.inspection import describe
-from hashemb.ctr.model_dir import load_model, read_card
-from hashemb.ctr.report_facts import gather
-from hashemb.ctr.scoring import open_for_scoring, score
+from hashemb.ctr.report import describe, gather
+from hashemb.ctr.training import Checkpoints, load_model, open_for_scoring, read_card, score
 from hashemb.errors import FormatError, HashembError
 from hashemb.sklearn import HashedFMClassifier, HashedFwFMClassifier, HashedLogisticRegression
 

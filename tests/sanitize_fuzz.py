@@ -21,7 +21,8 @@ import numpy as np
 from resealed import DOCUMENTED, Mutation, mutations, outcomes
 
 import hashemb
-from hashemb.ctr.model_dir import ModelCard, SourcePosition, load_model, read_card, write_card
+from hashemb.ctr.training import ModelCard, SourcePosition, load_model, read_card
+from hashemb.ctr.training.model_dir import write_card
 from hashemb.errors import HashembError
 
 CASES_PER_DRAW = 100

@@ -17,7 +17,7 @@ from bench.ctr_data import Rows
 from bench.ctr_sides import FM, LR, Ours, Peer, VowpalWabbit
 from bench.harness import Mismatch, Settings
 from bench.process import Usage, run_command, usable_cpus
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import open_reader
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

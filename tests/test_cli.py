@@ -16,9 +16,9 @@ import pytest
 
 import hashemb
 from hashemb import cli
+from hashemb.ctr.data import open_reader
 from hashemb.ctr.metrics import auc
-from hashemb.ctr.model_dir import load_model, read_card
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.training import load_model, read_card
 
 CRITEO_COLUMNS = 13, 26
 SMALL = ["--rows", "2^14", "--rank", "3"]

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from hashemb import cli
-from hashemb.ctr._printable import printable
+from hashemb._text import printable
+from hashemb.cli import dispatch
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("typer")
@@ -81,7 +82,7 @@ def test_errors_and_warnings(place: Path, capsys: Any) -> None:
         assert cli.main(arguments) in (1, 2)
         assert seen(capsys).startswith("hashemb: ")
     with warnings.catch_warnings():
-        warnings.showwarning = cli._show_warning
+        warnings.showwarning = dispatch._show_warning
         warnings.simplefilter("always")
         warnings.warn(f"beware of {TITLE}", RuntimeWarning, stacklevel=1)
     assert r"beware of \x1b]0;" in seen(capsys)
@@ -125,7 +126,7 @@ def test_the_page_of_a_report(place: Path, capsys: Any) -> None:
 
 def test_progress_bars_on_a_terminal() -> None:
     rich_console = pytest.importorskip("rich.console")
-    from hashemb.ctr.console import progress_bar
+    from hashemb.cli.console import progress_bar
 
     file = io.StringIO()
     console = rich_console.Console(file=file, force_terminal=True, width=120)

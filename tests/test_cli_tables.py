@@ -12,8 +12,7 @@ import pytest
 
 from hashemb import cli
 from hashemb.ctr.metrics import auc
-from hashemb.ctr.model_dir import load_model, read_card
-from hashemb.ctr.scoring import open_for_scoring, score
+from hashemb.ctr.training import load_model, open_for_scoring, read_card, score
 
 ROWS = ["--rows", "2^16"]
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from hashemb import cli
-from hashemb.ctr.demo import comparison
-from hashemb.ctr.options import ModelOptions
+from hashemb.cli.demo import comparison
+from hashemb.ctr.training import ModelOptions
 
 ROWS = ("best constant", "model  ", "true probabilities")
 
 
 def test_demo(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run reuses the data, trains a new model, and gets the same figures."""
-    monkeypatch.setattr("hashemb.ctr.demo.OPTIONS", ModelOptions(rank=15, rows=2**15))
+    monkeypatch.setattr("hashemb.cli.demo.OPTIONS", ModelOptions(rank=15, rows=2**15))
     figures = []
     for said in ("generated", "from an earlier run"):
         assert cli.main(["demo", "--dir", str(tmp_path / "demo"), "--impressions", "20K"]) == 0

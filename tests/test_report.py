@@ -12,8 +12,9 @@ import pytest
 
 import hashemb
 from hashemb import cli
-from hashemb.ctr.model_dir import load_model
-from hashemb.ctr.report_facts import evaluate, gather
+from hashemb.ctr.report import gather
+from hashemb.ctr.report.facts import evaluate
+from hashemb.ctr.training import load_model
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("typer")

@@ -15,6 +15,7 @@ import pytest
 import tidy
 
 import hashemb
+from hashemb import ctr
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hashemb"
@@ -28,6 +29,11 @@ PUBLIC_NAMES = [
     "SnapshotInfo", "TableInfo", "TableStats", "Uniform", "Zeros", "__version__", "apply_delta", "check_delta",
     "create", "delta_info", "errors", "follow", "get_num_threads", "hash_fields", "hash_keys", "info", "open",
     "reference", "restore", "set_num_threads", "show_versions", "verify",
+]
+CTR_NAMES = [
+    "Batch", "FactorizationMachine", "FieldAwareFM", "FieldWeightedFM", "ImpressionStream", "NegativeSampling",
+    "ProgressiveValidator", "Reader", "StreamingMetrics", "Trainer", "auc", "calibration", "encode", "gauc",
+    "load_model", "logloss", "normalized_entropy", "open_for_scoring", "open_reader", "score",
 ]
 # fmt: on
 
@@ -53,10 +59,10 @@ def package_modules() -> Iterator[tuple[str, str]]:
 
 
 def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the Python modules; with `inner`, without the storage, `_versions` (which reads what the kernel reports
+    """Yield the Python modules; with `inner`, without the storage, `_packages` (which reads what the kernel reports
     about the machine, but no table) and the modules on top of the public API."""
     for name, text in package_modules():
-        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_versions"}
+        is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_packages"}
         if name not in tidy.CYTHON_MODULES and not (inner and is_outer):
             yield name, text
 
@@ -163,7 +169,7 @@ def test_canary_wrong_import(module: str, text: str) -> None:
         ("_files.recovery", "from hashemb._files import blocks\nfrom hashemb._files.format import TableMeta"),
         ("_points.delta", "from hashemb._files import blocks\nfrom hashemb._points.half import convert_rows"),
         ("ctr.metrics", "import hashemb\nfrom hashemb import Adagrad, reference\nfrom .readers import read"),
-        ("cli", "from hashemb.ctr.metrics import auc\nfrom hashemb.errors import HashembError"),
+        ("cli", "from hashemb.ctr.metrics.scores import auc\nfrom hashemb.errors import HashembError"),
         ("_core", "cimport numpy as cnp\nfrom libc.stdint cimport uint64_t"),
     ],
 )
@@ -181,6 +187,36 @@ def test_a_door_offers_what_others_use(room: str) -> None:
         if name.split(".")[0] != room:
             used |= {what for source, what in tidy.python_imports(text, name) if source == f"hashemb.{room}"}
     assert sorted(offered) == sorted(used)
+
+
+@needs_source
+def test_rooms_of_ctr_are_entered_by_their_faces() -> None:
+    assert complaints(tidy.reaches_past_a_face, package_modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("cli.models", "from hashemb.ctr.training.trainer import Trainer"),
+        ("ctr.report.page", "from hashemb.ctr.metrics.scores import auc"),
+        ("ctr.data.readers", "from hashemb.ctr.training import Trainer"),
+        ("ctr.data.readers", "from hashemb.ctr import training"),
+        ("ctr._power_law", "from hashemb.ctr.data import Batch"),
+    ],
+)
+def test_canary_faces(module: str, text: str) -> None:
+    assert len(tidy.reaches_past_a_face(module, text)) == 1
+    assert tidy.reaches_past_a_face("cli.models", "from hashemb.ctr.training import Trainer") == []
+    assert tidy.reaches_past_a_face("ctr.training.trainer", "from hashemb.ctr.training.options import MODELS") == []
+
+
+@needs_source
+@pytest.mark.parametrize("room", [*tidy.ROOMS, *(f"ctr.{room}" for room in tidy.CTR_ROOMS)])
+def test_a_face_only_hands_names_on(room: str) -> None:
+    """`__init__` defines nothing, and `__all__` names all that it imports."""
+    (text,) = [text for name, text in package_modules() if name == f"{room}.__init__"]
+    names = {name for _, name in tidy.python_imports(text, f"{room}.__init__")}
+    assert sorted(importlib.import_module(f"hashemb.{room}").__all__) == sorted(names)
 
 
 @needs_source
@@ -234,8 +270,8 @@ def test_all_output_is_made_printable() -> None:
 
 @pytest.mark.parametrize("text", ["print(name)", "console.print(name)", "typer.echo(name)"])
 def test_canary_output(text: str) -> None:
-    assert len(tidy.prints_raw("ctr.session", text)) == 1
-    assert tidy.prints_raw("ctr.console", text) == []
+    assert len(tidy.prints_raw("cli.session", text)) == 1
+    assert tidy.prints_raw("cli.console", text) == []
 
 
 @needs_source
@@ -286,6 +322,7 @@ def test_public_names_are_pinned() -> None:
     """A public name is added or removed only on purpose: with a line here and one in the changelog."""
     assert missing_or_extra(hashemb.__all__, PUBLIC_NAMES) == []
     assert all(hasattr(hashemb, name) for name in hashemb.__all__)
+    assert missing_or_extra(ctr.__all__, CTR_NAMES) == []
 
 
 def test_canary_public_names() -> None:

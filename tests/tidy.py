@@ -20,6 +20,7 @@ ROOMS = ("_files", "_points")
 #: the face of that folder; "_files.format" is one of its modules, which only modules of the same folder import.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_version": set(),
+    "_text": set(),
     "errors": set(),
     "stats": set(),
     "_reference_numerics": set(),
@@ -28,7 +29,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "init": {"errors", "_rules"},
     "_core": {"errors"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
-    "_versions": {"_version", "_core"},
+    "_packages": {"_version", "_core", "errors"},
     "hashing": {"errors", "_core"},
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
@@ -61,7 +62,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "verify": {"errors", "_arguments", "_files", "_points"},
     "repair": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
     "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "entry", "replica", "verify"}
-    | {"repair", "_version", "_versions", "_core", "_files", "_points"},
+    | {"repair", "_version", "_packages", "_core", "_files", "_points"},
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
@@ -70,13 +71,25 @@ OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
 #: The slow twin of the maths of ctr takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
-    "cli": {"ctr"}, "sklearn": {"ctr"}, "__main__": {"cli"}, "ctr": {"_reference_numerics", "torch"},
+    "cli": {"ctr", "_packages", "_text"}, "sklearn": {"ctr", "_packages", "_text"}, "__main__": {"cli"},
+    "ctr": {"_packages", "_reference_numerics", "_text", "torch"},
 }  # fmt: skip
+#: The rooms of ctr, and the rooms that each may import, from the face only. The modules of ctr that are in no room are
+#: below all rooms. What needs an extra when it is loaded is not in a face, and is imported by its own name.
+CTR_ROOMS: dict[str, set[str]] = {
+    "data": set(),
+    "models": set(),
+    "metrics": set(),
+    "synthetic": {"data"},
+    "training": {"data", "models", "metrics"},
+    "report": {"data", "models", "metrics", "training"},
+}
+BEHIND_NO_FACE = {"ctr.models.deep"}
 #: Modules that the command line loads after finding these extras, and modules that derive from classes of an extra.
 EXTRAS_WHEN_LOADED = {
-    "ctr.commands": {"typer", "rich"},
-    "ctr.arguments": {"typer"},
-    "ctr.deep": {"torch"},
+    "cli.models": {"typer", "rich"},
+    "cli.arguments": {"typer"},
+    "ctr.models.deep": {"torch"},
     "sklearn._base": {"sklearn"},
     "sklearn._checks": {"sklearn"},
     "torch.__init__": {"torch"},
@@ -85,7 +98,7 @@ EXTRAS_WHEN_LOADED = {
     "torch._optimizer": {"torch"},
 }
 
-CYTHON_MODULES = {"_core", "ctr._maths", "ctr._tokens"}
+CYTHON_MODULES = {"_core", "ctr._maths", "ctr.data._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
@@ -95,7 +108,7 @@ FILE_MODULES = {"mmap", "fcntl", "shutil", "tempfile", "io", "glob"}
 NUMPY_FILE_NAMES = {"load", "save", "savez", "memmap", "fromfile", "open_memmap"}
 #: Names that write to a terminal, and the modules that may call them.
 PRINTING_NAMES = {"print", "echo", "secho"}
-PRINTING_MODULES = {"ctr._printable", "ctr.console"}
+PRINTING_MODULES = {"cli.console"}
 BANNED_FLAGS = re.compile(r"-march=native|-mtune=native|fast-math|-Ofast|-funsafe-math|-fassociative-math")
 
 
@@ -250,6 +263,22 @@ def _cython_imports(text: str) -> Iterator[tuple[str, str]]:
         yield (f"hashemb{source}" if source.startswith(".") else source), match.group(2) or ""
 
 
+def reaches_past_a_face(module: str, text: str) -> list[str]:
+    """Return complaints about imports past the face of a room of ctr, or against the order of the rooms."""
+    room = module.split(".")[1] if module.startswith("ctr.") and module.count(".") > 1 else ""
+    found = []
+    for source, name in _cython_imports(text) if module in CYTHON_MODULES else python_imports(text, module):
+        _, _, inside = source.partition("hashemb.ctr.")
+        target, _, part = (inside or name).partition(".")
+        if not source.startswith("hashemb.ctr") or target not in CTR_ROOMS or target == room:
+            continue
+        if part and source.removeprefix("hashemb.") not in BEHIND_NO_FACE:
+            found.append(f"hashemb.{module} imports {source}, and not from hashemb.ctr.{target}")
+        if module.startswith("ctr.") and module != "ctr.__init__" and target not in CTR_ROOMS.get(room, set()):
+            found.append(f"hashemb.{module} imports ctr.{target}, which is not below it")
+    return found
+
+
 def needs_extra(module: str, text: str) -> list[str]:
     """Return complaints about imports, when the module is loaded, of anything beyond the required packages."""
     found = []
@@ -305,7 +334,7 @@ def _file_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def prints_raw(module: str, text: str) -> list[str]:
-    """Return complaints about output of the command line that bypasses `_printable`, which escapes names."""
+    """Return complaints about output of the command line that bypasses `cli.console`, which escapes names."""
     if module.split(".")[0] not in {"cli", "ctr"} or module in PRINTING_MODULES:
         return []
     calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hashemb.ctr._labels import shown
+from hashemb._text import shown
 from hashemb.errors import FormatError
 
 __all__ = ["as_list", "as_number", "as_object", "as_text", "as_whole", "one_of", "parse_file"]

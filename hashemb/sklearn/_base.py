@@ -17,7 +17,7 @@ from scipy.special import expit
 
 import hashemb
 from hashemb.ctr.models import FactorizationMachine
-from hashemb.ctr.options import ModelOptions, build_optimizer
+from hashemb.ctr.training import ModelOptions, build_optimizer
 from hashemb.errors import HashembError, MissingExtraError
 from hashemb.sklearn._card import EstimatorCard
 from hashemb.sklearn._kept_table import KeptTable

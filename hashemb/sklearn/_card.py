@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb._text import shown
 from hashemb.ctr._json_values import as_list, as_object, as_text, as_whole, parse_file
-from hashemb.ctr._labels import shown
-from hashemb.ctr.model_dir import MODEL_FILE, read_card
+from hashemb.ctr.training import MODEL_FILE, read_card
 from hashemb.errors import FormatError
 from hashemb.sklearn._columns import check_kinds
 from hashemb.sklearn._layout import Layout

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 import hashemb
-from hashemb.ctr._extras import require
-from hashemb.ctr.fields import Kind, encode
+from hashemb._packages import require
+from hashemb.ctr.data import Kind, encode
 from hashemb.sklearn._splines import between_knots
 
 __all__ = ["ColumnKind", "Columns", "check_kinds", "encode_columns", "infer_kinds", "num_keys", "read_columns"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb.ctr.checkpoints import Checkpoints
-from hashemb.ctr.model_dir import ModelCard, SourcePosition, read_card, write_card
+from hashemb.ctr.training import Checkpoints, ModelCard, SourcePosition, read_card
+from hashemb.ctr.training.model_dir import write_card
 from hashemb.errors import FormatError, HashembError
 
 KEYS = np.arange(50)

@@ -12,10 +12,10 @@ import pytest
 from criteo_lines import read_all, write
 
 import hashemb
-from hashemb.ctr import _kinds
-from hashemb.ctr._labels import choose_label_values
-from hashemb.ctr.fields import bucketize_counts, bucketize_floats
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import bucketize_counts, open_reader
+from hashemb.ctr.data import kinds as _kinds
+from hashemb.ctr.data.fields import bucketize_floats
+from hashemb.ctr.data.labels import choose_label_values
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -123,7 +123,7 @@ def test_numbers_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mis
     rows = [("1", "3.5", "x"), (missing, missing, missing), (" 3", "1e3", "y"), ("4", "-2", missing)]
     text = "label,n,f,s\n" + "".join(f"{i % 2},{','.join(row)}\n" for i, row in enumerate(rows))
     for block_bytes in (20, 1 << 20):
-        monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("hashemb.ctr.data.csv_source._BLOCK_BYTES", block_bytes)
         batch, reader = read_all(write(tmp_path / "a.csv", text.encode()))
         assert reader.schema == {"n": "integer", "f": "float", "s": "string"}
         assert reader.report.rows_bad == 0
@@ -194,9 +194,9 @@ def test_kinds_that_are_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 12])
 def test_blocks_that_follow_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
     """The inspected data is not passed on in small pieces, as Arrow rejects a block without the end of a line."""
-    monkeypatch.setattr("hashemb.ctr._csv._HEAD_BYTES", block_bytes)
-    monkeypatch.setattr("hashemb.ctr._csv._BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr("hashemb.ctr._streams._READ_BYTES", block_bytes // 2)
+    monkeypatch.setattr("hashemb.ctr.data.csv_source._HEAD_BYTES", block_bytes)
+    monkeypatch.setattr("hashemb.ctr.data.csv_source._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("hashemb.ctr.data.streams._READ_BYTES", block_bytes // 2)
     lines = "".join(f"{i % 2},{i},{'x' * (i % 300)}\n" for i in range(2000))
     batch, reader = read_all(write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode()), categorical=["n"])
     assert reader.report.rows_bad == 0
@@ -208,7 +208,7 @@ def test_a_reader_that_is_left_in_the_middle(tmp_path: Path) -> None:
     lines = "".join(f"{i % 2},{i},{'x' * 200}\n" for i in range(60_000))
     path = write(tmp_path / "a.csv", f"label,n,s\n{lines}".encode())
     program = (
-        "from hashemb.ctr.readers import open_reader\n"
+        "from hashemb.ctr.data.readers import open_reader\n"
         f"with open_reader({str(path)!r}, batch_size=100) as reader:\n"
         "    next(reader)\n"
         "    raise RuntimeError('left')\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb.ctr.compression import FrequentRows, QuotientRemainder, keys_for_rows, most_frequent_keys
+from examples.compressed_tables import FrequentRows, QuotientRemainder, keys_for_rows, most_frequent_keys
 from hashemb.ctr.models import BIAS_FIELD, FactorizationMachine
 
 

@@ -13,7 +13,7 @@ import pytest
 from criteo_lines import read_all, write
 
 from hashemb import cli
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import open_reader
 
 pa = pytest.importorskip("pyarrow")
 csv = pytest.importorskip("pyarrow.csv")
@@ -128,7 +128,7 @@ def test_damage_in_a_footer_does_not_end_the_process(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"a": ["x", None, "y"]}), path, store_schema=False)
     program = """
 import sys
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import open_reader
 path = sys.argv[1]
 content = open(path, "rb").read()
 first = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -172,7 +172,7 @@ def test_time_is_linear_in_the_number_of_columns(tmp_path: Path) -> None:
 
         __hash__ = str.__hash__
 
-    from hashemb.ctr._source import check_distinct
+    from hashemb.ctr.data.source import check_distinct
 
     check_distinct("a.csv", [Name(f"c{i}") for i in range(10_000)])
     assert compared < 1000

@@ -11,8 +11,8 @@ import pytest
 import hashemb
 
 torch = pytest.importorskip("torch")
-from hashemb.ctr.deep import DCNv2, DeepFM, predict_proba  # noqa: E402
 from hashemb.ctr.models import FactorizationMachine  # noqa: E402
+from hashemb.ctr.models.deep import DCNv2, DeepFM, predict_proba  # noqa: E402
 
 
 def create(path: Path, dim: int, **options: Any) -> hashemb.EmbeddingTable:

@@ -186,7 +186,7 @@ def test_values_of_two_are_twice_the_weight(make_model: MakeModel, kind: str) ->
 def test_an_example_is_scored_alike_in_any_batch(
     make_model: MakeModel, kind: str, chunk_bytes: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("hashemb.ctr.hashed_model._CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("hashemb.ctr.models.hashed_model._CHUNK_BYTES", chunk_bytes)
     model = make_model(kind)
     keys, rest, labels = ragged(300)
     whole = model.predict_proba(keys, **rest)

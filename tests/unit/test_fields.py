@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hashemb
-from hashemb.ctr.fields import Kind, bucketize_counts, bucketize_floats, encode
+from hashemb.ctr.data import Kind, bucketize_counts, encode
+from hashemb.ctr.data.fields import bucketize_floats
 
 pa = pytest.importorskip("pyarrow")
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashemb.ctr.negatives import NegativeSampling
-from hashemb.ctr.progressive import EveryN, ProgressiveValidator
-from hashemb.ctr.readers import Batch
+from hashemb.ctr.data import Batch
+from hashemb.ctr.training import EveryN, NegativeSampling
+from hashemb.ctr.training.progressive import ProgressiveValidator
 
 
 class Diary:

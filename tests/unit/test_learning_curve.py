@@ -12,7 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from hashemb.ctr.learning_curve import MAX_ROWS, LearningCurve, ProgressRow
+from hashemb.ctr.training import LearningCurve, ProgressRow
+from hashemb.ctr.training.learning_curve import MAX_ROWS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "learning_curve.py"
 

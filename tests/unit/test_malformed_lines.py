@@ -12,8 +12,8 @@ from criteo_lines import CATEGORIES, INTEGERS, criteo_rows, expected_keys, read_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashemb.ctr import _criteo
-from hashemb.ctr.fields import CRITEO_SCHEMA, encode
+from hashemb.ctr.data import CRITEO_SCHEMA, encode
+from hashemb.ctr.data import criteo_source as _criteo
 
 pa = pytest.importorskip("pyarrow")
 

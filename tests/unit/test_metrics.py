@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashemb.ctr.calibration_bins import wilson_interval
 from hashemb.ctr.metrics import (
     StreamingMetrics,
     auc,
     calibration,
-    calibration_by_quantile,
     expected_calibration_error,
     gauc,
     logloss,
     normalized_entropy,
 )
+from hashemb.ctr.metrics.calibration_bins import wilson_interval
+from hashemb.ctr.metrics.scores import calibration_by_quantile
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 

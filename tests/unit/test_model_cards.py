@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import hashemb
-from hashemb.ctr.model_dir import ModelCard, load_model, read_card, write_card
+from hashemb.ctr.training import ModelCard, load_model, read_card
+from hashemb.ctr.training.model_dir import write_card
 from hashemb.errors import FormatError
 
 

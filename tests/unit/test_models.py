@@ -13,7 +13,7 @@ import pytest
 import hashemb
 from hashemb.ctr import _reference_maths
 from hashemb.ctr._maths import DistinctKeys
-from hashemb.ctr.batches import Batch, number_keys
+from hashemb.ctr.data import Batch, number_keys
 from hashemb.ctr.models import BIAS_FIELD, FactorizationMachine, logistic_loss
 
 RANKS = (0, 1, 4, 15)
@@ -115,7 +115,7 @@ def test_predictions_do_not_depend_on_the_cache_chunks(make_table: MakeTable, mo
     model, results = FactorizationMachine(make_table(4)), []
     before = model.learn(keys, labels)
     for chunk_bytes in (1, 10_000, 1 << 30):
-        monkeypatch.setattr("hashemb.ctr.hashed_model._CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("hashemb.ctr.models.hashed_model._CHUNK_BYTES", chunk_bytes)
         results.append(model.predict_proba(keys))
     assert not np.array_equal(results[0], before)
     np.testing.assert_array_equal(results[0], results[1])

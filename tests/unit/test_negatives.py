@@ -10,10 +10,10 @@ import pytest
 from scipy.special import expit
 
 import hashemb
+from hashemb.ctr.data import Batch
 from hashemb.ctr.metrics import calibration
-from hashemb.ctr.negatives import NegativeSampling
-from hashemb.ctr.progressive import ProgressiveValidator
-from hashemb.ctr.readers import Batch
+from hashemb.ctr.training import NegativeSampling
+from hashemb.ctr.training.progressive import ProgressiveValidator
 
 pytest.importorskip("pyarrow")
 

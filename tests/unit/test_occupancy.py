@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb.ctr.occupancy import KeyCensus, expected_rate, row_norms
-from hashemb.ctr.readers import Batch
+from hashemb.ctr.data import Batch
+from hashemb.ctr.report.occupancy import KeyCensus, expected_rate, row_norms
 
 
 def keys_of(n: int, seed: int = 0) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_a_key_of_two_fields_shares_no_row_with_itself(tmp_path: Path) -> None:
 
 
 def test_the_census_merges_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hashemb.ctr.occupancy._PENDING_KEYS", 50)
+    monkeypatch.setattr("hashemb.ctr.report.occupancy._PENDING_KEYS", 50)
     keys, census = keys_of(1000), KeyCensus(["a", "b"])
     for part in np.array_split(keys, 40):
         census.add(Batch(None, part))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import hashemb
+from hashemb.ctr.data import Batch, read_ahead
 from hashemb.ctr.metrics import auc, logloss, normalized_entropy
 from hashemb.ctr.models import FactorizationMachine
-from hashemb.ctr.progressive import EveryN, PowersOfTwo, ProgressiveValidator, ProgressRow
-from hashemb.ctr.readahead import read_ahead
-from hashemb.ctr.readers import Batch
+from hashemb.ctr.training import EveryN, PowersOfTwo, ProgressRow
+from hashemb.ctr.training.progressive import ProgressiveValidator
 
 
 class Memoriser:

@@ -15,9 +15,8 @@ import pytest
 from criteo_lines import compress, criteo_rows, expected_keys, read_all, same, tsv, write
 
 import hashemb
-from hashemb.ctr import _criteo
-from hashemb.ctr.fields import CRITEO_SCHEMA
-from hashemb.ctr.readers import Batch, open_reader
+from hashemb.ctr.data import CRITEO_SCHEMA, Batch, open_reader
+from hashemb.ctr.data import criteo_source as _criteo
 
 pytest.importorskip("pyarrow")
 
@@ -170,7 +169,7 @@ def test_misnamed_compression(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [tsv(GOOD), gzip.compress(tsv(GOOD)), b"label,a\n1,2\n0,3\n", b""])
 def test_standard_input_and_pipes(tmp_path: Path, data: bytes) -> None:
     program = (
-        "from hashemb.ctr.readers import open_reader\n"
+        "from hashemb.ctr.data.readers import open_reader\n"
         "reader = open_reader('-')\n"
         "total = sum(int(b.keys.sum()) for b in reader) % 2**64\n"
         "print(total, reader.report.rows_good, reader.bytes_total, reader.bytes_read)"
@@ -242,7 +241,7 @@ def test_parquet_takes_the_memory_of_a_few_batches_not_of_the_file(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from hashemb.ctr import _parquet
+    from hashemb.ctr.data import parquet_source as _parquet
 
     monkeypatch.setattr(_parquet, "_BATCH_VALUES", 4 * 8192)
     rng = np.random.default_rng(0)

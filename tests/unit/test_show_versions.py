@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _core, _versions
+from hashemb import _core, _packages
 
 
 def fields(text: str) -> dict[str, str]:
@@ -42,7 +42,7 @@ def test_what_is_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_a_forced_instruction_set_is_the_one_shown(isa: str) -> None:
     """In addition, no optional package is imported for its version."""
-    extras = {name.replace("scikit-learn", "sklearn") for name in _versions._EXTRAS}
+    extras = {name.replace("scikit-learn", "sklearn") for name in _packages._EXTRAS}
     program = (
         "import sys, hashemb; known = set(sys.modules); hashemb.show_versions(); "
         f"print('imported'.ljust(26), sorted({extras} & (set(sys.modules) - known)))"
@@ -57,14 +57,14 @@ def test_a_forced_instruction_set_is_the_one_shown(isa: str) -> None:
 
 def test_where_little_is_known(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc, /sys and package metadata, the rest is still printed."""
-    monkeypatch.setattr(_versions, "_read", lambda path: "")
-    monkeypatch.setattr(_versions, "_installed", lambda package: None)
+    monkeypatch.setattr(_packages, "_read", lambda path: "")
+    monkeypatch.setattr(_packages, "_installed", lambda package: None)
     hashemb.show_versions()
     shown = fields(capsys.readouterr().out)
     assert shown["numpy"] == "not installed"
     assert shown["CPU"] == (platform.processor() or "unknown")
     assert shown["huge pages"] == shown["huge pages of tmpfs"] == "unknown"
-    assert not set(_versions._EXTRAS) & set(shown)
+    assert not set(_packages._EXTRAS) & set(shown)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_where_little_is_known(capsys: pytest.CaptureFixture[str], monkeypatch: 
     ],
 )
 def test_cpu_model(monkeypatch: pytest.MonkeyPatch, cpuinfo: str, shown: str) -> None:
-    monkeypatch.setattr(_versions, "_read", lambda path: cpuinfo)
-    assert _versions._cpu_model() == shown
+    monkeypatch.setattr(_packages, "_read", lambda path: cpuinfo)
+    assert _packages._cpu_model() == shown
 
 
 def test_files_and_packages_that_are_not_there() -> None:
-    assert _versions._read("/proc/there is no such file") == ""
-    assert _versions._installed("there-is-no-such-package") is None
-    assert _versions._installed("numpy") == np.__version__
+    assert _packages._read("/proc/there is no such file") == ""
+    assert _packages._installed("there-is-no-such-package") is None
+    assert _packages._installed("numpy") == np.__version__

@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 import hashemb
-from hashemb.ctr.fields import encode
+from hashemb.ctr.data import encode
 from hashemb.sklearn._columns import encode_columns, infer_kinds, num_keys, read_columns
 from hashemb.sklearn._splines import between_knots
 

@@ -25,11 +25,8 @@ pytest.importorskip("pyarrow")
 from sklearn.exceptions import NotFittedError
 
 import hashemb
-from hashemb.ctr.model_dir import load_model
-from hashemb.ctr.options import ModelOptions, open_or_create
-from hashemb.ctr.progressive import EveryN
-from hashemb.ctr.readers import open_reader
-from hashemb.ctr.trainer import Trainer
+from hashemb.ctr.data import open_reader
+from hashemb.ctr.training import EveryN, ModelOptions, Trainer, load_model, open_or_create
 from hashemb.errors import FormatError, HashembError, ReadOnlyTableError
 from hashemb.sklearn import HashedFMClassifier, HashedFwFMClassifier, HashedLogisticRegression
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from sparse_lines import Example, FaultError, parse_line
 
 import hashemb
-from hashemb.ctr import _sparse_text, _tokens
-from hashemb.ctr.batches import Batch
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import Batch, _tokens, open_reader
+from hashemb.ctr.data import sparse_source as _sparse_text
 
 pytest.importorskip("pyarrow")
 

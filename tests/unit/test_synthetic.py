@@ -15,11 +15,11 @@ from criteo_lines import read_all
 from scipy import sparse
 from scipy.sparse.linalg import lsqr
 
-from hashemb.ctr import synthetic
 from hashemb.ctr._power_law import draws, log_normal, power_law
-from hashemb.ctr.fields import CRITEO_SCHEMA
+from hashemb.ctr.data import CRITEO_SCHEMA
 from hashemb.ctr.metrics import auc, logloss, normalized_entropy
 from hashemb.ctr.synthetic import Impressions, ImpressionStream, truth_path
+from hashemb.ctr.synthetic import stream as synthetic
 
 pa = pytest.importorskip("pyarrow")
 

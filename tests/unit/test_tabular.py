@@ -11,10 +11,10 @@ import pytest
 from criteo_lines import CATEGORIES, INTEGERS, criteo_rows, read_all, same, tsv, write
 
 import hashemb
-from hashemb.ctr import _csv
-from hashemb.ctr._parquet import _has_empty
-from hashemb.ctr.fields import CRITEO_SCHEMA, bucketize_floats
-from hashemb.ctr.readers import open_reader
+from hashemb.ctr.data import CRITEO_SCHEMA, open_reader
+from hashemb.ctr.data import csv_source as _csv
+from hashemb.ctr.data.fields import bucketize_floats
+from hashemb.ctr.data.parquet_source import _has_empty
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

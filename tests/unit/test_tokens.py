@@ -12,10 +12,9 @@ from criteo_lines import INTEGERS, criteo_rows, read_all, same, tsv, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashemb.ctr import _criteo, _tokens
-from hashemb.ctr._report import ReadReport
-from hashemb.ctr.batches import Batch
-from hashemb.ctr.fields import CRITEO_SCHEMA, CountBuckets, Kind, bucketize_counts
+from hashemb.ctr.data import CRITEO_SCHEMA, Batch, Kind, ReadReport, _tokens, bucketize_counts
+from hashemb.ctr.data import criteo_source as _criteo
+from hashemb.ctr.data.fields import CountBuckets
 
 pytest.importorskip("pyarrow")
 

@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb.ctr.model_dir import ModelCard, SourcePosition, load_model, read_card, training_lock, write_card
 from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
-from hashemb.ctr.options import ModelOptions, open_or_create, parse_count
-from hashemb.ctr.progressive import EveryN
-from hashemb.ctr.trainer import Trainer, TrainStep
+from hashemb.ctr.training import (
+    EveryN,
+    ModelCard,
+    ModelOptions,
+    SourcePosition,
+    Trainer,
+    TrainStep,
+    load_model,
+    open_or_create,
+    parse_count,
+    read_card,
+    training_lock,
+)
+from hashemb.ctr.training.model_dir import write_card
 from hashemb.errors import HashembError
 
 SMALL = ModelOptions(rank=3, rows=2000, weight_decay=1e-3)

@@ -15,13 +15,18 @@ import pytest
 
 import hashemb
 from hashemb import cli
+from hashemb.ctr.data import open_reader
 from hashemb.ctr.metrics import calibration
-from hashemb.ctr.model_dir import load_model, read_card
-from hashemb.ctr.negatives import NegativeSampling, agreed_sampling
-from hashemb.ctr.options import ModelOptions, open_or_create
-from hashemb.ctr.progressive import EveryN
-from hashemb.ctr.readers import open_reader
-from hashemb.ctr.trainer import Trainer
+from hashemb.ctr.training import (
+    EveryN,
+    ModelOptions,
+    NegativeSampling,
+    Trainer,
+    agreed_sampling,
+    load_model,
+    open_or_create,
+    read_card,
+)
 
 pytest.importorskip("pyarrow")
 

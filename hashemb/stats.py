@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["TableStats", "collision_rate", "estimate_distinct_keys"]
 
@@ -43,6 +44,21 @@ class TableStats:
     disk_bytes: int
     resident_bytes: int | None
     huge_page_bytes: int | None
+
+    @classmethod
+    def estimate(
+        cls, rows_touched: int, num_embeddings: int, num_hashes: int, *, exact: bool, **sizes: Any
+    ) -> TableStats:
+        """Estimate keys and collisions from the number of rows touched; `sizes` are the fields ending in `_bytes`."""
+        distinct = estimate_distinct_keys(rows_touched, num_embeddings, num_hashes)
+        return cls(
+            num_embeddings=num_embeddings,
+            rows_touched=rows_touched,
+            exact=exact,
+            estimated_distinct_keys=distinct,
+            collision_rate=collision_rate(distinct, num_embeddings, num_hashes),
+            **sizes,
+        )
 
 
 def estimate_distinct_keys(rows_touched: int, num_embeddings: int, num_hashes: int = 1) -> float:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +14,9 @@ from hashemb import _arguments as arguments
 from hashemb import _core
 from hashemb._binding import bind_core
 from hashemb._files import SnapshotInfo, TableFiles
-from hashemb._files import blocks as _blocks
-from hashemb._files import directory as _directory
 from hashemb._points import DeltaInfo, DeltaReader, Since, apply_to, export_to, take_snapshot
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
-from hashemb.stats import TableStats, collision_rate, estimate_distinct_keys
+from hashemb.stats import TableStats
 
 __all__ = ["EmbeddingTable"]
 
@@ -36,14 +33,12 @@ class EmbeddingTable:
 
     Attributes
     ----------
-    path : str
+    path, dtype : str
     mode : {"r", "r+"}
-    num_embeddings, embedding_dim, num_hashes, seed : int
-    dtype : str
-    optimizer, init
-        The arguments of `create`.
     isolation : {"hogwild", "exact"}
-        The argument of `open`.
+    num_embeddings, embedding_dim, num_hashes, seed : int
+    optimizer, init
+        The arguments of `create` and `open`.
     recovered : {None, "killed", "rebooted"}
         Why the last writer did not close the table: it was killed (everything it wrote is present) or the machine
         restarted (unflushed updates may be lost). Set only with mode "r+", if no other process has it open for writing.
@@ -66,13 +61,6 @@ class EmbeddingTable:
         self._files: TableFiles | None = files
         self._core: _core.Core | None = bind_core(files)
         self._finalizer = weakref.finalize(self, files.close)
-        if files.recovered == "rebooted":
-            warnings.warn(
-                f"{path} was not closed cleanly before the machine restarted: updates since its last flush may "
-                "be lost or incomplete",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
     # -- reading --
 
@@ -129,10 +117,8 @@ class EmbeddingTable:
 
     def rows(self, keys: Any) -> npt.NDArray[np.int64]:
         """Return the rows of keys, int64 of shape ``keys.shape``, or ``keys.shape + (k,)`` with num_hashes k > 1."""
-        core = self._open_core()
-        array = arguments.keys_array(keys)
-        shape = array.shape if self.num_hashes == 1 else (*array.shape, self.num_hashes)
-        result = np.empty(shape, np.int64)
+        core, array = self._open_core(), arguments.keys_array(keys)
+        result = np.empty(array.shape if self.num_hashes == 1 else (*array.shape, self.num_hashes), np.int64)
         core.rows(array, result)
         return result
 
@@ -144,27 +130,18 @@ class EmbeddingTable:
         keys : array_like of int, any shape and integer dtype
             As for `lookup`.
 
-        Raises
-        ------
-        TypeError, ClosedTableError
-
         Notes
         -----
-        This is useful for tables larger than memory, and has no effect on rows that are in memory already. In a table
-        open for writing it also reads the optimiser's state. A thread of this process advises the kernel to read the
-        pages (`MADV_WILLNEED`), one page (4 KiB) per distinct row and file. The kernel may ignore the advice when
-        memory is short; a call made while 64 earlier ones still wait for the disk is ignored too. Nothing is written.
-        Look-ups and updates have a read-ahead of their own (docs/performance.md). The pages read are small ones, even
-        in a table with huge pages.
+        This is useful for tables larger than memory; docs/performance.md has the details. It advises the kernel
+        (`MADV_WILLNEED`), which may ignore it, as does a call made while 64 earlier ones still wait for the disk. In a
+        table open for writing the optimiser's state is read too.
 
         Examples
         --------
         >>> import hashemb, tempfile
         >>> table = hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=1000, embedding_dim=4)
-        >>> batches = [[1, 2, 3], [4, 5, 6]]
-        >>> for batch, following in zip(batches, [*batches[1:], []]):
-        ...     table.prefetch(following)
-        ...     vectors = table.lookup(batch)
+        >>> table.prefetch([4, 5, 6])  # the next batch
+        >>> vectors = table.lookup([1, 2, 3])
         >>> table.close()
         """
         self._open_core().prefetch(arguments.keys_array(keys), self.mode == "r+")
@@ -205,9 +182,8 @@ class EmbeddingTable:
         Other threads must not change `grads` during the call: values that become NaN or infinite do not reach the
         table, and a `ValueError` says how many rows were left unchanged.
 
-        Gradients of the same row (from equal or colliding keys) are summed in batch order, and each row is stepped
-        once. Each distinct row and its state are read and written once. The result does not depend on the number of
-        threads, bit for bit. A call with empty `keys` also counts as one step.
+        Gradients of the same row (from equal or colliding keys) are summed in batch order, and each distinct row is
+        stepped once. The result has the same bits for any number of threads. A call with no keys counts as a step too.
         """
         core, files = self._writable()
         keys, offsets, weights, code, shape = arguments.batch(
@@ -215,11 +191,12 @@ class EmbeddingTable:
         )
         grads = arguments.float_array("grads", grads, shape)
         plan = core.plan(keys, grads, offsets, weights, code)
-        target = files.target
+        saves = files.saves
+        target = saves.target
         need = core.apply(plan, self.isolation == "exact", target.saving if target else None)
         if need:
             files.apply(core, plan, need, exact=self.isolation == "exact")
-        if files.target is not None or plan.num_fresh:
+        if saves.target is not None or plan.num_fresh:
             files.after_batch(plan.fresh_blocks)
 
     @property
@@ -229,8 +206,7 @@ class EmbeddingTable:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        _, files = self._writable()
-        files.control["lr"] = arguments.learning_rate(value, self.optimizer)
+        self._writable()[1].control["lr"] = arguments.learning_rate(value, self.optimizer)
 
     # -- looking inside --
 
@@ -255,33 +231,11 @@ class EmbeddingTable:
 
     def stats(self, exact: bool = False) -> TableStats:
         """Return how full the table is; with `exact`, count rows by reading every block ever written."""
-        files = self._open_files()
+        files, num_rows = self._open_files(), self.num_embeddings
         with files.calls:
-            touched = self._count_rows(files) if exact else int(files.control["rows_touched"][0])
-            disk_bytes = _directory.disk_bytes(files.directory)
-            resident_bytes, huge_page_bytes = files.resident_bytes(), files.huge_page_bytes()
-        touched = min(touched, self.num_embeddings)
-        distinct = estimate_distinct_keys(touched, self.num_embeddings, self.num_hashes)
-        return TableStats(
-            num_embeddings=self.num_embeddings,
-            rows_touched=touched,
-            exact=exact,
-            estimated_distinct_keys=distinct,
-            collision_rate=collision_rate(distinct, self.num_embeddings, self.num_hashes),
-            logical_bytes=self._meta.logical_bytes,
-            disk_bytes=disk_bytes,
-            resident_bytes=resident_bytes,
-            huge_page_bytes=huge_page_bytes,
-        )
-
-    def _count_rows(self, files: TableFiles) -> int:
-        rows, count = self._meta.block_rows, 0
-        weight = files.arrays["weight"].view(np.uint16 if self._meta.dtype != "float32" else np.uint32)
-        for first, epochs in _blocks.epoch_chunks(files.fd("blocks"), self._meta.num_blocks):
-            files.calls.check()
-            for block in (first + np.flatnonzero(epochs)).tolist():
-                count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
-        return count
+            touched = files.count_rows() if exact else int(files.control["rows_touched"][0])
+            sizes = files.sizes()
+        return TableStats.estimate(min(touched, num_rows), num_rows, self.num_hashes, exact=exact, **sizes)
 
     # -- points in time --
 
@@ -312,15 +266,14 @@ class EmbeddingTable:
         FileExistsError, FileNotFoundError
             `dst` exists already, or its parent does not exist.
         NoSpaceError, OSError
-            This process or a writer that had to save a row could not write; nothing is left at `dst`.
+            This process, or a writer that had to save a row, could not write; nothing is left.
         ReadOnlyTableError, ClosedTableError, or HashembError if all 2**32 - 1 epochs are used up
 
         Notes
         -----
-        The point in time is between batches: the call waits for those in progress, and delays the next ones by some
-        microseconds. From then on a writer saves the old content of a row before changing it, while this call copies
-        all written blocks, restores those rows in the copy, and syncs it. One snapshot or delta of a table is taken
-        at a time; a second call waits.
+        The point in time is between batches: the call waits for those in progress. From then on a writer saves the old
+        content of a row before changing it, while this call copies all written blocks, restores those rows in the copy,
+        and syncs it. One snapshot or delta of a table is taken at a time; a second call waits.
         """
         _, files = self._writable()
         return take_snapshot(files, arguments.path_string(dst, "dst"), extra=extra, progress=progress)
@@ -367,24 +320,21 @@ class EmbeddingTable:
 
         Notes
         -----
-        The point in time is as for `snapshot`: it splits no batch. The file holds whole blocks, about 4096 bytes of
-        weights each; each is read and written twice, through files next to `path`. The file appears complete and
-        synced, or not at all.
+        The point in time is as for `snapshot`. The file holds whole blocks, about 4096 bytes of weights each, and
+        appears complete and synced, or not at all. Each block is read and written twice, through files next to `path`.
         """
         _, files = self._writable()
         return export_to(files, since, arguments.path_string(path), state=state, dtype=dtype, progress=progress)
 
     def _apply_delta(self, delta: DeltaReader, progress: Callable[[int, int], None] | None = None) -> DeltaInfo:
         """Apply a delta that has been checked; see `hashemb.apply_delta`."""
-        _, files = self._writable()
-        return apply_to(files, delta, progress)
+        return apply_to(self._writable()[1], delta, progress)
 
     # -- life --
 
     def flush(self) -> None:
         """Write all updates made so far to disk, and return when they are durable. Only unwritten pages are written."""
-        files = self._open_files()
-        with files.calls:
+        with (files := self._open_files()).calls:
             files.flush()
 
     def close(self) -> None:
@@ -426,22 +376,21 @@ class EmbeddingTable:
     # -- internals --
 
     def _open_core(self) -> _core.Core:
-        if self._core is None:
-            raise ClosedTableError(f"{self.path} has been closed")
-        return self._core
+        return self._core or self._raise_closed()
 
     def _open_files(self) -> TableFiles:
-        if self._files is None:
-            raise ClosedTableError(f"{self.path} has been closed")
-        return self._files
+        return self._files or self._raise_closed()
 
     def _writable(self) -> tuple[_core.Core, TableFiles]:
         core, files = self._core, self._files
         if core is None or files is None:
-            raise ClosedTableError(f"{self.path} has been closed")
+            self._raise_closed()
         if self.mode == "r":
             raise ReadOnlyTableError(f'{self.path} is open read-only; open it with mode="r+"')
         return core, files
+
+    def _raise_closed(self) -> NoReturn:
+        raise ClosedTableError(f"{self.path} has been closed")
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

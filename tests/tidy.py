@@ -34,19 +34,22 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
     "_files.mapping": set(),
-    "_files.huge_pages": {"_core", "_files.format", "_files.mapping"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
     "_files.directory": {"errors", "_core", "_files.format", "_files.lineage"},
     "_files.blocks": {"errors", "_core", "_files.format", "_files.directory"},
     "_files.locks": {"errors", "_core", "_files.directory"},
     "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
-    "_files.saving": {"_core", "_files.format", "_files.directory", "_files.locks"},
+    "_files.arrays": {"errors", "_core", "_files.format", "_files.directory", "_files.mapping"},
+    "_files.space": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
+    "_files.huge_pages": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.arrays"}
+    | {"_files.space"},
+    "_files.saving": {"errors", "_core"} | {f"_files.{name}" for name in ("format", "directory", "locks", "arrays")},
     "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
     "_files.seats": {"errors", "_core", "_files.directory"},
-    "_files.space": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
-    "_files.table_files": {"errors", "_core"}
-    | {f"_files.{name}" for name in ("format", "directory", "locks", "recovery", "mapping", "huge_pages", "saving")}
-    | {"_files.seats", "_files.space"},
+    "_files.writers": {"errors", "_core", "_files.directory", "_files.locks", "_files.arrays", "_files.space"}
+    | {"_files.saving", "_files.recovery", "_files.seats"},
+    "_files.table_files": {"errors", "_core", "_files.directory", "_files.locks", "_files.arrays", "_files.space"}
+    | {"_files.blocks", "_files.huge_pages", "_files.saving", "_files.writers"},
     "_points.problems": set(),
     "_points.half": {"_files"},
     "_points.snapshot": {"errors", "_core", "_files"},

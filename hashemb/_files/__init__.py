@@ -1,8 +1,9 @@
 """Bytes and metadata of tables: every system call of the library's Python code is made in this room.
 
 `format`, `sealed` and `lineage` turn bytes into checked values and back. `directory` and `building` read, write and
-replace whole files. `mapping`, `huge_pages`, `space`, `locks`, `seats`, `saving` and `recovery` are the parts of an
-open table, which `table_files` puts together. `blocks` reads and writes array files by blocks.
+replace whole files. `arrays` (with `mapping`), `huge_pages`, `space`, `saving` and `writers` (with `locks`, `seats` and
+`recovery`) are the parts of an open table, which `table_files` puts together. `blocks` reads and writes array files by
+blocks.
 """
 
 from hashemb._files import blocks, building, directory, format

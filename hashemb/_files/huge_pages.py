@@ -11,7 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb._core import OpenFile
-from hashemb._files.format import DATA_OFFSET_BYTES
+from hashemb._files.arrays import MappedFiles
+from hashemb._files.directory import disk_bytes
+from hashemb._files.format import DATA_OFFSET_BYTES, FileSpec
 from hashemb._files.mapping import HUGE_PAGE_BYTES
+from hashemb._files.space import block_bytes
 
-__all__ = ["Extents", "advise", "free_bytes", "huge_page_bytes", "is_tmpfs", "write_back_limit_bytes"]
+__all__ = ["Extents", "HugePages", "is_tmpfs"]
 
-_MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1
 _TMPFS_MAGIC = 0x01021994
 _COLLAPSES_PER_CALL = 64  # each takes 1 to 3 ms; the limit is higher if a call has written more extents
@@ -32,7 +34,6 @@ _LOOKS_PER_EXTENT = 16
 _WORTH_COLLAPSING = 4  # blocks of an extent per written block: collapsing earlier copies fewer pages
 _PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # Linux 6.7
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def is_tmpfs(fd: int) -> bool:
@@ -41,9 +42,65 @@ def is_tmpfs(fd: int) -> bool:
     return _libc.fstatfs(fd, result) == 0 and result[0] == _TMPFS_MAGIC
 
 
-def advise(address: int, num_bytes: int) -> None:
-    """Ask for 2 MiB pages at the first access to each extent; this has to precede that access."""
-    _libc.madvise(address, num_bytes, _MADV_HUGEPAGE)
+class HugePages:
+    """The huge pages of one open table.
+
+    Attributes
+    ----------
+    asked : bool
+        Whether the kernel was asked to map huge pages at the first access.
+    """
+
+    def __init__(self, mapped: MappedFiles) -> None:
+        self._mapped, self.asked = mapped, False
+        self._extents: dict[str, Extents] = {}
+
+    def ask(self, *, always: bool) -> None:
+        """Ask before the first access, when a table on disk gets huge pages; on tmpfs extents are collapsed later."""
+        mapped = self._mapped
+        specs = {name: spec for name, spec in mapped.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
+        on_tmpfs = bool(specs) and is_tmpfs(mapped.fd("weight"))
+        if always or (specs and not on_tmpfs and self._may_become_dense()):
+            self.asked = bool(specs)
+            for name, spec in specs.items():
+                with suppress(OSError):
+                    mapped.maps[name].madvise(mmap.MADV_HUGEPAGE, mapped.start(name), spec.file_bytes)
+        if on_tmpfs:
+            aligned = {name: spec for name, spec in specs.items() if mapped.address(name) % HUGE_PAGE_BYTES == 0}
+            self._extents = {name: self._make_extents(name, spec, always) for name, spec in aligned.items()}
+        if on_tmpfs and always:
+            for name, extents in self._extents.items():
+                extents.collapse_present(mapped.fd(name))
+
+    def _may_become_dense(self) -> bool:
+        """Return whether the whole table, without holes, fits the kernel's limit for dirty pages and the disk."""
+        room_bytes = disk_bytes(self._mapped.directory) + free_bytes(self._mapped.fd("weight"))
+        return self._mapped.meta.logical_bytes <= min(room_bytes, write_back_limit_bytes())
+
+    def _make_extents(self, name: str, spec: FileSpec, always: bool) -> Extents:
+        mapped = self._mapped
+
+        def collapse(begin: int, num_bytes: int) -> None:
+            mapped.maps[name].madvise(_MADV_COLLAPSE, mapped.start(name) + begin, num_bytes)
+
+        size, blocks_fd = block_bytes(mapped.meta, name), mapped.fd("blocks")
+        return Extents(collapse, spec.file_bytes, size, blocks_fd, always=always)
+
+    def collapse_written(self, blocks: npt.NDArray[Any]) -> None:
+        """On tmpfs, collapse the extents that are now full enough; `blocks` (ascending) have just been written."""
+        for extents in self._extents.values():
+            extents.collapse_written(blocks)
+
+    def mapped_bytes(self) -> int | None:
+        """Return the bytes of the arrays that this process maps with huge pages; None if the kernel cannot tell."""
+        total = 0
+        for name, spec in self._mapped.meta.files.items():
+            begin = self._mapped.address(name)
+            found = huge_page_bytes(begin, begin + spec.file_bytes)
+            if found is None:
+                return None
+            total += found
+        return total
 
 
 # ---- limits for huge pages ----
@@ -102,8 +159,8 @@ class Extents:
 
     Parameters
     ----------
-    address : int
-        Address at which the file is mapped. Huge pages are possible only if it is a multiple of 2 MiB.
+    collapse : callable
+        ``collapse(begin, num_bytes)`` collapses bytes of the file, and raises `OSError` if the kernel declines.
     file_bytes, block_bytes : int
         Size of the row file and of a block in it.
     blocks_fd : int
@@ -112,8 +169,16 @@ class Extents:
         Whether to collapse every extent that holds any block.
     """
 
-    def __init__(self, address: int, file_bytes: int, block_bytes: int, blocks_fd: int, *, always: bool) -> None:
-        self._address, self._able = address, address % HUGE_PAGE_BYTES == 0
+    def __init__(
+        self,
+        collapse: Callable[[int, int], None],
+        file_bytes: int,
+        block_bytes: int,
+        blocks_fd: int,
+        *,
+        always: bool,
+    ) -> None:
+        self._collapse_bytes, self._able = collapse, True
         self._block_bytes, self._blocks_fd, self._always = block_bytes, blocks_fd, always
         self._num_extents = file_bytes // HUGE_PAGE_BYTES
         self._tried = np.zeros(self._num_extents + 1, np.bool_)
@@ -176,9 +241,11 @@ class Extents:
 
     def _collapse(self, extent: int) -> None:
         self._tried[extent] = True
-        address = self._address + extent * HUGE_PAGE_BYTES
-        if _libc.madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) and ctypes.get_errno() == errno.EINVAL:
-            self._able = False  # a kernel before 6.1, or one that declines for other reasons
+        try:
+            self._collapse_bytes(extent * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a kernel before 6.1, or one that declines for other reasons
+                self._able = False
 
 
 # ---- counting ----

@@ -18,12 +18,12 @@ from hashemb._files import blocks as _blocks
 from hashemb._files.directory import boot_id
 from hashemb._files.format import TableMeta, seal_control
 
-__all__ = ["how_left", "mark_what_is_there", "reserve_what_is_marked", "seal", "unseal"]
+__all__ = ["mark_blocks_with_data", "previous_end", "reserve_marked_blocks", "seal", "unseal"]
 
 Array = npt.NDArray[Any]
 
 
-def how_left(control: Array) -> str | None:
+def previous_end(control: Array) -> str | None:
     """Return "killed" or "rebooted" if the last writer did not close the table; see `TableFiles.recovered`."""
     if control["clean"][0]:
         return None
@@ -53,7 +53,7 @@ def seal(page: Array, mapped: mmap.mmap) -> None:
         mapped.flush()
 
 
-def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: TableMeta, filename: str) -> None:
+def mark_blocks_with_data(control: Array, marks: Array, fds: dict[str, int], meta: TableMeta, filename: str) -> None:
     """Mark all blocks that hold data, after a power failure.
 
     Rows may have reached the disk before their block's mark, and marks before the epoch. Blocks with data in any file
@@ -70,7 +70,7 @@ def mark_what_is_there(control: Array, marks: Array, fds: dict[str, int], meta: 
                 _blocks.write_rows(fds["blocks"], first, epochs_there, filename)
 
 
-def reserve_what_is_marked(blocks_fd: int, meta: TableMeta, allocate: Callable[[str, int, int], None]) -> None:
+def reserve_marked_blocks(blocks_fd: int, meta: TableMeta, allocate: Callable[[str, int, int], None]) -> None:
     """Reserve space for marked blocks, which may lack it after a power failure; raise `NoSpaceError` on a full disk.
 
     `allocate(name, begin, num_bytes)` reserves space for bytes of an array.

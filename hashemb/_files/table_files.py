@@ -1,62 +1,35 @@
-"""An open table: its mapped files and its locks.
+"""An open table, put together from its parts: mapped files, huge pages, space, the writers' lock, and saving.
 
-The module handles names, sizes and byte ranges, not rows as vectors. Invariants: a page of a table is written only
-after the file system has reserved space for it and a snapshot in progress has saved its content; readers map everything
-read-only.
+It handles names, sizes and byte ranges, not rows as vectors. A page of a table is written only after the file system
+has reserved space for it and a snapshot in progress has saved its content.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import json
-import math
-import mmap
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hashemb import _core
-from hashemb._files import huge_pages as _huge_pages
-from hashemb._files import recovery as _recovery
-from hashemb._files.directory import (
-    HISTORY_FILE,
-    Directory,
-    boot_id,
-    disk_bytes,
-    read_control,
-    read_history,
-    read_meta,
-    remove_leftovers,
-    table_directory,
-)
-from hashemb._files.format import (
-    CONTROL_BYTES,
-    CONTROL_DTYPE,
-    DATA_OFFSET_BYTES,
-    FileSpec,
-    check_npy_header,
-)
-from hashemb._files.locks import Lock, after_fork_in_child, open_again
-from hashemb._files.mapping import HUGE_PAGE_BYTES, map_file
-from hashemb._files.saving import SAVING_FILE, SaveTarget, open_announced
-from hashemb._files.seats import SEATS_FILE, abandoned_rows, take_seat
-from hashemb._files.space import Space, block_bytes
-from hashemb.errors import ClosedTableError, CorruptTableError, FormatError, HashembError, ReadOnlyTableError
+from hashemb._files import blocks as _blocks
+from hashemb._files.arrays import Array, MappedFiles
+from hashemb._files.directory import disk_bytes, read_control, read_meta, table_directory
+from hashemb._files.huge_pages import HugePages, is_tmpfs
+from hashemb._files.locks import Lock, after_fork_in_child
+from hashemb._files.saving import SavingForOthers
+from hashemb._files.space import Space
+from hashemb._files.writers import Writers
+from hashemb.errors import ClosedTableError
 
-Array = npt.NDArray[Any]
-
-_SYS_CACHESTAT = 451
-_libc = ctypes.CDLL(None, use_errno=True)
+__all__ = ["TableFiles"]
 
 
 class TableFiles:
-    """The mapped files of one open table.
+    """The files of one open table.
 
     Parameters
     ----------
@@ -77,11 +50,14 @@ class TableFiles:
         The table's arrays by file name without `.npy`, and "control" as 4096 bytes.
     control : ndarray of shape (1,)
         The control page as a record.
+    calls : Calls
+        The calls in progress on the table.
     recovered : str or None
         Set if the last writer did not close the table: "killed" (the process ended, and all its pages are present) or
         "rebooted" (the machine restarted, and unflushed updates may be lost).
     suspects : ndarray of int64
         Rows that killed processes were writing; see seats.py.
+    saves : SavingForOthers
     """
 
     def __init__(self, path: str, *, writable: bool, huge_pages: bool | None = None) -> None:
@@ -91,194 +67,55 @@ class TableFiles:
         read_control(self.directory, self.meta)
         self.recovered: str | None = None
         self.suspects = np.empty(0, np.int64)
-        self._files: dict[str, _core.OpenFile] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        self._extents: dict[str, _huge_pages.Extents] = {}
-        self.arrays: dict[str, Array] = {}
-        self.space = Space(path, self.meta, self.arrays, self._files)
-        self._joined = self.asks_for_huge_pages = False
-        self.target: SaveTarget | None = None
+        self._mapped = MappedFiles(self.directory, self.meta, writable=writable)
+        self.arrays = self._mapped.arrays
+        self._huge = HugePages(self._mapped)
         after_fork_in_child(self)
         try:
-            self._map_all()
+            self._mapped.map_all()
+            self._assemble()
             if huge_pages is not False:
-                self._ask_for_huge_pages(always=huge_pages is True)
+                self._huge.ask(always=huge_pages is True)
             if writable:
-                self._join_writers()
+                self._writers.join()
+                self.recovered, self.suspects = self._writers.recovered, self._writers.suspects
         except BaseException:
             self.close()
             raise
-
-    # -- opening --
-
-    def _map_all(self) -> None:
-        for name, spec in self.meta.files.items():
-            self.arrays[name] = self._map_array(name, spec)
-        buffer, _ = self._map("control", "control", CONTROL_BYTES)
-        self.arrays["control"] = np.frombuffer(buffer, np.uint8)
-        self.control = np.frombuffer(buffer, CONTROL_DTYPE)
-        status = os.fstat(self.fd("control"))
-        self.calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
-
-    def _open(self, filename: str) -> _core.OpenFile:
-        try:
-            return self.directory.open(filename, os.O_RDWR if self.writable else os.O_RDONLY)
-        except FileNotFoundError:
-            raise CorruptTableError(f"{self.path}: expected a file {filename}, found none") from None
-        except OSError as error:
-            if self.writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise ReadOnlyTableError(
-                    f"{self.path}: {filename} cannot be opened for writing ({error.strerror}); open with mode=\"r\""
-                ) from None
-            raise
-
-    def _map(self, name: str, filename: str, expected_bytes: int) -> tuple[mmap.mmap, int]:
-        file = self._files[name] = self._open(filename)
-        size = os.fstat(file.fd).st_size
-        if size != expected_bytes:
-            raise CorruptTableError(
-                f"{os.path.join(self.path, filename)}: expected {expected_bytes} bytes, found {size}"
-            )
-        try:
-            self._maps[name], offset = map_file(file.fd, size, self.writable)
-        except OSError as error:
-            message = f"{size} bytes do not fit the address space that is left ({error.strerror})"
-            raise OSError(error.errno, message, os.path.join(self.path, filename)) from None
-        return self._maps[name], offset
-
-    def _map_array(self, name: str, spec: FileSpec) -> Array:
-        filename = f"{name}.npy"
-        mapped, offset = self._map(name, filename, spec.file_bytes)
-        header = os.pread(self.fd(name), DATA_OFFSET_BYTES, 0)
-        check_npy_header(header, spec, os.path.join(self.path, filename))
-        mapped.madvise(mmap.MADV_RANDOM)
-        flat = np.frombuffer(mapped, spec.dtype, math.prod(spec.shape), offset + DATA_OFFSET_BYTES)
-        return flat.reshape(spec.shape)
-
-    # -- huge pages --
-
-    def _ask_for_huge_pages(self, *, always: bool) -> None:
-        """Ask before the first access, when a table on disk gets huge pages; on tmpfs extents are collapsed later."""
-        specs = {name: spec for name, spec in self.meta.row_files.items() if spec.file_bytes >= HUGE_PAGE_BYTES}
-        on_tmpfs = bool(specs) and _huge_pages.is_tmpfs(self.fd("weight"))
-        if always or (specs and not on_tmpfs and self._may_lose_its_holes()):
-            self.asks_for_huge_pages = bool(specs)
-            for name, spec in specs.items():
-                _huge_pages.advise(self._address(name), spec.file_bytes)
-        if on_tmpfs:
-            self._extents = {name: self._make_extents(name, spec, always) for name, spec in specs.items()}
-        if on_tmpfs and always:
-            for name, extents in self._extents.items():
-                extents.collapse_present(self.fd(name))
-
-    def _may_lose_its_holes(self) -> bool:
-        """Return whether the whole table fits the kernel's limit for dirty pages and the space on the disk."""
-        room_bytes = disk_bytes(self.directory) + _huge_pages.free_bytes(self.fd("weight"))
-        return self.meta.logical_bytes <= min(room_bytes, _huge_pages.write_back_limit_bytes())
-
-    def _make_extents(self, name: str, spec: FileSpec, always: bool) -> _huge_pages.Extents:
-        size, blocks_fd = block_bytes(self.meta, name), self.fd("blocks")
-        return _huge_pages.Extents(self._address(name), spec.file_bytes, size, blocks_fd, always=always)
-
-    def _address(self, name: str) -> int:
-        data: int = self.arrays[name].ctypes.data
-        return data - DATA_OFFSET_BYTES
-
-    def huge_page_bytes(self) -> int | None:
-        """Return the bytes of the arrays that this process maps with huge pages; None if the kernel cannot tell."""
-        total = 0
-        for name, spec in self.meta.files.items():
-            begin = self._address(name)
-            found = _huge_pages.huge_page_bytes(begin, begin + spec.file_bytes)
-            if found is None:
-                return None
-            total += found
-        return total
-
-    # -- the writers' lock, shared by all writers while they have the table open --
-
-    def _join_writers(self) -> None:
-        lock = self._files["lock"] = self._open("lock")
-        self._lock_stat = os.fstat(lock.fd)
-        place = _core.LOCK_WRITERS
-        with _core.Hold(lock, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
-            if not is_alone:
-                _core.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self.calls, "open")
-            self._check_in_place()
-            if is_alone:
-                self._take_over()
-            self._unseal()
-        self._joined = True
-
-    def _check_in_place(self) -> None:
-        """Check that the table is still at its path: a process that replaces it holds the lock until it is done."""
-        try:
-            found: os.stat_result | None = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            found = None
-        if found is None or not os.path.samestat(found, os.fstat(self.directory.fd)):
-            raise HashembError(f"{self.path}: was moved or replaced while it was being opened: open it again")
-
-    def _take_over(self) -> None:
-        """Repair what the last writer and a killed snapshot left. The caller must be the only writer."""
-        control = self.control
-        self.recovered = _recovery.how_left(control)
         if self.recovered == "rebooted":
-            marks = self.arrays["blocks"]
-            filename = self.directory.filename("blocks.npy")
-            fds = {name: self.fd(name) for name in self.meta.files}
-            _recovery.mark_what_is_there(control, marks, fds, self.meta, filename)
-            _recovery.reserve_what_is_marked(fds["blocks"], self.meta, self.space.allocate)
-            if not self._is_being_applied():
-                # A block may be newer than its epoch indicates, so that deltas could miss it. While a delta is being
-                # applied this holds only for that delta's blocks, and it will be applied again.
-                self.directory.remove(HISTORY_FILE)
-            self.directory.remove(SEATS_FILE)
-        self.suspects = abandoned_rows(self.directory, self.meta.num_embeddings)
-        remove_leftovers(self.directory, SAVING_FILE)
-        self._unseal(boot_id=boot_id().encode(), saving=0, gate_closing=0, opened=1)
+            message = "was not closed cleanly before the machine restarted: updates since its last flush may be lost"
+            warnings.warn(f"{path} {message} or incomplete", RuntimeWarning, stacklevel=4)  # the caller of `open`
 
-    def _is_being_applied(self) -> bool:
-        try:
-            return read_history(self.directory, self.meta.id).applying is not None
-        except FormatError:  # damaged or from another table, and about to be removed
-            return False
+    def _assemble(self) -> None:
+        status = os.fstat(self.fd("control"))
+        self.control = self._mapped.control
+        self.space = Space(self.path, self.meta, self.arrays, self._mapped.files)
+        calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
+        self._writers = Writers(self._mapped, self.space, calls)
+        self.saves = SavingForOthers(self._mapped, self._writers.new_lock)
+        self.calls = calls
 
-    def _unseal(self, **fields: Any) -> None:
-        _recovery.unseal(self.control, self._maps["control"], **fields)
-
-    def _leave_writers(self) -> None:
-        """Leave the writers; the last one to close syncs everything and only then marks the table as clean."""
-        with _core.Hold(self._files["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
-            if is_last:
-                if self.calls.dirty:
-                    self._sync()
-                self.directory.remove(SEATS_FILE)
-                _recovery.seal(self.arrays["control"], self._maps["control"])
+    @property
+    def asks_for_huge_pages(self) -> bool:
+        """Whether a first access maps a huge page."""
+        return self._huge.asked
 
     def fd(self, name: str) -> int:
         """Return the descriptor of an array's open file, by name without `.npy`."""
-        return self._files[name].fd
+        return self._mapped.fd(name)
 
     def tmpfs_fd(self) -> int:
         """Return the descriptor of the weights' file on tmpfs, where reads take space too; -1 elsewhere."""
         fd = self.fd("weight")
-        return fd if _huge_pages.is_tmpfs(fd) else -1
+        return fd if is_tmpfs(fd) else -1
 
     def join(self, core: _core.Core) -> None:
         """Give the core this process's lock of the table and a seat; a forked child joins the writers first."""
-        if "lock" not in self._files:
-            self._files["lock"] = open_again(self.directory, self._lock_stat)
-        fd = self.fd("lock")
-        if not self._joined:
-            _core.wait_for_lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, self.calls, "update")
-            self._unseal()
-            self._joined = True
-        core.join(fd, take_seat(self.directory, fd))
+        self._writers.bind(core)
 
     def new_lock(self) -> Lock:
         """Open the lock file once more, for locks that exclude those taken through other descriptors."""
-        return Lock(open_again(self.directory, self._lock_stat))
+        return self._writers.new_lock()
 
     def turn(self, call: str) -> _core.Hold:
         """Return a context manager that lets one process at a time take or apply points; its death ends the turn."""
@@ -287,11 +124,8 @@ class TableFiles:
     def after_fork(self) -> None:
         """Reset locks and calls in a forked child."""
         self.calls.after_fork()
-        self._joined, self.target = False, None
-        if "lock" in self._files:
-            self._files.pop("lock").close()
-            with suppress(OSError, HashembError):  # the error is raised when the lock is needed
-                self._files["lock"] = open_again(self.directory, self._lock_stat)
+        self.saves.target = None
+        self._writers.after_fork()
 
     # -- writing --
 
@@ -314,7 +148,7 @@ class TableFiles:
                 if need == _core.NEEDS_JOIN:
                     self.join(core)
                 elif need == _core.NEEDS_SAVING:
-                    saving = self.saving()
+                    saving = self.saves.saving()
                 else:
                     self.space.reserve(plan.fresh_blocks)
                     has_room = True
@@ -327,44 +161,9 @@ class TableFiles:
         that are now full enough.
         """
         with suppress(ClosedTableError), self.calls:
-            target = self.target  # another thread or a signal handler may change it at any time
-            if target is not None and int(self.control["saving"][0]) != target.until:
-                self.target = None
-            for extents in self._extents.values() if fresh.size else ():
-                extents.collapse_written(fresh)
-
-    def saving(self) -> _core.Saving | None:
-        """Return where to save rows for the snapshot in progress, as recorded by its owner; None if there is none.
-
-        The result is kept as `target`; see `after_batch`.
-        """
-        until, target = int(self.control["saving"][0]), self.target
-        if not until or (target is not None and target.until == until):
-            return target.saving if until and target else None
-        try:
-            self.target = target = self._open_target(until)
-            code = 0 if target else errno.ESRCH  # its owner is dead
-        except (OSError, HashembError, ValueError, KeyError, TypeError) as error:
-            target, code = None, getattr(error, "errno", None) or errno.EIO
-        if target is None:  # the snapshot has failed, which its owner reports; training continues
-            self.control["save_errno"] = code
-            self.control["save_failed"] = until
-            return None
-        return target.saving
-
-    def _open_target(self, until: int) -> SaveTarget | None:
-        wanted = json.loads(self.directory.read(SAVING_FILE))
-        if wanted["until"] != until:  # written by the next owner, which is about to begin; the previous one died
-            return None
-        target = self.save_target(open_announced(wanted), wanted["names"], wanted["since"], until, owner=False)
-        if int(self.control["saving"][0]) != until:
-            target.discard()
-            return None
-        return target
-
-    def save_target(self, directory: Directory, names: list[str], since: int, until: int, *, owner: bool) -> SaveTarget:
-        """Open the files of a snapshot of this table in progress, for saving rows."""
-        return SaveTarget(self.meta, self.arrays, self.new_lock(), directory, names, since, until, owner=owner)
+            self.saves.release_finished()
+            if fresh.size:
+                self._huge.collapse_written(fresh)
 
     def flush(self) -> None:
         """Sync all arrays to disk, then the control page. This does nothing on a read-only table."""
@@ -376,22 +175,31 @@ class TableFiles:
         try:
             for name in (*self.meta.files, "control"):
                 before_each()
-                self._maps[name].flush()
+                self._mapped.maps[name].flush()
         except BaseException:
             self.calls.dirty = True
             raise
 
     # -- measuring --
 
-    def resident_bytes(self) -> int | None:
-        """Return the bytes of the table's files in the page cache; None if the kernel cannot tell (Linux < 6.5)."""
-        pages = 0
-        for file in self._files.values():
-            span, counts = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-            if _libc.syscall(_SYS_CACHESTAT, file.fd, ctypes.byref(span), ctypes.byref(counts), 0):
-                return None
-            pages += counts[0]
-        return pages * mmap.PAGESIZE
+    def count_rows(self) -> int:
+        """Count the rows that have been written, by reading every block ever written."""
+        rows, count = self.meta.block_rows, 0
+        weight = self.arrays["weight"].view(np.uint16 if self.meta.dtype != "float32" else np.uint32)
+        for first, epochs in _blocks.epoch_chunks(self.fd("blocks"), self.meta.num_blocks):
+            self.calls.check()
+            for block in (first + np.flatnonzero(epochs)).tolist():
+                count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
+        return count
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the sizes in `hashemb.stats.TableStats`; None where the kernel cannot tell (see there)."""
+        return {
+            "logical_bytes": self.meta.logical_bytes,
+            "disk_bytes": disk_bytes(self.directory),
+            "resident_bytes": self._mapped.resident_bytes(),
+            "huge_page_bytes": self._huge.mapped_bytes(),
+        }
 
     # -- closing --
 
@@ -401,18 +209,11 @@ class TableFiles:
         An error in syncing the table is raised, but the table is closed all the same and not marked clean.
         """
         if not hasattr(self, "calls"):  # opening has failed early
-            self._release()
+            self._mapped.close()
             return
         with _core.Closing(self.calls):
-            self._release()
-
-    def _release(self) -> None:
-        joined, self._joined = self._joined, False
-        try:
-            if joined:
-                self._leave_writers()
-        finally:
-            self.target = None
-            while self._files:
-                self._files.popitem()[1].close()
-            self.directory.close()
+            try:
+                self._writers.leave(self._sync)
+            finally:
+                self.saves.target = None
+                self._mapped.close()

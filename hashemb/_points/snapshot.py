@@ -171,7 +171,7 @@ def save_point(
         point = SavedPoint(until, time.time(), page)
         try:
             with space_errors(path):
-                target = files.save_target(directory, names, since, point.epoch, owner=True)
+                target = files.saves.open_target(directory, names, since, point.epoch, owner=True)
                 _copy_blocks(files, target.saving, progress)
             _check_writers(files, point.epoch, path)
         finally:

@@ -17,7 +17,7 @@ import hashemb
 from hashemb._files import building as _building
 from hashemb._files import directory as _directory
 from hashemb._files import recovery as _recovery
-from hashemb._files import table_files as _storage
+from hashemb._files import writers as _writers
 from hashemb._files.directory import read_history
 from hashemb.errors import DeltaError
 
@@ -40,7 +40,7 @@ def disks(library, tmp_path, monkeypatch):
             done = shim.run(library, "crash.py", str(work / "root"), str(work / "record"), name)
             assert done.returncode == 0, done.stderr
             moments, root = load(work / "record")
-            for module in (_building, _directory, _recovery, _storage):
+            for module in (_building, _directory, _recovery, _writers):
                 monkeypatch.setattr(module, "boot_id", lambda: "another boot")
             for mark, disk in crash.states(moments, root, work, *seeds):
                 yield mark, disk
@@ -238,7 +238,7 @@ def test_space_that_was_lost_is_reserved_again(tmp_path, monkeypatch):
     os.truncate(copy / "accumulator.npy", 4096)
     os.truncate(copy / "accumulator.npy", (path / "accumulator.npy").stat().st_size)
     assert (copy / "accumulator.npy").stat().st_blocks < used
-    for module in (_building, _directory, _recovery, _storage):
+    for module in (_building, _directory, _recovery, _writers):
         monkeypatch.setattr(module, "boot_id", lambda: "another boot")
     with reopened(copy):
         assert (copy / "accumulator.npy").stat().st_blocks >= used

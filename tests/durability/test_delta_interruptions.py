@@ -21,7 +21,7 @@ from delta_chains import OPTIONS, assert_same, chain, contents, files_of, train
 
 import hashemb
 from hashemb._files import directory as _directory
-from hashemb._files import table_files as _storage
+from hashemb._files import table_files as _table_files
 from hashemb.errors import DeltaError
 
 #: Where a child kills itself: (module or class, function, number of the last call).
@@ -173,7 +173,7 @@ def test_a_failed_apply_leaves_a_note_and_an_open_gate(tmp_path: Path, monkeypat
             raise OSError("the disk is gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(_storage.TableFiles, "flush", fail)
+            patch.setattr(_table_files.TableFiles, "flush", fail)
             with pytest.raises(OSError, match="the disk is gone"):
                 hashemb.apply_delta(replica, tmp_path / "0.delta")
         hashemb.apply_delta(replica, tmp_path / "0.delta")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from resealed import DOCUMENTED, TEXTS, Mutation, content_of, every_field, mutations, outcomes, places
 
 import hashemb
+from hashemb._files import arrays as _arrays
 from hashemb._files import format as _format
 from hashemb._files import sealed as _sealed
-from hashemb._files import table_files as _storage
 from hashemb.errors import CorruptTableError, DeltaError, FormatError, HashembError
 
 KINDS = ["table", "snapshot", "deltas"]
@@ -202,7 +202,7 @@ def test_refused(
     seal: Any = "all" if where == ("block_rows",) else "sum"
     assert Mutation("field" if file == "control" else "set", file, where, text, seal).apply(copy)
     before = tree(copy)
-    monkeypatch.setattr(_storage, "map_file", lambda *args: pytest.fail("something was mapped"))
+    monkeypatch.setattr(_arrays, "map_file", lambda *args: pytest.fail("something was mapped"))
     for call in calls_of(file, copy):
         with pytest.raises(FormatError, match=message):
             call()

@@ -227,22 +227,23 @@ class FakeKernel:
     def __init__(self, answer: int = 0) -> None:
         self.answer, self.asked = answer, []
 
-    def madvise(self, address: int, num_bytes: int, advice: int) -> int:
-        assert (num_bytes, advice) == (HUGE_PAGE_BYTES, 25)
-        self.asked.append(address // HUGE_PAGE_BYTES)
-        _huge_pages.ctypes.set_errno(self.answer)
-        return -1 if self.answer else 0
+    def collapse(self, begin: int, num_bytes: int) -> None:
+        assert num_bytes == HUGE_PAGE_BYTES
+        self.asked.append(begin // HUGE_PAGE_BYTES)
+        if self.answer:
+            raise OSError(self.answer, os.strerror(self.answer))
 
 
 class Filling:
     """Extents of an imaginary file of 4096-byte blocks, with a real blocks.npy."""
 
-    def __init__(self, directory: Path, num_extents: int, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path, num_extents: int, answer: int) -> None:
         self.kernel = FakeKernel(answer)
-        monkeypatch.setattr(_huge_pages, "_libc", self.kernel)
         self.epochs = np.memmap(directory / "blocks", np.uint32, "w+", 4096, num_extents * 512)
         self.fd = os.open(directory / "blocks", os.O_RDONLY)
-        self.extents = _huge_pages.Extents(0, 4096 + num_extents * HUGE_PAGE_BYTES, 4096, self.fd, always=False)
+        self.extents = _huge_pages.Extents(
+            self.kernel.collapse, 4096 + num_extents * HUGE_PAGE_BYTES, 4096, self.fd, always=False
+        )
 
     def write(self, *blocks: Any) -> list[int]:
         """Write blocks; return the extents that are then collapsed."""
@@ -254,11 +255,11 @@ class Filling:
 
 
 @pytest.fixture
-def filling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def filling(tmp_path: Path) -> Iterator[Any]:
     made: list[Filling] = []
 
     def make(num_extents: int, answer: int = 0) -> Filling:
-        made.append(Filling(tmp_path, num_extents, answer, monkeypatch))
+        made.append(Filling(tmp_path, num_extents, answer))
         return made[-1]
 
     yield make

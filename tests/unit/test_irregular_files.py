@@ -21,7 +21,7 @@ import pytest
 
 import hashemb
 from hashemb import entry, errors
-from hashemb._files import table_files as _storage
+from hashemb._files import writers as _writers
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 3000, "embedding_dim": 4}
 ONES = np.ones((100, 4), np.float32)
@@ -235,14 +235,14 @@ def test_the_umask_does_not_change_for_a_moment(tmp_path: Path, monkeypatch: pyt
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
     """Make the opening of a table raise the exceptions in the list, at its last step."""
     raised: list[BaseException] = [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
-    real = _storage.TableFiles._unseal
+    real = _writers.Writers._unseal
 
     def unseal(self: Any, **fields: Any) -> None:
         real(self, **fields)
         if raised and not fields:
             raise raised.pop()
 
-    monkeypatch.setattr(_storage.TableFiles, "_unseal", unseal)
+    monkeypatch.setattr(_writers.Writers, "_unseal", unseal)
     return raised
 
 

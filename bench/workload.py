@@ -15,6 +15,7 @@ import numpy.typing as npt
 import hashemb
 from bench.harness import Mismatch
 from hashemb import reference
+from hashemb._random import unfmix64
 
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -81,16 +82,7 @@ def keys_of_rows(rows: npt.NDArray[Any], num_rows: int, seed: int = 0) -> Keys:
     if num_rows != 1 << bits:
         raise ValueError(f"the number of rows must be a power of two, got {num_rows}")
     salt = reference.splitmix64(seed, np.zeros(1, np.uint64))
-    return unmix64(rows.astype(np.uint64) << np.uint64(64 - bits)) ^ salt
-
-
-def unmix64(k: Keys) -> Keys:
-    """Invert MurmurHash3's finaliser: the same steps backwards, with the inverses of the factors mod 2**64."""
-    k = k ^ (k >> np.uint64(33))
-    k = k * np.uint64(pow(0xC4CEB9FE1A85EC53, -1, 1 << 64))
-    k = k ^ (k >> np.uint64(33))
-    k = k * np.uint64(pow(0xFF51AFD7ED558CCD, -1, 1 << 64))
-    return k ^ (k >> np.uint64(33))
+    return unfmix64(rows.astype(np.uint64) << np.uint64(64 - bits)) ^ salt
 
 
 # ---- tables ----

@@ -10,12 +10,12 @@ from hashemb._files import SnapshotInfo
 from hashemb._packages import show_versions
 from hashemb._points import DeltaInfo, Problem, check_delta, delta_info
 from hashemb._version import __version__
-from hashemb.entry import TableInfo, create, info, open
+from hashemb.create import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
-from hashemb.repair import restore
 from hashemb.replica import FollowStatus, apply_delta, follow
+from hashemb.restore import restore
 from hashemb.stats import TableStats
 from hashemb.table import EmbeddingTable
 from hashemb.verify import verify

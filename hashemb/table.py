@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from hashemb import _arguments as arguments
 from hashemb import _core
-from hashemb._binding import bind_core
-from hashemb._files import SnapshotInfo, TableFiles
+from hashemb._files import SnapshotInfo, TableFiles, bind_core
 from hashemb._points import DeltaInfo, DeltaReader, Since, apply_to, export_to, take_snapshot
 from hashemb.errors import ClosedTableError, ReadOnlyTableError
 from hashemb.stats import TableStats

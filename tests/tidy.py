@@ -21,27 +21,28 @@ ROOMS = ("_files", "_points")
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_version": set(),
     "_text": set(),
+    "_random": set(),
     "errors": set(),
     "stats": set(),
-    "_reference_numerics": set(),
+    "reference.numerics": set(),
     "_rules": {"errors"},
     "optim": {"errors", "_rules"},
     "init": {"errors", "_rules"},
     "_core": {"errors"},
-    "reference": {"errors", "optim", "init", "_reference_numerics"},
+    "reference.table": {"errors", "optim", "init", "reference"},
+    "reference.__init__": {"reference"},
     "_packages": {"_version", "_core", "errors"},
     "hashing": {"errors", "_core"},
     "_files.sealed": {"errors", "_rules"},
-    "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
-    "_files.mapping": set(),
+    "_files.format": {"errors", "optim", "init", "_rules", "_random", "_files.sealed"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
     "_files.directory": {"errors", "_core", "_files.format", "_files.lineage"},
     "_files.blocks": {"errors", "_core", "_files.format", "_files.directory"},
     "_files.locks": {"errors", "_core", "_files.directory"},
     "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
-    "_files.arrays": {"errors", "_core", "_files.format", "_files.directory", "_files.mapping"},
-    "_files.space": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
-    "_files.huge_pages": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.arrays"}
+    "_files.arrays": {"errors", "_core", "_files.format", "_files.directory"},
+    "_files.space": {"_core", "_files.format", "_files.directory", "_files.blocks", "_files.arrays"},
+    "_files.huge_pages": {"_core", "_files.format", "_files.directory", "_files.arrays"}
     | {"_files.space"},
     "_files.saving": {"errors", "_core"} | {f"_files.{name}" for name in ("format", "directory", "locks", "arrays")},
     "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
@@ -50,6 +51,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     | {"_files.saving", "_files.recovery", "_files.seats"},
     "_files.table_files": {"errors", "_core", "_files.directory", "_files.locks", "_files.arrays", "_files.space"}
     | {"_files.blocks", "_files.huge_pages", "_files.saving", "_files.writers"},
+    "_files.binding": {"_core", "_files.format", "_files.locks", "_files.table_files"},
     "_points.problems": set(),
     "_points.half": {"_files"},
     "_points.snapshot": {"errors", "_core", "_files"},
@@ -58,24 +60,23 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},
     "_arguments": {"errors", "optim", "init", "_rules", "_version", "_files"},
-    "_binding": {"_core", "_files"},
-    "table": {"errors", "optim", "init", "stats", "hashing", "_arguments", "_binding", "_core", "_files", "_points"},
+    "table": {"errors", "optim", "init", "stats", "hashing", "_arguments", "_core", "_files", "_points"},
     "replica": {"errors", "optim", "table", "_arguments", "_files", "_points"},
-    "entry": {"errors", "optim", "init", "table", "_arguments", "_files", "_points"},
+    "create": {"errors", "optim", "init", "table", "_arguments", "_files", "_points"},
     "verify": {"errors", "_arguments", "_files", "_points"},
-    "repair": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
-    "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "entry", "replica", "verify"}
-    | {"repair", "_version", "_packages", "_core", "_files", "_points"},
+    "restore": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
+    "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "create", "replica", "verify"}
+    | {"restore", "_version", "_packages", "_core", "_files", "_points"},
 }
 #: The modules that touch files and mappings.
-STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
+STORAGE_MODULES = {"_files", "_points", "replica", "verify", "restore"}
 #: Modules that use only what every program may use: the public names, and the modules that contain only values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
 #: The slow twin of the maths of ctr takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
     "cli": {"ctr", "_packages", "_text"}, "sklearn": {"ctr", "_packages", "_text"}, "__main__": {"cli"},
-    "ctr": {"_packages", "_reference_numerics", "_text", "torch"},
+    "ctr": {"_packages", "_random", "_text", "torch"},
 }  # fmt: skip
 #: The rooms of ctr, and the rooms that each may import, from the face only. The modules of ctr that are in no room are
 #: below all rooms. What needs an extra when it is loaded is not in a face, and is imported by its own name.

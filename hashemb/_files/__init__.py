@@ -1,12 +1,13 @@
 """Bytes and metadata of tables: every system call of the library's Python code is made in this room.
 
 `format`, `sealed` and `lineage` turn bytes into checked values and back. `directory` and `building` read, write and
-replace whole files. `arrays` (with `mapping`), `huge_pages`, `space`, `saving` and `writers` (with `locks`, `seats` and
-`recovery`) are the parts of an open table, which `table_files` puts together. `blocks` reads and writes array files by
-blocks.
+replace whole files. `arrays`, `huge_pages`, `space`, `saving` and `writers` (with `locks`, `seats` and `recovery`) are
+the parts of an open table, which `table_files` puts together and `binding` hands to the core. `blocks` reads and writes
+array files by blocks.
 """
 
 from hashemb._files import blocks, building, directory, format
+from hashemb._files.binding import bind_core
 from hashemb._files.blocks import Bytes, Numbers
 from hashemb._files.building import (
     building_directory,
@@ -48,7 +49,7 @@ from hashemb._files.format import (
     seal_control,
 )
 from hashemb._files.lineage import MAX_POINTS, MOMENT_RULES, History, Point, SnapshotInfo, check_extra, new_id
-from hashemb._files.locks import Lock, after_fork_in_child
+from hashemb._files.locks import Lock
 from hashemb._files.saving import BITS_FILE, LOG_PREFIX, SAVING_FILE, bits_bytes
 from hashemb._files.sealed import dump_line, load_checked
 from hashemb._files.seats import SEATS_FILE, abandoned_rows
@@ -78,7 +79,7 @@ __all__ = [
     "TableFiles",
     "TableMeta",
     "abandoned_rows",
-    "after_fork_in_child",
+    "bind_core",
     "bits_bytes",
     "blocks",
     "boot_id",

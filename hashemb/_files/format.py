@@ -20,6 +20,7 @@ import numpy as np
 from hashemb import init as initializers
 from hashemb import optim
 from hashemb._files.sealed import dump_checked, load_checked, load_json
+from hashemb._random import splitmix64
 from hashemb._rules import (
     COUNTER,
     DECAY_TOTAL,
@@ -179,17 +180,6 @@ def rows_per_block(row_bytes: int) -> int:
 
 
 # ---- numbers derived from the seed ----
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
-
-
-def splitmix64(seed: int, i: int) -> int:
-    """Return output number `i`, counted from 0, of SplitMix64 started at `seed` (Steele, Lea, Flood, OOPSLA 2014)."""
-    z = (seed + (i + 1) * _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def salts(seed: int, num_hashes: int) -> list[int]:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from hashemb import _core
 from hashemb._files import blocks as _blocks
+from hashemb._files.arrays import HUGE_PAGE_BYTES
 from hashemb._files.directory import space_errors
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
-from hashemb._files.mapping import HUGE_PAGE_BYTES
 
 __all__ = ["Space", "block_bytes"]
 

@@ -2,7 +2,7 @@
  *
  * Invariants: functions are pure and use only +, -, *, /, sqrt and integer operations, which IEEE 754 makes the same
  * on every CPU; nothing here calls libm (its log and exp differ between versions and CPUs in the last bit).
- * hashemb/reference.py has the same functions in NumPy, operation by operation. */
+ * hashemb/reference/ has the same functions in NumPy, operation by operation. */
 #ifndef HASHEMB_NUMERICS_H
 #define HASHEMB_NUMERICS_H
 

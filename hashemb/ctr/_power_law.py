@@ -5,46 +5,33 @@ No transcendental functions are used to compute a value from a word, so it is th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Dyadic", "draws", "fmix64", "gaussian", "log_normal", "power_law", "splitmix"]
+from hashemb._random import GOLDEN, MASK, fmix64, splitmix64
+
+__all__ = ["Dyadic", "draws", "gaussian", "log_normal", "power_law", "splitmix"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 _TABLE_SIZE = 1 << 16
 
 
 def splitmix(seed: int) -> Iterator[int]:
     """Yield the SplitMix64 sequence of `seed` (modulo 2**64), as salts for independent draws."""
-    state = seed & _MASK
-    while True:
-        state = (state + _GOLDEN) & _MASK
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        yield z ^ (z >> 31)
-
-
-def fmix64(x: U64) -> U64:
-    """Apply MurmurHash3's 64-bit finaliser, in place."""
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x ^= x >> np.uint64(33)
-        x *= np.uint64(multiplier)
-    x ^= x >> np.uint64(33)
-    return x
+    return (splitmix64(seed & MASK, i) for i in itertools.count())
 
 
 def draws(salt: int, start: int, count: int) -> U64:
     """Draw one random word for each of the counters `start` to `start + count`, by mixing a Weyl sequence."""
     counters = np.arange(start, start + count, dtype=np.uint64)
-    counters *= np.uint64(_GOLDEN)
+    counters *= np.uint64(GOLDEN)
     counters += np.uint64(salt)
     return fmix64(counters)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._reference_numerics import exp
+from hashemb.reference.numerics import exp
 
 __all__ = ["Outcome", "run", "sigmoid"]
 

@@ -195,7 +195,7 @@ def test_a_batch_too_large_for_one_update_is_refused(tmp_path):
 @pytest.mark.parametrize("num_embeddings", [1, 2, 2**31 - 1, 2**31, 2**33 + 7, 2**63 - 1])
 def test_rows_at_any_size(num_embeddings):
     """Compare the row formula alone with Python's integers."""
-    from hashemb.reference import fmix64, mulhi64
+    from hashemb.reference.table import fmix64, mulhi64
 
     keys = np.array([0, 1, 2**31, 2**63, 2**64 - 1, 12345678901234567], np.uint64)
     expected = [int(k) * num_embeddings >> 64 for k in fmix64(keys)]

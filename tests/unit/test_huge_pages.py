@@ -16,7 +16,7 @@ from worker import mapped_bytes
 
 import hashemb
 from hashemb._files import huge_pages as _huge_pages
-from hashemb._files.mapping import HUGE_PAGE_BYTES, map_file
+from hashemb._files.arrays import HUGE_PAGE_BYTES, map_file
 
 PMD_KINDS = ("FilePmdMapped", "ShmemPmdMapped")
 ROWS = 1 << 17  # of 16 floats: 8 MiB, four extents and a page

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import entry, errors
+from hashemb import errors
 from hashemb._files import writers as _writers
 
 OPTIONS: dict[str, Any] = {"num_embeddings": 3000, "embedding_dim": 4}
@@ -294,7 +294,7 @@ def test_a_table_that_another_process_uses_meanwhile_stays(
             others[0].close()
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(entry, "EmbeddingTable", open_beside)
+    monkeypatch.setattr(sys.modules["hashemb.create"], "EmbeddingTable", open_beside)
     monkeypatch.setattr(hashemb, "open", lambda path, mode: hashemb.EmbeddingTable(path, mode))
     with pytest.raises(OSError, match="Cannot allocate memory"):
         hashemb.create(tmp_path / "t", **OPTIONS)

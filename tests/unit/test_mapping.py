@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashemb._files import mapping as _mapping
-from hashemb._files.mapping import HUGE_PAGE_BYTES, map_file
+from hashemb._files import arrays as _mapping
+from hashemb._files.arrays import HUGE_PAGE_BYTES, map_file
 
 
 def address_of(mapped: mmap.mmap, offset: int) -> int:

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb._packages import require
-from hashemb.ctr._power_law import F64, I64, U64, draws, fmix64, gaussian, log_normal, power_law, splitmix
+from hashemb._random import fmix64
+from hashemb.ctr._power_law import F64, I64, U64, draws, gaussian, log_normal, power_law, splitmix
 from hashemb.ctr.data import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts, encode
 from hashemb.ctr.synthetic.writers import SUFFIXES, open_writer, replacing
 

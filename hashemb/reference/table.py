@@ -1,17 +1,4 @@
-"""Reference implementation of the table's algorithms in plain NumPy, operation by operation, in memory.
-
-It is the oracle of the tests (the fast table must equal it bit for bit), the documentation of every formula, and
-a way to check a table where the extension cannot be built. It never imports the extension and shares no code with
-it. It uses only NumPy's float32 and float64 +, -, *, / and sqrt, which IEEE 754 makes the same everywhere.
-
->>> import numpy as np
->>> from hashemb import reference
->>> table = reference.ReferenceTable(num_embeddings=1000, embedding_dim=4, seed=1)
->>> keys = reference.hash_keys(["cat", "dog", "cat"])
->>> table.update(keys, np.ones((3, 4), np.float32))
->>> table.lookup(keys).shape
-(3, 4)
-"""
+"""The table of `hashemb.reference`: keys and rows, look-ups and updates, operation by operation, in NumPy."""
 
 from __future__ import annotations
 
@@ -23,9 +10,9 @@ import mmh3
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._reference_numerics import exp, from_bfloat16, log1p, normal_quantile, to_bfloat16, to_float16
 from hashemb.init import Initializer, Normal, Uniform
 from hashemb.optim import FTRL, SGD, Adagrad, Optimizer, RowWiseAdagrad
+from hashemb.reference.numerics import exp, from_bfloat16, log1p, normal_quantile, to_bfloat16, to_float16
 
 __all__ = ["ReferenceTable", "hash_keys", "initial_rows", "rows"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from hashemb import _core
-from hashemb._files import TableFiles, after_fork_in_child
 from hashemb._files import format as _format
+from hashemb._files.locks import after_fork_in_child
+from hashemb._files.table_files import TableFiles
 
 __all__ = ["bind_core"]
 

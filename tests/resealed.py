@@ -42,7 +42,10 @@ from hashemb.errors import HashembError
 Seal = Literal["", "sum", "all"]
 Where = tuple[str | int, ...]
 
-DOCUMENTED = {"ok", "problems", "FormatError", "CorruptTableError", "DeltaError", "FileNotFoundError", "OSError"}
+#: HashembError itself: all epochs are used up.
+DOCUMENTED = {"ok", "problems", "FormatError", "CorruptTableError", "DeltaError", "FileNotFoundError", "OSError"} | {
+    "HashembError"
+}
 
 _DEEP = 900
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}

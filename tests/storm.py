@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from storm_worker import FINISH, HANDLERS, IDLE, ROLES, SIZES, Board, create, work
+from storm_parts import FINISH, HANDLERS, IDLE, ROLES, SIZES, Board, create
+from storm_worker import work
 
 import hashemb
 from hashemb import _core

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from storm import Storm, StormError, quantile_ms, run_storm
-from storm_worker import HANDLERS, NUM_BUCKETS, bucket_of
+from storm_parts import HANDLERS, NUM_BUCKETS, bucket_of
 
 SIGNALS = 3000
 

@@ -11,12 +11,12 @@ from hashemb._packages import show_versions
 from hashemb._points import DeltaInfo, Problem, check_delta, delta_info
 from hashemb._version import __version__
 from hashemb.create import TableInfo, create, info, open
-from hashemb.hashing import hash_fields, hash_keys
+from hashemb.hashing import hash_fields, hash_keys, keys_of_rows
 from hashemb.init import Normal, Uniform, Zeros
 from hashemb.optim import FTRL, SGD, Adagrad, RowWiseAdagrad
 from hashemb.replica import FollowStatus, apply_delta, follow
 from hashemb.restore import restore
-from hashemb.stats import TableStats
+from hashemb.stats import RowSample, TableStats, sample_rows
 from hashemb.table import EmbeddingTable
 from hashemb.verify import verify
 
@@ -29,6 +29,7 @@ __all__ = [
     "FollowStatus",
     "Normal",
     "Problem",
+    "RowSample",
     "RowWiseAdagrad",
     "SnapshotInfo",
     "TableInfo",
@@ -46,9 +47,11 @@ __all__ = [
     "hash_fields",
     "hash_keys",
     "info",
+    "keys_of_rows",
     "open",
     "reference",
     "restore",
+    "sample_rows",
     "set_num_threads",
     "show_versions",
     "verify",

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import mmh3
 import numpy as np
 from numpy.typing import NDArray
 
 from hashemb import _core
+from hashemb._random import splitmix64, unfmix64
 
-__all__ = ["hash_fields", "hash_keys"]
+if TYPE_CHECKING:
+    from hashemb.table import EmbeddingTable
+
+__all__ = ["hash_fields", "hash_keys", "keys_of_rows"]
 
 Keys = NDArray[np.uint64]
 Result = TypeVar("Result")
@@ -316,3 +320,51 @@ def _check_shapes(fields: dict[str, _Column]) -> None:
             raise ValueError(f"field {name!r} must have one dimension, got the shape {column.shape}")
         if column.shape != expected:
             raise ValueError(f"field {name!r} has {column.shape[0]} values but {first!r} has {expected[0]}")
+
+
+# ---- from rows back to keys ----
+
+
+def keys_of_rows(table: EmbeddingTable, rows: Any) -> Keys:
+    """Return, for each row, a key that the table maps to that row.
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        A table with one hash per key.
+    rows : array_like of int, any shape
+        Row numbers in [0, num_embeddings).
+
+    Returns
+    -------
+    ndarray of uint64, shape of `rows`
+        ``table.rows(keys_of_rows(table, rows))`` is `rows`.
+
+    Raises
+    ------
+    TypeError
+        `rows` are not integers.
+    ValueError
+        The table has several hashes per key, or a row is out of range.
+
+    Notes
+    -----
+    The table computes the row of a key as ``mulhi64(fmix64(key ^ salt), n)`` for n rows. The smallest mixed value of
+    row r is ``ceil(r * 2**64 / n)``, and `fmix64` is a bijection. Each row takes O(1).
+
+    Examples
+    --------
+    >>> import hashemb, tempfile
+    >>> with hashemb.create(tempfile.mkdtemp() + "/t.emb", num_embeddings=1000, embedding_dim=1) as table:
+    ...     table.rows(hashemb.keys_of_rows(table, [0, 7, 999])).tolist()
+    [0, 7, 999]
+    """
+    n, wanted = table.num_embeddings, np.asarray(rows)
+    if table.num_hashes != 1:
+        raise ValueError(f"a key of a table with {table.num_hashes} hashes has as many rows: no key is that of one row")
+    if wanted.dtype.kind not in "iu" and wanted.size:
+        raise TypeError(f"rows must be integers, got dtype {wanted.dtype}")
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < n:
+        raise ValueError(f"rows must be in [0, {n}), got {wanted.min()} to {wanted.max()}")
+    mixed = np.array([-(-(row << 64) // n) for row in wanted.ravel().tolist()], np.uint64).reshape(wanted.shape)
+    return unfmix64(mixed) ^ np.uint64(splitmix64(table.seed, 0))

@@ -1,12 +1,20 @@
-"""Statistics of a table's use: `TableStats` and the occupancy formulas behind it."""
+"""Statistics of a table's use: `TableStats`, the occupancy formulas behind it, and a sample of the written rows."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["TableStats", "collision_rate", "estimate_distinct_keys"]
+import numpy as np
+import numpy.typing as npt
+
+from hashemb._points import widen
+
+if TYPE_CHECKING:
+    from hashemb.table import EmbeddingTable
+
+__all__ = ["RowSample", "TableStats", "collision_rate", "estimate_distinct_keys", "sample_rows"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,65 @@ def collision_rate(distinct_keys: float, num_embeddings: int, num_hashes: int = 
     others = (distinct_keys - 1.0) * num_hashes
     shared = -math.expm1(others * math.log1p(-1.0 / num_embeddings))
     return float(shared**num_hashes)
+
+
+# ---- a sample of the rows ----
+
+
+class RowSample(NamedTuple):
+    """Rows of a table that have been written.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (num_rows,)
+        Row numbers, ascending.
+    values : ndarray of float32, shape (num_rows, embedding_dim)
+        The stored weights, before weight decay that is still owed.
+    is_complete : bool
+        Whether these are all rows that have been written.
+    """
+
+    rows: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    is_complete: bool
+
+
+def sample_rows(table: EmbeddingTable, max_rows: int = 1 << 16, max_blocks: int = 1 << 14) -> RowSample:
+    """Return an evenly spaced sample of the rows that have been written, or all of them if there are few.
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        An open table, in any mode.
+    max_rows, max_blocks : int
+        Read at most this many blocks, evenly spaced among the written ones, and return at most this many of their rows.
+        A block has about 4096 bytes of weights.
+
+    Returns
+    -------
+    RowSample
+
+    Raises
+    ------
+    ClosedTableError
+        The table is closed.
+    """
+    files = table._open_files()
+    block_rows = files.meta.block_rows
+    with files.calls:
+        written = files.written_blocks()
+        blocks = _evenly(written, max_blocks)
+        rows = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
+        rows = rows[rows < table.num_embeddings]
+        stored = files.arrays["weight"][rows]
+    touched = np.flatnonzero(stored.view(f"u{stored.dtype.itemsize}").any(axis=1))
+    chosen = _evenly(touched, max_rows)
+    is_complete = len(blocks) == len(written) and len(chosen) == len(touched)
+    return RowSample(rows[chosen], widen(stored[chosen], table.dtype), is_complete)
+
+
+def _evenly(numbers: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+    """Return all numbers, or `most` evenly spaced ones."""
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]

@@ -25,10 +25,10 @@ BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 
 # fmt: off
 PUBLIC_NAMES = [
-    "FTRL", "SGD", "Adagrad", "DeltaInfo", "EmbeddingTable", "FollowStatus", "Normal", "Problem", "RowWiseAdagrad",
-    "SnapshotInfo", "TableInfo", "TableStats", "Uniform", "Zeros", "__version__", "apply_delta", "check_delta",
-    "create", "delta_info", "errors", "follow", "get_num_threads", "hash_fields", "hash_keys", "info", "open",
-    "reference", "restore", "set_num_threads", "show_versions", "verify",
+    "FTRL", "SGD", "Adagrad", "DeltaInfo", "EmbeddingTable", "FollowStatus", "Normal", "Problem", "RowSample",
+    "RowWiseAdagrad", "SnapshotInfo", "TableInfo", "TableStats", "Uniform", "Zeros", "__version__", "apply_delta",
+    "check_delta", "create", "delta_info", "errors", "follow", "get_num_threads", "hash_fields", "hash_keys", "info",
+    "keys_of_rows", "open", "reference", "restore", "sample_rows", "set_num_threads", "show_versions", "verify",
 ]
 CTR_NAMES = [
     "Batch", "FactorizationMachine", "FieldAwareFM", "FieldWeightedFM", "ImpressionStream", "NegativeSampling",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hashemb import _core
 from hashemb._files import blocks as _blocks
@@ -186,11 +187,19 @@ class TableFiles:
         """Count the rows that have been written, by reading every block ever written."""
         rows, count = self.meta.block_rows, 0
         weight = self.arrays["weight"].view(np.uint16 if self.meta.dtype != "float32" else np.uint32)
-        for first, epochs in _blocks.epoch_chunks(self.fd("blocks"), self.meta.num_blocks):
-            self.calls.check()
-            for block in (first + np.flatnonzero(epochs)).tolist():
+        for blocks in self._written_blocks():
+            for block in blocks.tolist():
                 count += int(weight[block * rows : (block + 1) * rows].any(axis=1).sum())
         return count
+
+    def written_blocks(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the blocks that have been written, ascending."""
+        return np.concatenate([np.empty(0, np.int64), *self._written_blocks()])
+
+    def _written_blocks(self) -> Iterator[npt.NDArray[np.int64]]:
+        for first, epochs in _blocks.epoch_chunks(self.fd("blocks"), self.meta.num_blocks):
+            self.calls.check()
+            yield first + np.flatnonzero(epochs)
 
     def sizes(self) -> dict[str, Any]:
         """Return the sizes in `hashemb.stats.TableStats`; None where the kernel cannot tell (see there)."""

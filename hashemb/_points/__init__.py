@@ -2,6 +2,7 @@
 
 from hashemb._points.delta import DeltaInfo, Since, apply_to, check_delta, delta_info, export_to
 from hashemb._points.delta_file import DeltaReader
+from hashemb._points.half import widen
 from hashemb._points.problems import Problem, Report
 from hashemb._points.scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
 from hashemb._points.snapshot import interrupted_delta, take_snapshot
@@ -24,4 +25,5 @@ __all__ = [
     "export_to",
     "interrupted_delta",
     "take_snapshot",
+    "widen",
 ]

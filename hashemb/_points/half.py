@@ -25,16 +25,17 @@ def convert_rows(rows: Array, source: str, target: str) -> Array:
     """
     if source == target:
         return rows
-    wide = _widen(rows, source)
+    wide = widen(rows, source)
     found = _narrow(wide, target)
-    _refuse_overflow(wide, _widen(found, target), target)
+    _refuse_overflow(wide, widen(found, target), target)
     bits = found.view(f"u{found.dtype.itemsize}")
     written = rows.view(f"u{rows.dtype.itemsize}").any(axis=1)
     bits[written & ~bits.any(axis=1), 0] = _NEGATIVE_ZERO[target]
     return found
 
 
-def _widen(rows: Array, source: str) -> npt.NDArray[np.float32]:
+def widen(rows: Array, source: str) -> npt.NDArray[np.float32]:
+    """Return stored weights of dtype `source` as float32, which is exact."""
     if source == "bfloat16":
         return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return rows.astype(np.float32)

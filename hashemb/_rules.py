@@ -1,6 +1,6 @@
 """Rules for the values of file fields and hyper-parameters, each with a description for messages.
 
-A check sum does not make content trustworthy, as an edited file can get a matching one. Every decoder therefore has a
+A checksum does not make content trustworthy, as an edited file can get a matching one. Every decoder therefore has a
 table, field -> rule, and checks everything that it has read before using any of it. Rules accept any value whatsoever
 and never raise. True is not an integer here; NaN, infinities and integers beyond the range of floats are not numbers.
 """

@@ -179,8 +179,8 @@ def open(
         applying = interrupted_delta(table._open_files())
         if applying:
             warnings.warn(
-                f"{path}: delta {applying} was applied in part, as whoever applied it was interrupted: rows from "
-                "before and after it stand side by side; apply it again",
+                f"{path}: delta {applying} was applied only in part, as the call was interrupted: the table has rows "
+                "from before and after it; apply it again",
                 RuntimeWarning,
                 stacklevel=2,
             )

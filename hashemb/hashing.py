@@ -305,7 +305,7 @@ def _fields(columns: Any) -> list[tuple[str, _Column]]:
         if not isinstance(name, str):
             raise TypeError(f"field names must be str, got {type(name).__name__} {name!r}")
         if name in fields:
-            raise ValueError(f"two columns are named {name!r}: their keys could not be told apart")
+            raise ValueError(f"two columns are named {name!r}: their keys would be the same")
         fields[name] = _for_field(name, _column, values)
     _check_shapes(fields)
     return list(fields.items())
@@ -361,7 +361,7 @@ def keys_of_rows(table: EmbeddingTable, rows: Any) -> Keys:
     """
     n, wanted = table.num_embeddings, np.asarray(rows)
     if table.num_hashes != 1:
-        raise ValueError(f"a key of a table with {table.num_hashes} hashes has as many rows: no key is that of one row")
+        raise ValueError(f"a key has several rows in a table with {table.num_hashes} hashes")
     if wanted.dtype.kind not in "iu" and wanted.size:
         raise TypeError(f"rows must be integers, got dtype {wanted.dtype}")
     if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < n:

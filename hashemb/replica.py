@@ -190,7 +190,7 @@ def follow(
     source, history = _source(path, found)
     mine = {file: info for file, info in found.deltas.items() if info.table.id == source}
     for file in found.deltas.keys() - mine.keys():
-        found.skipped[os.path.basename(file)] = f"of table {found.deltas[file].table.id}, the replica is of {source}"
+        found.skipped[os.path.basename(file)] = f"is of table {found.deltas[file].table.id}, the replica of {source}"
     applied = _apply_all(path, _plan(history, mine), found, on_applied)
     return _status(_standing(path)[0], list(mine.values()), tuple(applied), found.skipped)
 

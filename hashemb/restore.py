@@ -1,6 +1,6 @@
 """Restoring a table from a snapshot of it.
 
-Invariants: every byte is compared with the snapshot's check sums while it is copied; the path holds a complete table at
+Invariants: every byte is compared with the snapshot's checksums while it is copied; the path holds a complete table at
 any moment; what was there before is moved aside and never removed.
 """
 
@@ -153,7 +153,7 @@ def _refuse(check: Check) -> None:
 def _without_writers(path: str) -> Iterator[None]:
     """Keep writers away from the table at `path`. A table whose lock is missing or not a file cannot get any."""
     if not any(os.path.lexists(os.path.join(path, name)) for name in ("meta.json", "control", "weight.npy")):
-        raise FormatError(f"{path}: not a hashemb table: it is not replaced by one")
+        raise FormatError(f"{path}: not a hashemb table: it is not replaced")
     try:
         with _directory.table_directory(path) as directory:
             lock = Lock(directory.open("lock", os.O_RDWR))
@@ -162,7 +162,7 @@ def _without_writers(path: str) -> Iterator[None]:
         return
     try:
         if not _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
-            raise HashembError(f"{path}: a process has the table open for writing: it cannot be replaced meanwhile")
+            raise HashembError(f"{path}: the table cannot be replaced while a process has it open for writing")
         yield
     finally:
         lock.close()

@@ -250,7 +250,7 @@ class EmbeddingTable:
         Parameters
         ----------
         dst : str or path-like
-            Directory to create: a complete table with check sums (see `hashemb.verify`).
+            Directory to create: a complete table with checksums (see `hashemb.verify`).
         extra : dict, optional
             JSON data to keep with it, e.g. the position in the training data: `hashemb.info(dst).snapshot.extra`.
         progress : callable, optional

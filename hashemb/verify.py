@@ -1,8 +1,8 @@
-"""Checks of a table, a snapshot or a delta, at rest or in use: all check sums and all invariants. Nothing is written.
+"""Checks of a table, a snapshot or a delta, at rest or in use: all checksums and all invariants. Nothing is written.
 
 Files are read with `pread` and never mapped, so that no content can kill the process, and holes are skipped. The result
 is a list of problems, not an exception. A snapshot that has not been opened for writing since it was taken (`opened` in
-its control page is 0) is compared with its check sums in every byte; in one that has been opened, only the blocks that
+its control page is 0) is compared with its checksums in every byte; in one that has been opened, only the blocks that
 have not been written since are compared.
 """
 
@@ -34,7 +34,7 @@ from hashemb._files import (
 )
 from hashemb._files import blocks as _blocks
 from hashemb._files import directory as _directory
-from hashemb._points import Limits, Problem, Progress, Report, Scan, Sink, UnreadableError, Vouchers, check_delta
+from hashemb._points import Covered, Limits, Problem, Progress, Report, Scan, Sink, UnreadableError, check_delta
 from hashemb.errors import CorruptTableError, HashembError
 
 __all__ = ["Check", "verify"]
@@ -73,8 +73,8 @@ def verify(
     In any table this checks `meta.json`, `history.json`, the control page, and the sizes and headers of all files; that
     blocks never written hold only zeros; that weights and optimiser state of the other blocks are finite, sums of
     squares are not negative, and no row has paid more weight decay than was applied. In a snapshot it checks every
-    byte by check sums; blocks written after it was opened for writing are checked as in any table. Values confirmed by
-    a check sum may be arbitrary. A row with state but without weights is not a problem: a process killed in the row's
+    byte by checksums; blocks written after it was opened for writing are checked as in any table. Values confirmed by
+    a checksum may be arbitrary. A row with state but without weights is not a problem: a process killed in the row's
     first update leaves it so.
 
     Written blocks are read once, 8 MiB at a time; holes cost nothing. The call may run at the same time as writers: a
@@ -229,7 +229,7 @@ class Check:
         return Limits(int(page["epoch"]), -np.inf if half_applied else float(page["decay_total"]), all_marked=True)
 
     def _check_page(self, page: Any) -> None:
-        """Check what `read_control` does not; this is useful where no check sum covers the page."""
+        """Check what `read_control` does not; this is useful where no checksum covers the page."""
         between = bytearray(_directory.read_file(os.path.join(self.path, "control"), CONTROL_BYTES))
         for name in CONTROL_DTYPE.names or ():
             offset = CONTROL_DTYPE.fields[name][1]  # type: ignore[index]
@@ -240,7 +240,7 @@ class Check:
         self._expect("control", _BOOT_ID.fullmatch(boot_id), "the id of a boot", repr(boot_id))
 
     def _check_origin(self, page: Any) -> None:
-        """Check that the page belongs to this table, as files from other tables may have valid check sums."""
+        """Check that the page belongs to this table, as files from other tables may have valid checksums."""
         table, snapshot = page_id(page["table"]), page_id(page["snapshot"])
         if self.meta is not None and table:
             self._same("the page of table", self.meta.id, table)
@@ -295,16 +295,16 @@ class Check:
             self.report.add("history.json", "a file, as in every snapshot", "none")
         if "blocks" not in names:
             return
-        vouchers = None
+        covered = None
         if self.info is not None and "checksums" in names:
-            vouchers = Vouchers(None if self.was_taken else self.info.epoch)
-        scan = Scan(directory, meta, names, self.report, self._limits, vouchers=vouchers, sink=sink)
+            covered = Covered(None if self.was_taken else self.info.epoch)
+        scan = Scan(directory, meta, names, self.report, self._limits, covered=covered, sink=sink)
         try:
             scan.run(progress)
         except UnreadableError as unreadable:
             self.report.add_error(f"{unreadable.name}.npy", unreadable.error)
             return
-        if self.was_taken and self.info is not None and vouchers:
+        if self.was_taken and self.info is not None and covered:
             self._check_content(self.info, scan)
 
     def _is_array(self, name: str, spec: FileSpec) -> bool:

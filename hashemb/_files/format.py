@@ -232,12 +232,12 @@ def _tagged(value: Any) -> dict[str, Any]:
 
 
 def encode_meta(meta: TableMeta) -> bytes:
-    """Return `meta.json` as bytes, with its own check sum as the last entry."""
+    """Return `meta.json` as bytes, with its own checksum as the last entry."""
     return dump_checked(meta_content(meta))
 
 
 def meta_content(meta: TableMeta) -> dict[str, Any]:
-    """Return the content of `meta.json` without the check sum."""
+    """Return the content of `meta.json` without the checksum."""
     content: dict[str, Any] = {"format": FORMAT}
     for field in fields(meta):
         value = getattr(meta, field.name)
@@ -369,7 +369,7 @@ def expect_rate(optimizer: optim.Optimizer, lr: float, filename: str) -> None:
 
 
 def seal_control(data: bytes) -> bytes:
-    """Return a control page as its last writer leaves it: clean, with a check sum in its last eight bytes."""
+    """Return a control page as its last writer leaves it: clean, with a checksum in its last eight bytes."""
     sealed = bytearray(data)  # a copy of the record would leave out the bytes between its fields
     page = np.frombuffer(sealed, CONTROL_DTYPE)
     page["clean"] = 1
@@ -378,5 +378,5 @@ def seal_control(data: bytes) -> bytes:
 
 
 def _page_checksum(data: bytes) -> int:
-    """Return the first 8 bytes of SHA-256 of all but the last 8 bytes; never 0, which means no check sum."""
+    """Return the first 8 bytes of SHA-256 of all but the last 8 bytes; never 0, which means no checksum."""
     return int.from_bytes(hashlib.sha256(data[:-8]).digest()[:8], "little") or 1

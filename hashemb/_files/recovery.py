@@ -31,7 +31,7 @@ def previous_end(control: Array) -> str | None:
 
 
 def unseal(control: Array, mapped: mmap.mmap, **fields: Any) -> None:
-    """Clear the check sum, set `fields`, and mark the table as open for writing, each on disk before the next.
+    """Clear the checksum, set `fields`, and mark the table as open for writing, each on disk before the next.
 
     The order matters: the process may be killed in between, a page may be torn, and others may read it at any time.
     """
@@ -46,9 +46,9 @@ def unseal(control: Array, mapped: mmap.mmap, **fields: Any) -> None:
 
 
 def seal(page: Array, mapped: mmap.mmap) -> None:
-    """Mark the table as clean, with a check sum. Everything else must be on disk already."""
+    """Mark the table as clean, with a checksum. Everything else must be on disk already."""
     sealed = np.frombuffer(seal_control(page.tobytes()), np.uint8)
-    for part in (slice(-8), slice(-8, None)):  # the check sum comes last, as it covers the rest
+    for part in (slice(-8), slice(-8, None)):  # the checksum comes last, as it covers the rest
         page[part] = sealed[part]
         mapped.flush()
 

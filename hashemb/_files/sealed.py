@@ -1,6 +1,6 @@
-"""JSON that carries its own check sum: conversion between bytes and objects, by pure functions without I/O.
+"""JSON that carries its own checksum: conversion between bytes and objects, by pure functions without I/O.
 
-A check sum detects damage, not forgery: the result of `load_checked` is JSON of bounded depth in exactly the bytes that
+A checksum detects damage, not forgery: the result of `load_checked` is JSON of bounded depth in exactly the bytes that
 `dump_checked` writes, and nothing more is known about it. `_rules.check_fields` checks its fields.
 """
 
@@ -36,7 +36,7 @@ def dump_line(content: dict[str, Any]) -> bytes:
 def load_checked(
     data: bytes, filename: str, newest: int, dump: Callable[[dict[str, Any]], bytes] = dump_checked
 ) -> dict[str, Any]:
-    """Invert `dump`, and return the content without the check sum.
+    """Invert `dump`, and return the content without the checksum.
 
     Any other bytes raise `CorruptTableError`; JSON that is not an object with a format, or whose format is above
     `newest`, raises `FormatError`.

@@ -4,10 +4,11 @@ from hashemb._points.delta import DeltaInfo, Since, apply_to, check_delta, delta
 from hashemb._points.delta_file import DeltaReader
 from hashemb._points.half import widen
 from hashemb._points.problems import Problem, Report
-from hashemb._points.scan import Limits, Progress, Scan, Sink, UnreadableError, Vouchers
+from hashemb._points.scan import Covered, Limits, Progress, Scan, Sink, UnreadableError
 from hashemb._points.snapshot import interrupted_delta, take_snapshot
 
 __all__ = [
+    "Covered",
     "DeltaInfo",
     "DeltaReader",
     "Limits",
@@ -18,7 +19,6 @@ __all__ = [
     "Since",
     "Sink",
     "UnreadableError",
-    "Vouchers",
     "apply_to",
     "check_delta",
     "delta_info",

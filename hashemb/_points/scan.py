@@ -1,4 +1,4 @@
-"""One pass over the content of a table's array files, which checks each block against check sums and invariants.
+"""One pass over the content of a table's array files, which checks each block against checksums and invariants.
 
 Invariants: holes are not read, and each written block is read once; memory use stays within some blocks; a block that a
 writer changes meanwhile is not reported (epochs only grow, and a block's epoch grows before its data changes).
@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Vouchers:
+class Covered:
     """The blocks that checksums.npy covers: those with epochs up to `epoch`, or all written ones if it is None."""
 
     epoch: int | None
@@ -80,8 +80,8 @@ class Scan:
     report : Report
     limits : callable
         Function that returns the current `Limits`.
-    vouchers : Vouchers or None
-        Blocks covered by check sums; requires "checksums" among the names.
+    covered : Covered or None
+        Blocks covered by checksums; requires "checksums" among the names.
     sink : Sink, optional
 
     Attributes
@@ -89,7 +89,7 @@ class Scan:
     num_blocks : int
         Number of written blocks seen.
     content_hash : str
-        The hash of `SnapshotInfo.content_hash`, if there are check sums.
+        The hash of `SnapshotInfo.content_hash`, if there are checksums.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Scan:
         report: Report,
         limits: Callable[[], Limits],
         *,
-        vouchers: Vouchers | None = None,
+        covered: Covered | None = None,
         sink: Sink | None = None,
     ) -> None:
         self._directory, self._meta, self._names, self._report = directory, meta, names, report
-        self._limits, self._vouchers, self._sink = limits, vouchers, sink
+        self._limits, self._covered, self._sink = limits, covered, sink
         self._specs = {"checksums": _blocks.checksum_spec(meta), **meta.files}
         self._columns = {name: column for column, name in enumerate(meta.row_files)}
         self._digest = hashlib.sha256()
@@ -182,7 +182,7 @@ class Scan:
 
     def _unchanged(self, blocks: Numbers, epochs: npt.NDArray[np.uint32]) -> Mask:
         """Return which blocks still have the epochs read before their data; all of them, if blocks cannot change."""
-        if self._vouchers and self._vouchers.epoch is None:
+        if self._covered and self._covered.epoch is None:
             return np.ones(blocks.size, np.bool_)
         now: Mask = self._read("blocks", blocks).view(np.uint32)[:, 0] == epochs
         return now
@@ -196,8 +196,8 @@ class Scan:
         if self._sink:
             self._sink.blocks(name, blocks, data)
         vouched = np.zeros(blocks.size, np.bool_)
-        if sums is not None and self._vouchers:
-            vouched = self._vouchers.cover(epochs)
+        if sums is not None and self._covered:
+            vouched = self._covered.cover(epochs)
             self._check_sums(name, blocks[vouched], epochs[vouched], sums[vouched], data[vouched])
         if not vouched.all():
             self._check_values(name, blocks[~vouched], epochs[~vouched], data[~vouched])

@@ -235,7 +235,7 @@ def _check_writers(files: TableFiles, epoch: int, path: str) -> None:
         raise OSError(code, f"a writer of the table could not save a row to it: {os.strerror(code)}", path)
 
 
-# ---- check sums ----
+# ---- checksums ----
 
 
 def write_checksums(directory: Directory, meta: TableMeta) -> tuple[int, str]:

@@ -52,7 +52,7 @@ def test_rows_that_are_none(tmp_path: Path, rows: list[Any], error: type[Excepti
 
 
 def test_a_table_of_several_hashes_has_no_such_keys(tmp_path: Path) -> None:
-    with create(tmp_path / "t", num_hashes=2) as table, pytest.raises(ValueError, match="with 2 hashes"):
+    with create(tmp_path / "t", num_hashes=2) as table, pytest.raises(ValueError, match="a table with 2 hashes"):
         hashemb.keys_of_rows(table, [0])
 
 

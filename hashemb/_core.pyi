@@ -1,9 +1,10 @@
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self, disjoint_base
+
+from hashemb._open_file import OpenFile
 
 __test__: dict[str, str]
 
@@ -53,19 +54,6 @@ class Core:
     @property
     def is_asking(self) -> bool: ...
     def apply(self, plan: Plan, exact: bool, saving: Saving | None = None, has_room: bool = False) -> int: ...
-
-# ---- open files ----
-
-@disjoint_base
-class OpenFile:
-    def __new__(
-        cls, path: str | os.PathLike[str], flags: int = 0, mode: int = 0o666, directory: OpenFile | None = None
-    ) -> Self: ...
-    @property
-    def fd(self) -> int: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc_info: object) -> None: ...
-    def close(self) -> None: ...
 
 # ---- sharing between processes ----
 
@@ -143,24 +131,3 @@ def set_num_threads(n: int) -> None: ...
 def get_isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
-
-# ---- hashing ----
-
-def hash_integers(
-    raw: npt.NDArray[np.uint8], width_bytes: int, is_signed: bool, seed: int, out: npt.NDArray[np.uint64]
-) -> None: ...
-def hash_fixed_bytes(
-    raw: npt.NDArray[np.uint8], width_bytes: int, seed: int, out: npt.NDArray[np.uint64]
-) -> None: ...
-def hash_fixed_ucs4(
-    raw: npt.NDArray[np.uint8], width_chars: int, seed: int, out: npt.NDArray[np.uint64]
-) -> None: ...
-def hash_objects(
-    values: list[Any] | tuple[Any, ...], seed: int, out: npt.NDArray[np.uint64]
-) -> None: ...
-def hash_arrow_array(
-    schema_capsule: object, array_capsule: object, seed: int, out: npt.NDArray[np.uint64], unsupported: str
-) -> None: ...
-def hash_arrow_stream(
-    stream_capsule: object, seed: int, out: npt.NDArray[np.uint64], unsupported: str
-) -> None: ...

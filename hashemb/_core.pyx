@@ -1,7 +1,7 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It handles arrays, numbers and open files, never paths. Tables are in this file, sharing between processes is in
-_core_sharing.pxi, open files are in _core_files.pxi, and hashing is in _core_hashing.pxi. `table.py` converts every
+It handles arrays, numbers and open files, never paths. Tables are in this file, and sharing between processes is in
+_core_sharing.pxi. `table.py` converts every
 argument to the dtype, shape and order named here; only what could cause access outside an array is checked again.
 """
 
@@ -15,16 +15,12 @@ from hashemb.errors import ClosedTableError, HashembError, NoSpaceError, TableBu
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EBADF, EFAULT, EINTR, ERANGE, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ERANGE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport F_UNLCK, F_WRLCK, O_CLOEXEC
-from posix.unistd cimport close, usleep
-
-cdef extern from "<fcntl.h>" nogil:
-    int AT_FDCWD
-    int openat(int directory, const char *path, int flags, ...)
+from posix.fcntl cimport F_UNLCK, F_WRLCK
+from posix.unistd cimport usleep
 
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
@@ -442,6 +438,4 @@ def _configure(environment):
 _configure(os.environ)
 
 
-include "_core_files.pxi"
 include "_core_sharing.pxi"
-include "_core_hashing.pxi"

@@ -27,30 +27,32 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_rules": {"errors"},
     "optim": {"errors", "_rules"},
     "init": {"errors", "_rules"},
+    "_open_file": set(),
+    "_hashing": set(),
     "_core": {"errors"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
     "_packages": {"_version", "_core", "errors"},
-    "hashing": {"errors", "_core"},
+    "hashing": {"errors", "_hashing"},
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
     "_files.mapping": set(),
-    "_files.huge_pages": {"_core", "_files.format", "_files.mapping"},
+    "_files.huge_pages": {"_open_file", "_files.format", "_files.mapping"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
-    "_files.directory": {"errors", "_core", "_files.format", "_files.lineage"},
-    "_files.blocks": {"errors", "_core", "_files.format", "_files.directory"},
-    "_files.locks": {"errors", "_core", "_files.directory"},
+    "_files.directory": {"errors", "_open_file", "_files.format", "_files.lineage"},
+    "_files.blocks": {"errors", "_core", "_hashing", "_open_file", "_files.format", "_files.directory"},
+    "_files.locks": {"errors", "_open_file", "_files.directory"},
     "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
-    "_files.saving": {"_core", "_files.format", "_files.directory", "_files.locks"},
+    "_files.saving": {"_core", "_open_file", "_files.format", "_files.directory", "_files.locks"},
     "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
     "_files.seats": {"errors", "_core", "_files.directory"},
-    "_files.space": {"_core", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
-    "_files.table_files": {"errors", "_core"}
+    "_files.space": {"_core", "_open_file", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
+    "_files.table_files": {"errors", "_core", "_open_file"}
     | {f"_files.{name}" for name in ("format", "directory", "locks", "recovery", "mapping", "huge_pages", "saving")}
     | {"_files.seats", "_files.space"},
     "_points.problems": set(),
     "_points.half": {"_files"},
     "_points.snapshot": {"errors", "_core", "_files"},
-    "_points.delta_file": {"errors", "_rules", "_core", "_files"},
+    "_points.delta_file": {"errors", "_rules", "_open_file", "_files"},
     "_points.delta": {"errors", "optim", "_rules", "_core", "_files"}
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},
@@ -98,7 +100,7 @@ EXTRAS_WHEN_LOADED = {
     "torch._optimizer": {"torch"},
 }
 
-CYTHON_MODULES = {"_core", "ctr._maths", "ctr.data._tokens"}
+CYTHON_MODULES = {"_open_file", "_hashing", "_core", "ctr._maths", "ctr.data._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._core import OpenFile
 from hashemb._files.format import DATA_OFFSET_BYTES
 from hashemb._files.mapping import HUGE_PAGE_BYTES
+from hashemb._open_file import OpenFile
 
 __all__ = ["Extents", "advise", "free_bytes", "huge_page_bytes", "is_tmpfs", "write_back_limit_bytes"]
 

@@ -17,6 +17,7 @@ from hashemb import _core
 from hashemb._files.directory import Directory
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._files.locks import Lock
+from hashemb._open_file import OpenFile
 
 __all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "bits_bytes", "open_announced"]
 
@@ -55,7 +56,7 @@ class SaveTarget:
             files, blocks, control, bits, others, lock, since, until, DATA_OFFSET_BYTES, shift
         )
 
-    def _open(self, filename: str, flags: int = 0) -> _core.OpenFile:
+    def _open(self, filename: str, flags: int = 0) -> OpenFile:
         return self._directory.open(filename, flags | os.O_RDWR)
 
     def discard(self) -> None:

@@ -47,6 +47,7 @@ from hashemb._files.mapping import HUGE_PAGE_BYTES, map_file
 from hashemb._files.saving import SAVING_FILE, SaveTarget, open_announced
 from hashemb._files.seats import SEATS_FILE, abandoned_rows, take_seat
 from hashemb._files.space import Space, block_bytes
+from hashemb._open_file import OpenFile
 from hashemb.errors import ClosedTableError, CorruptTableError, FormatError, HashembError, ReadOnlyTableError
 
 Array = npt.NDArray[Any]
@@ -91,7 +92,7 @@ class TableFiles:
         read_control(self.directory, self.meta)
         self.recovered: str | None = None
         self.suspects = np.empty(0, np.int64)
-        self._files: dict[str, _core.OpenFile] = {}
+        self._files: dict[str, OpenFile] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._extents: dict[str, _huge_pages.Extents] = {}
         self.arrays: dict[str, Array] = {}
@@ -120,7 +121,7 @@ class TableFiles:
         status = os.fstat(self.fd("control"))
         self.calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
 
-    def _open(self, filename: str) -> _core.OpenFile:
+    def _open(self, filename: str) -> OpenFile:
         try:
             return self.directory.open(filename, os.O_RDWR if self.writable else os.O_RDONLY)
         except FileNotFoundError:

@@ -34,15 +34,16 @@ def extension(name: str, sources: list[str], folders: list[str]) -> Extension:
 
 
 extensions = [
+    extension("hashemb._runtime", [CSRC + "parallel.c", CSRC + "runtime.c"], [CSRC]),
     extension("hashemb._open_file", [], []),
     extension("hashemb._hashing", [], [CSRC]),
     extension(
         "hashemb._core",
         [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c",
-                                  "parallel.c", "save.c", "update.c")],
+                                  "save.c", "update.c")],
         [CSRC],
     ),
-    extension("hashemb.ctr._maths", [CTR_CSRC + "maths.c", CSRC + "parallel.c"], [CTR_CSRC, CSRC]),
+    extension("hashemb.ctr._maths", [CTR_CSRC + "maths.c"], [CTR_CSRC, CSRC]),
     extension("hashemb.ctr.data._tokens", [DATA_CSRC + "tokens_criteo.c", DATA_CSRC + "tokens_examples.c"],
               [DATA_CSRC, CSRC]),
 ]

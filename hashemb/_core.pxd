@@ -5,7 +5,6 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 cdef extern from "table.h" nogil:
     enum: HE_MAX_HASHES
-    enum: HE_MAX_THREADS
     enum: HE_SUM
     enum: HE_MAX_FILES
     enum: HE_STRIPE_BLOCKS
@@ -71,14 +70,6 @@ cdef extern from "table.h" nogil:
         uint64_t *bits
         char *buffer
 
-    ctypedef struct he_kernels:
-        const char *name
-
-    const he_kernels *he_kernels_active() noexcept
-    int he_isa_force(const char *name) noexcept
-    const char *he_isa_available(int i) noexcept
-    int he_threads_get() noexcept
-    void he_threads_set(int n) noexcept
     int he_lookup_threads(const he_table *t, const he_batch *b) noexcept
     int64_t he_lookup_scratch(const he_table *t) noexcept
     void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch,

@@ -22,10 +22,13 @@ from libc.string cimport memcpy, memset
 from posix.fcntl cimport F_UNLCK, F_WRLCK
 from posix.unistd cimport usleep
 
+from hashemb._runtime cimport HE_MAX_THREADS, data_of, he_linked, process_runtime, reserve
+
 cdef extern from "pythread.h" nogil:
     unsigned long PyThread_get_thread_ident()
 
 cnp.import_array()
+he_linked = process_runtime()
 
 cdef enum:
     WAIT_US = 1000  # between two attempts to get what another thread or process holds
@@ -36,12 +39,6 @@ NEEDS_JOIN, NEEDS_ROOM, NEEDS_SAVING = HE_NEEDS_JOIN, HE_NEEDS_ROOM, HE_NEEDS_SA
 
 
 # ---- the table kernels ----
-
-cdef void *data_of(cnp.ndarray array, int type_number, const char *name) except? NULL:
-    if cnp.PyArray_TYPE(array) != type_number or not cnp.PyArray_IS_C_CONTIGUOUS(array):
-        raise TypeError(f"{name.decode()}: expected a C-contiguous array of another dtype than {array.dtype}")
-    return cnp.PyArray_DATA(array)
-
 
 cdef int64_t *checked_offsets(he_batch *b, void *room) except NULL:
     """Copy and check the batch's offsets; the batch uses the copy, as another thread may change the caller's."""
@@ -134,12 +131,12 @@ cdef class Core:
         memset(&self.ahead, 0, sizeof(he_ahead))
         t.ahead = &self.ahead
         t.weight = <char *>cnp.PyArray_DATA(arrays["weight"])
-        t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, b"blocks")
-        self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, b"control")
+        t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, "blocks")
+        self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, "control")
         for i, state in enumerate(arrays["states"]):
-            t.state[i] = <float *>data_of(state, cnp.NPY_FLOAT32, b"state")
+            t.state[i] = <float *>data_of(state, cnp.NPY_FLOAT32, "state")
         if arrays["paid"] is not None:
-            t.paid = <double *>data_of(arrays["paid"], cnp.NPY_FLOAT64, b"paid")
+            t.paid = <double *>data_of(arrays["paid"], cnp.NPY_FLOAT64, "paid")
         t.num_rows, t.dim = arrays["weight"].shape
         t.row_bytes = t.dim * arrays["weight"].itemsize
         t.dtype, t.optimizer, t.init = scalars["dtype"], scalars["optimizer"], scalars["init"]
@@ -166,7 +163,7 @@ cdef class Core:
         """
         if in_flight is not None and in_flight.size != HE_MAX_THREADS * 8:
             raise ValueError(f"{HE_MAX_THREADS} lines of 8 words expected, got {in_flight.size} words")
-        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, b"in_flight")
+        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, "in_flight")
         self.in_flight, self.lock_fd = in_flight, lock_fd
 
     def after_fork(self):
@@ -175,16 +172,16 @@ cdef class Core:
         self.in_flight, self.lock_fd = None, -1
 
     cdef int fill_batch(self, he_batch *b, cnp.ndarray keys, offsets, weights, int pooling) except -1:
-        b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
         b.num_keys = b.num_bags = cnp.PyArray_SIZE(keys)
         b.offsets = NULL
         b.weights = NULL
         b.pooling = pooling
         if offsets is not None:
-            b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, b"offsets")
+            b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, "offsets")
             b.num_bags = cnp.PyArray_SIZE(offsets) - 1
         if weights is not None:
-            b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, b"per_sample_weights")
+            b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, "per_sample_weights")
         return 0
 
     cdef int secure_reads(self, const he_batch *b, bint of_rows) except -1:
@@ -201,7 +198,7 @@ cdef class Core:
     def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
         """Write the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
         cdef he_batch b
-        cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, b"out")
+        cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, "out")
         self.fill_batch(&b, keys, offsets, weights, pooling)
         if cnp.PyArray_SIZE(out) != b.num_bags * self.table.dim:
             raise ValueError(f"out holds {out.size} values, {b.num_bags * self.table.dim} expected")
@@ -224,8 +221,8 @@ cdef class Core:
 
     def rows(self, cnp.ndarray keys not None, cnp.ndarray out not None):
         """Write each key's rows to `out`, int64 (num_keys, num_hashes)."""
-        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
-        cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, b"out")
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
+        cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, "out")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
         if cnp.PyArray_SIZE(out) != n * self.table.num_hashes:
             raise ValueError(f"out holds {out.size} values, {n * self.table.num_hashes} expected")
@@ -239,7 +236,7 @@ cdef class Core:
         cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
         cdef uint32_t epoch = <uint32_t>he_epoch(self.control)
         plan.grads = grads
-        p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, b"grads")
+        p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, "grads")
         self.fill_batch(&p.batch, keys, offsets, weights, pooling)
         if num_grads != p.batch.num_bags * dim:
             raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
@@ -277,11 +274,7 @@ cdef class Core:
         plan.memory, plan.memory_bytes = self.memory, self.memory_bytes
         self.memory, self.memory_bytes = NULL, 0
         plan.core = self
-        if plan.memory == NULL:
-            plan.memory = <char *>malloc(sizeof(he_plan))
-            if plan.memory == NULL:
-                raise MemoryError()
-            plan.memory_bytes = sizeof(he_plan)
+        reserve(&plan.memory, &plan.memory_bytes, sizeof(he_plan), "a plan")
         plan.plan = <he_plan *>plan.memory
         plan.plan.num_fresh = plan.plan.step = 0
         return plan
@@ -304,12 +297,10 @@ cdef class Core:
         cdef int64_t needed = sizeof(he_plan) + he_plan_bytes(&self.table, p)
         if needed <= plan.memory_bytes:
             return 0
-        cdef char *memory = <char *>malloc(needed)
-        if memory == NULL:
-            raise MemoryError(f"an update of {p.batch.num_keys} keys needs {needed} bytes of scratch memory")
-        memcpy(memory, p, sizeof(he_plan))
-        free(plan.memory)
-        plan.memory, plan.memory_bytes, plan.plan = memory, needed, <he_plan *>memory
+        cdef he_plan kept = p[0]
+        reserve(&plan.memory, &plan.memory_bytes, needed, f"an update of {p.batch.num_keys} keys")
+        plan.plan = <he_plan *>plan.memory
+        plan.plan[0] = kept
         return 0
 
     def apply(self, Plan plan not None, bint exact, Saving saving=None, bint has_room=False):
@@ -366,7 +357,7 @@ cdef class Core:
 
     def prefetch(self, cnp.ndarray keys not None, bint with_state):
         """Start to read the pages of the keys' rows, and optionally of their state, from disk; do not wait for them."""
-        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
         cdef int error = 0
         if n:
@@ -387,55 +378,6 @@ cdef class Core:
     def is_asking(self):
         """True while fault-ahead is active, i.e. rows were recently read from disk."""
         return self.ahead.asking != 0
-
-
-# ---- threads and instruction sets ----
-
-def get_num_threads():
-    """Return how many threads a call may use: HASHEMB_NUM_THREADS, else the CPUs of this process; 1 after a fork."""
-    return he_threads_get()
-
-
-def set_num_threads(n):
-    """Set how many threads a call may use, 1 to 64. Results are bit-identical for any number."""
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"the number of threads must be an integer, got {type(n).__name__} {n!r}")
-    n = n.__index__()
-    if not 1 <= n <= HE_MAX_THREADS:
-        raise ValueError(f"the number of threads must be between 1 and {HE_MAX_THREADS}, got {n}")
-    he_threads_set(n)
-
-
-def get_isa():
-    """Return the instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
-    return he_kernels_active().name.decode()
-
-
-def available_isas():
-    """Return the instruction sets that this CPU supports, slowest first."""
-    names = []
-    while he_isa_available(len(names)) != NULL:
-        names.append(he_isa_available(len(names)).decode())
-    return names
-
-
-def set_isa(name):
-    """Select the kernels of one instruction set. Results are bit-identical for all of them."""
-    if he_isa_force(name.encode()) != 0:
-        raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
-
-
-def _configure(environment):
-    threads, isa = environment.get("HASHEMB_NUM_THREADS"), environment.get("HASHEMB_ISA")
-    if threads:
-        if not threads.strip().isdigit():
-            raise ValueError(f"HASHEMB_NUM_THREADS must be an integer, got {threads!r}")
-        set_num_threads(int(threads))
-    if isa:
-        set_isa(isa)
-
-
-_configure(os.environ)
 
 
 include "_core_sharing.pxi"

@@ -6,7 +6,7 @@ def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int
     Return 0 or an errno: EFAULT if a store would raise SIGBUS, EINVAL if the kernel does not support this.
     """
     cdef char *base = <char *>cnp.PyArray_DATA(array)
-    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, "blocks")
     cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
     cdef int error
     if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
@@ -18,8 +18,8 @@ def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int
 
 def read_units(int fd, cnp.ndarray units not None, int64_t offset, int64_t file_bytes, cnp.ndarray out not None):
     """Read the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
-    cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, b"units")
-    cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, b"out")
+    cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, "units")
+    cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, "out")
     cdef int64_t n = cnp.PyArray_SIZE(units), size = 0 if n == 0 else cnp.PyArray_SIZE(out) // n
     cdef int error
     if cnp.PyArray_SIZE(out) != n * size or (n and not 0 <= source[0] <= source[n - 1] < file_bytes // size + 1):
@@ -264,7 +264,7 @@ cdef class ClosedGate:
         self.fd, self.calls, self.control = fd, calls, control
 
     def __enter__(self):
-        cdef he_control *page = <he_control *>data_of(self.control, cnp.NPY_UINT8, b"control")
+        cdef he_control *page = <he_control *>data_of(self.control, cnp.NPY_UINT8, "control")
         cdef int error = EINTR
         while error == EINTR:
             with nogil:
@@ -276,7 +276,7 @@ cdef class ClosedGate:
 
     def __exit__(self, *exc_info):
         HELD.pop((self.calls.identity, LOCK_GATE), None)
-        he_gate_open(<he_control *>data_of(self.control, cnp.NPY_UINT8, b"control"), self.fd)
+        he_gate_open(<he_control *>data_of(self.control, cnp.NPY_UINT8, "control"), self.fd)
 
 
 def begin_point(cnp.ndarray control not None, int lock_fd):
@@ -284,7 +284,7 @@ def begin_point(cnp.ndarray control not None, int lock_fd):
 
     Raise `HashembError` if all epochs have been used.
     """
-    cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+    cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, "control")
     cdef cnp.npy_intp size = cnp.PyArray_SIZE(control)
     cdef cnp.ndarray copy = cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
     cdef char *target = <char *>cnp.PyArray_DATA(copy)
@@ -344,7 +344,7 @@ cdef class Saving:
         if not 1 <= len(files) <= HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
         self.kept = (files, blocks, control, bits, others, lock)
-        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, "control")
         for i, (array, file) in enumerate(files):
             s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
             s.target_fds[i] = -1 if file is None else file.fd
@@ -352,8 +352,8 @@ cdef class Saving:
         s.num_files, s.num_rows, s.block_shift = len(files), len(array), block_shift
         s.target_blocks_fd, s.bits_fd, s.log_fd = [file.fd for file in others]
         s.lock_fd = lock.fd
-        s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
-        s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, b"bits")
+        s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, "blocks"), blocks.size
+        s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, "bits")
         if bits.size * 64 < s.num_rows:
             raise ValueError(f"{bits.size} words of bits for {s.num_rows} rows")
         s.since, s.until, s.data_offset = since, until, data_offset

@@ -27,11 +27,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_rules": {"errors"},
     "optim": {"errors", "_rules"},
     "init": {"errors", "_rules"},
+    "_runtime": set(),
     "_open_file": set(),
     "_hashing": set(),
     "_core": {"errors"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
-    "_packages": {"_version", "_core", "errors"},
+    "_packages": {"_version", "_runtime", "errors"},
     "hashing": {"errors", "_hashing"},
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_files.sealed"},
@@ -64,7 +65,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "verify": {"errors", "_arguments", "_files", "_points"},
     "repair": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
     "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "entry", "replica", "verify"}
-    | {"repair", "_version", "_packages", "_core", "_files", "_points"},
+    | {"repair", "_version", "_packages", "_runtime", "_files", "_points"},
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
@@ -100,7 +101,8 @@ EXTRAS_WHEN_LOADED = {
     "torch._optimizer": {"torch"},
 }
 
-CYTHON_MODULES = {"_open_file", "_hashing", "_core", "ctr._maths", "ctr.data._tokens"}
+#: The compiled modules. All of them may take threads, the instruction set and the check of buffers from `_runtime`.
+CYTHON_MODULES = {"_runtime", "_open_file", "_hashing", "_core", "ctr._maths", "ctr.data._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
@@ -223,6 +225,8 @@ def wrong_imports(module: str, text: str) -> list[str]:
         allowed = ALLOWED_IMPORTS[module]
     else:
         return [f"hashemb.{module}: not in ALLOWED_IMPORTS; give it a place in the order of the imports"]
+    if module in CYTHON_MODULES:
+        allowed = allowed | {"_runtime"}
     return [
         f"hashemb.{module} imports hashemb.{name}, it may import {sorted(allowed)}"
         for name in sorted(set(_package_imports(module, text)))

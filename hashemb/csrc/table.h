@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "parallel.h"
+#include "runtime.h"
 
 enum { HE_MAX_HASHES = 16 };
 enum { HE_FLOAT32 = 0, HE_FLOAT16 = 1, HE_BFLOAT16 = 2 };
@@ -118,7 +118,6 @@ typedef struct {
 
 /* One instruction set's kernels. */
 typedef struct {
-    const char *name;
     void (*lookup)(const he_table *, const uint64_t *keys, int64_t begin, int64_t end, double decay_total, float *scratch,
                    float *out);
     void (*lookup_pooled)(const he_table *, const he_batch *, int64_t bag_begin, int64_t bag_end, double decay_total,
@@ -129,10 +128,7 @@ typedef struct {
     void (*apply)(const he_table *, const he_plan *, he_share *, const he_step *);
 } he_kernels;
 
-/* kernels.c: the instruction set is chosen once, by CPU or by name. */
-const he_kernels *he_kernels_active(void);
-int he_isa_force(const char *name); /* 0, or -1 if this CPU has no such variant */
-const char *he_isa_available(int i); /* the i-th variant that this CPU supports, slowest first; NULL past the end */
+const he_kernels *he_kernels_active(void); /* kernels.c: those of the chosen instruction set */
 
 /* lookup.c */
 int he_lookup_threads(const he_table *t, const he_batch *b);

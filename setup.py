@@ -37,10 +37,10 @@ extensions = [
     extension("hashemb._runtime", [CSRC + "parallel.c", CSRC + "runtime.c"], [CSRC]),
     extension("hashemb._open_file", [], []),
     extension("hashemb._hashing", [], [CSRC]),
+    extension("hashemb._sharing", [CSRC + name for name in ("locks.c", "save.c", "sharing.c")], [CSRC]),
     extension(
         "hashemb._core",
-        [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c",
-                                  "save.c", "update.c")],
+        [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "lookup.c", "pages.c", "update.c")],
         [CSRC],
     ),
     extension("hashemb.ctr._maths", [CTR_CSRC + "maths.c"], [CTR_CSRC, CSRC]),

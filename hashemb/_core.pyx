@@ -1,37 +1,32 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It handles arrays, numbers and open files, never paths. Tables are in this file, and sharing between processes is in
-_core_sharing.pxi. `table.py` converts every
-argument to the dtype, shape and order named here; only what could cause access outside an array is checked again.
+It handles arrays and numbers, never paths; sharing between processes is in _sharing. `table.py` converts every argument
+to the dtype, shape and order named here; only what could cause access outside an array is checked again.
 """
 
 import mmap
-import os
 
 import numpy as np
 
-from hashemb.errors import ClosedTableError, HashembError, NoSpaceError, TableBusyError
+from hashemb.errors import NoSpaceError
 
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EFAULT, EINTR, ERANGE
+from libc.errno cimport EAGAIN, EFAULT, EINTR
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport F_UNLCK, F_WRLCK
 from posix.unistd cimport usleep
 
 from hashemb._runtime cimport HE_MAX_THREADS, data_of, he_linked, process_runtime, reserve
-
-cdef extern from "pythread.h" nogil:
-    unsigned long PyThread_get_thread_ident()
+from hashemb._sharing cimport (
+    HE_AGAIN, HE_CLOSED, HE_GATE_CLOSED, HE_LOCK_GATE, HE_NEEDS_JOIN, HE_NEEDS_ROOM, HE_NEEDS_SAVING, HE_ROWS_REFUSED,
+    WAIT_US, Calls, Saving, he_control, he_epoch, he_shared, process_sharing, raise_errno,
+)
 
 cnp.import_array()
-he_linked = process_runtime()
-
-cdef enum:
-    WAIT_US = 1000  # between two attempts to get what another thread or process holds
+he_linked, he_shared = process_runtime(), process_sharing()
 
 cdef object PAGE_BYTES = mmap.PAGESIZE
 
@@ -336,16 +331,16 @@ cdef class Core:
         """As a call in progress: `close` in another thread waits until the lock file is no longer used here."""
         cdef int fd, error = 0
         with self.calls:
-            self.calls.check_wait(LOCK_GATE, "update")
+            self.calls.check_wait(HE_LOCK_GATE, "update")
             fd = self.lock_fd
             with nogil:
-                error = he_gate_look(fd)
+                error = he_shared.gate_look(fd)
             while error == EAGAIN or error == EINTR:
                 with nogil:
                     usleep(WAIT_US)
                 PyErr_CheckSignals()
                 self.calls.check()
-                error = he_gate_look(fd)
+                error = he_shared.gate_look(fd)
         return raise_errno(error)
 
     cdef int raise_refused(self, const he_plan *p) except -1:
@@ -380,4 +375,17 @@ cdef class Core:
         return self.ahead.asking != 0
 
 
-include "_core_sharing.pxi"
+def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
+    """Make the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+
+    Return 0 or an errno: EFAULT if a store would raise SIGBUS, EINVAL if the kernel does not support this.
+    """
+    cdef char *base = <char *>cnp.PyArray_DATA(array)
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, "blocks")
+    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
+    cdef int error
+    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
+        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
+    with nogil:
+        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
+    return error

@@ -30,7 +30,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_runtime": set(),
     "_open_file": set(),
     "_hashing": set(),
-    "_core": {"errors"},
+    "_sharing": {"errors"},
+    "_core": {"errors", "_sharing"},
     "reference": {"errors", "optim", "init", "_reference_numerics"},
     "_packages": {"_version", "_runtime", "errors"},
     "hashing": {"errors", "_hashing"},
@@ -40,21 +41,21 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_files.huge_pages": {"_open_file", "_files.format", "_files.mapping"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
     "_files.directory": {"errors", "_open_file", "_files.format", "_files.lineage"},
-    "_files.blocks": {"errors", "_core", "_hashing", "_open_file", "_files.format", "_files.directory"},
+    "_files.blocks": {"errors", "_hashing", "_open_file", "_sharing", "_files.format", "_files.directory"},
     "_files.locks": {"errors", "_open_file", "_files.directory"},
-    "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
-    "_files.saving": {"_core", "_open_file", "_files.format", "_files.directory", "_files.locks"},
+    "_files.building": {"errors", "_sharing", "_files.format", "_files.directory", "_files.locks"},
+    "_files.saving": {"_open_file", "_sharing", "_files.format", "_files.directory", "_files.locks"},
     "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
-    "_files.seats": {"errors", "_core", "_files.directory"},
+    "_files.seats": {"errors", "_sharing", "_files.directory"},
     "_files.space": {"_core", "_open_file", "_files.format", "_files.directory", "_files.mapping", "_files.blocks"},
-    "_files.table_files": {"errors", "_core", "_open_file"}
+    "_files.table_files": {"errors", "_core", "_open_file", "_sharing"}
     | {f"_files.{name}" for name in ("format", "directory", "locks", "recovery", "mapping", "huge_pages", "saving")}
     | {"_files.seats", "_files.space"},
     "_points.problems": set(),
     "_points.half": {"_files"},
-    "_points.snapshot": {"errors", "_core", "_files"},
+    "_points.snapshot": {"errors", "_sharing", "_files"},
     "_points.delta_file": {"errors", "_rules", "_open_file", "_files"},
-    "_points.delta": {"errors", "optim", "_rules", "_core", "_files"}
+    "_points.delta": {"errors", "optim", "_rules", "_sharing", "_files"}
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},
     "_arguments": {"errors", "optim", "init", "_rules", "_version", "_files"},
@@ -63,7 +64,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "replica": {"errors", "optim", "table", "_arguments", "_files", "_points"},
     "entry": {"errors", "optim", "init", "table", "_arguments", "_files", "_points"},
     "verify": {"errors", "_arguments", "_files", "_points"},
-    "repair": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
+    "repair": {"errors", "verify", "_arguments", "_sharing", "_files", "_points"},
     "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "entry", "replica", "verify"}
     | {"repair", "_version", "_packages", "_runtime", "_files", "_points"},
 }
@@ -102,7 +103,7 @@ EXTRAS_WHEN_LOADED = {
 }
 
 #: The compiled modules. All of them may take threads, the instruction set and the check of buffers from `_runtime`.
-CYTHON_MODULES = {"_runtime", "_open_file", "_hashing", "_core", "ctr._maths", "ctr.data._tokens"}
+CYTHON_MODULES = {"_runtime", "_open_file", "_hashing", "_sharing", "_core", "ctr._maths", "ctr.data._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core, _hashing
+from hashemb import _hashing, _sharing
 from hashemb._files.directory import Directory, data_extents, opened, space_errors
 from hashemb._files.format import DATA_OFFSET_BYTES, FileSpec, TableMeta
 from hashemb._open_file import OpenFile
@@ -165,7 +165,7 @@ def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> By
 def read_units(fd: int, size: int, file_bytes: int, units: Numbers) -> Bytes:
     """Return the bytes of units of an array file that has `size` bytes for each unit."""
     out = np.zeros((units.size, size), np.uint8)
-    _core.read_units(fd, np.ascontiguousarray(units, np.int64), DATA_OFFSET_BYTES, file_bytes, out)
+    _sharing.read_units(fd, np.ascontiguousarray(units, np.int64), DATA_OFFSET_BYTES, file_bytes, out)
     return out
 
 

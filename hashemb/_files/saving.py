@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files.directory import Directory
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._files.locks import Lock
@@ -52,7 +52,7 @@ class SaveTarget:
         others = self._open("blocks.npy"), self._open(BITS_FILE), self._open(self._log, log_flags)
         bits = np.frombuffer(mmap.mmap(others[1].fd, bits_bytes(meta)), np.uint64)
         shift, blocks, control = meta.block_rows.bit_length() - 1, arrays["blocks"], arrays["control"]
-        self.saving = _core.Saving(
+        self.saving = _sharing.Saving(
             files, blocks, control, bits, others, lock, since, until, DATA_OFFSET_BYTES, shift
         )
 
@@ -74,4 +74,4 @@ def open_announced(wanted: dict[str, Any]) -> Directory:
 
 def bits_bytes(meta: TableMeta) -> int:
     """Return the size of BITS_FILE, which holds whole stripes."""
-    return -(-meta.num_blocks // _core.STRIPE_BLOCKS) * _core.STRIPE_BLOCKS * meta.block_rows // 8
+    return -(-meta.num_blocks // _sharing.STRIPE_BLOCKS) * _sharing.STRIPE_BLOCKS * meta.block_rows // 8

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _core, _sharing
 from hashemb._files import huge_pages as _huge_pages
 from hashemb._files import recovery as _recovery
 from hashemb._files.directory import (
@@ -119,7 +119,7 @@ class TableFiles:
         self.arrays["control"] = np.frombuffer(buffer, np.uint8)
         self.control = np.frombuffer(buffer, CONTROL_DTYPE)
         status = os.fstat(self.fd("control"))
-        self.calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
+        self.calls = _sharing.Calls(self.path, (status.st_dev, status.st_ino))
 
     def _open(self, filename: str) -> OpenFile:
         try:
@@ -201,10 +201,10 @@ class TableFiles:
     def _join_writers(self) -> None:
         lock = self._files["lock"] = self._open("lock")
         self._lock_stat = os.fstat(lock.fd)
-        place = _core.LOCK_WRITERS
-        with _core.Hold(lock, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
+        place = _sharing.LOCK_WRITERS
+        with _sharing.Hold(lock, self.calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
             if not is_alone:
-                _core.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self.calls, "open")
+                _sharing.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self.calls, "open")
             self._check_in_place()
             if is_alone:
                 self._take_over()
@@ -250,7 +250,7 @@ class TableFiles:
 
     def _leave_writers(self) -> None:
         """Leave the writers; the last one to close syncs everything and only then marks the table as clean."""
-        with _core.Hold(self._files["lock"], self.calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
+        with _sharing.Hold(self._files["lock"], self.calls, _sharing.LOCK_WRITERS, "close", wait=False) as is_last:
             if is_last:
                 if self.calls.dirty:
                     self._sync()
@@ -272,7 +272,7 @@ class TableFiles:
             self._files["lock"] = open_again(self.directory, self._lock_stat)
         fd = self.fd("lock")
         if not self._joined:
-            _core.wait_for_lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, self.calls, "update")
+            _sharing.wait_for_lock(fd, fcntl.F_RDLCK, _sharing.LOCK_WRITERS, self.calls, "update")
             self._unseal()
             self._joined = True
         core.join(fd, take_seat(self.directory, fd))
@@ -281,9 +281,9 @@ class TableFiles:
         """Open the lock file once more, for locks that exclude those taken through other descriptors."""
         return Lock(open_again(self.directory, self._lock_stat))
 
-    def turn(self, call: str) -> _core.Hold:
+    def turn(self, call: str) -> _sharing.Hold:
         """Return a context manager that lets one process at a time take or apply points; its death ends the turn."""
-        return _core.Hold(self.new_lock(), self.calls, _core.LOCK_SNAPSHOT, call)
+        return _sharing.Hold(self.new_lock(), self.calls, _sharing.LOCK_SNAPSHOT, call)
 
     def after_fork(self) -> None:
         """Reset locks and calls in a forked child."""
@@ -334,7 +334,7 @@ class TableFiles:
             for extents in self._extents.values() if fresh.size else ():
                 extents.collapse_written(fresh)
 
-    def saving(self) -> _core.Saving | None:
+    def saving(self) -> _sharing.Saving | None:
         """Return where to save rows for the snapshot in progress, as recorded by its owner; None if there is none.
 
         The result is kept as `target`; see `after_batch`.
@@ -404,7 +404,7 @@ class TableFiles:
         if not hasattr(self, "calls"):  # opening has failed early
             self._release()
             return
-        with _core.Closing(self.calls):
+        with _sharing.Closing(self.calls):
             self._release()
 
     def _release(self) -> None:

@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # The install is editable: a changed .py file needs no reinstall, but a changed source of an extension does.
-SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxi hashemb/*.pxd hashemb/csrc/* hashemb/ctr/*.pyx hashemb/ctr/csrc/* hashemb/ctr/data/*.pyx hashemb/ctr/data/csrc/*)
+CYTHON := $(wildcard hashemb/*.pyx hashemb/ctr/*.pyx hashemb/ctr/data/*.pyx)
+SOURCES := pyproject.toml setup.py $(CYTHON) $(wildcard hashemb/*.pxd hashemb/csrc/* hashemb/ctr/csrc/* hashemb/ctr/data/csrc/*)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -21,11 +22,11 @@ lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m mypy.stubtest --mypy-config-file pyproject.toml \
-		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist hashemb._core hashemb.ctr._maths hashemb.ctr.data._tokens
+		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist $(subst /,.,$(basename $(CYTHON)))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f hashemb/_core.c hashemb/ctr/_maths.c hashemb/ctr/data/_tokens.c hashemb/*.so hashemb/ctr/*.so hashemb/ctr/data/*.so
+	rm -f $(CYTHON:.pyx=.c) hashemb/*.so hashemb/ctr/*.so hashemb/ctr/data/*.so
 	find hashemb tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/bin/python:

@@ -3,6 +3,8 @@
 The kernels are plain C with run-time dispatch (csrc/), so the flags name no CPU. `-ffp-contract=off` keeps
 the compiler from fusing multiply and add, which would change results on CPUs with FMA;
 `-fno-math-errno` and `-fno-trapping-math` change no value and let square roots be vectorised.
+
+Each C file is compiled into exactly one extension, so what it keeps exists once in a process.
 """
 
 from glob import glob
@@ -14,43 +16,41 @@ from setuptools import Extension, setup
 CSRC = "hashemb/csrc/"
 CTR_CSRC = "hashemb/ctr/csrc/"
 DATA_CSRC = "hashemb/ctr/data/csrc/"
-C_SOURCES = ["ahead.c", "commit.c", "control.c", "kernels.c", "locks.c", "lookup.c", "pages.c", "parallel.c",
-             "save.c", "update.c"]
 C_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
            "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra"]
 
-core = Extension(
-    "hashemb._core",
-    sources=["hashemb/_core.pyx", *(CSRC + name for name in C_SOURCES)],
-    depends=glob(CSRC + "*.h") + glob(CSRC + "*.inc") + glob("hashemb/*.pxi"),
-    include_dirs=[CSRC, numpy.get_include()],
-    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-    extra_compile_args=C_FLAGS,
-    extra_link_args=["-pthread"],
-)
 
-maths = Extension(
-    "hashemb.ctr._maths",
-    sources=["hashemb/ctr/_maths.pyx", CTR_CSRC + "maths.c", CSRC + "parallel.c"],
-    depends=glob(CTR_CSRC + "*") + glob(CSRC + "*.h"),
-    include_dirs=[CTR_CSRC, CSRC, numpy.get_include()],
-    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-    extra_compile_args=C_FLAGS,
-    extra_link_args=["-pthread"],
-)
+def extension(name: str, sources: list[str], folders: list[str]) -> Extension:
+    """Return the extension of one .pyx file with these C files, which may include the headers of these folders."""
+    return Extension(
+        name,
+        sources=[name.replace(".", "/") + ".pyx", *sources],
+        depends=[*glob("hashemb/*.pxd"), *(header for folder in folders for header in glob(folder + "*.[hi]*"))],
+        include_dirs=[*folders, numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        extra_compile_args=C_FLAGS,
+        extra_link_args=["-pthread"],
+    )
 
-tokens = Extension(
-    "hashemb.ctr.data._tokens",
-    sources=["hashemb/ctr/data/_tokens.pyx", DATA_CSRC + "tokens_criteo.c", DATA_CSRC + "tokens_examples.c"],
-    depends=[*glob(DATA_CSRC + "*.h"), CSRC + "murmur.h"],
-    include_dirs=[DATA_CSRC, CSRC, numpy.get_include()],
-    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-    extra_compile_args=C_FLAGS,
-)
+
+extensions = [
+    extension("hashemb._runtime", [CSRC + "parallel.c", CSRC + "runtime.c"], [CSRC]),
+    extension("hashemb._open_file", [], []),
+    extension("hashemb._hashing", [], [CSRC]),
+    extension("hashemb._sharing", [CSRC + name for name in ("locks.c", "save.c", "sharing.c")], [CSRC]),
+    extension(
+        "hashemb._core",
+        [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "lookup.c", "pages.c", "update.c")],
+        [CSRC],
+    ),
+    extension("hashemb.ctr._maths", [CTR_CSRC + "maths.c"], [CTR_CSRC, CSRC]),
+    extension("hashemb.ctr.data._tokens", [DATA_CSRC + "tokens_criteo.c", DATA_CSRC + "tokens_examples.c"],
+              [DATA_CSRC, CSRC]),
+]
 
 setup(
     ext_modules=cythonize(
-        [core, maths, tokens],
+        extensions,
         compiler_directives={"language_level": 3, "boundscheck": False, "wraparound": False,
                              "cdivision": True, "initializedcheck": False, "embedsignature": True},
     )

@@ -28,7 +28,7 @@ import numpy as np
 
 import hashemb
 from bench import embedding, overhead, workload
-from bench.harness import OURS, Clock, Mismatch, Result, Settings, Skip, digest, summaries, timed_run
+from bench.harness import OURS, Clock, Mismatch, Result, Settings, Skip, digest, get_isa, summaries, timed_run
 from bench.sides import HashembSide
 from bench.workload import Case
 
@@ -207,7 +207,7 @@ def open_table(
     served["side"] = overhead.Calls(side) if calls > 1 else side
     keys = side.prepare(workload.keys_for(served["case"], 1 << 20))
     size = os.stat(sys.modules["hashemb._core"].__file__ or "").st_size
-    versions = {"version": hashemb.__version__, "extension_bytes": size, "isa": sys.modules["hashemb._core"].get_isa()}
+    versions = {"version": hashemb.__version__, "extension_bytes": size, "isa": get_isa()}
     return {**versions, "lookup_sha256": digest(side.lookup(keys)), "huge_page_bytes": workload.huge_page_bytes(table)}
 
 

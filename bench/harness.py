@@ -22,7 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hashemb import _core
+try:
+    from hashemb._runtime import get_isa
+except ImportError:  # an older build, with which --against compares this one
+    from hashemb._core import get_isa
 
 OURS = "hashemb"
 RATIOS = ("name", "median_ns", "median_ratio", "ratio_of_medians", "ratio_of_minima", "cpu_ratio")
@@ -253,7 +256,7 @@ def machine(directory: str) -> dict[str, Any]:
         "transparent_hugepage": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "shmem_enabled": _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         "file_system": file_system(directory),
-        "isa": _core.get_isa(),
+        "isa": get_isa(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
     }

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness import Skip
-from hashemb import _core
+from hashemb._runtime import get_isa
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
@@ -38,7 +38,7 @@ def shared_object() -> ctypes.CDLL:
         raise Skip("the roofline loops are written for x86-64")
     with tempfile.TemporaryDirectory(prefix="hashemb-bench-") as directory:
         target = os.path.join(directory, "native.so")
-        command = [compiler, *FLAGS, *ISA_FLAGS[_core.get_isa()], str(SOURCE), "-o", target]
+        command = [compiler, *FLAGS, *ISA_FLAGS[get_isa()], str(SOURCE), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

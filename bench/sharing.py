@@ -26,7 +26,7 @@ from bench import workload
 from bench.harness import Clock, Mismatch, Result, Settings, Skip, measure, require_memory
 from bench.workload import Case
 from bench.writers import LOG_FIELDS, Times, Writer, timed, writers
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._points import snapshot as snapshot_module
 
 DISTRIBUTIONS = ("uniform", "zipf1.2")
@@ -142,8 +142,8 @@ def snapshot_under_fire(
         writer.ask("until told")
     time.sleep(warm_s)
     dst = os.path.join(directory, "snapshot")
-    begin, copy = timed(_core.begin_point), timed(snapshot_module._copy_blocks)
-    with mock.patch.object(_core, "begin_point", begin), mock.patch.object(snapshot_module, "_copy_blocks", copy):
+    begin, copy = timed(_sharing.begin_point), timed(snapshot_module._copy_blocks)
+    with mock.patch.object(_sharing, "begin_point", begin), mock.patch.object(snapshot_module, "_copy_blocks", copy):
         called = time.perf_counter()
         info = table.snapshot(dst)
         returned = time.perf_counter()

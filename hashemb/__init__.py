@@ -5,10 +5,10 @@
 """
 
 from hashemb import errors, reference
-from hashemb._core import get_num_threads, set_num_threads
 from hashemb._files import SnapshotInfo
 from hashemb._packages import show_versions
 from hashemb._points import DeltaInfo, Problem, check_delta, delta_info
+from hashemb._runtime import get_num_threads, set_num_threads
 from hashemb._version import __version__
 from hashemb.create import TableInfo, create, info, open
 from hashemb.hashing import hash_fields, hash_keys, keys_of_rows

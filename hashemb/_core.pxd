@@ -1,16 +1,13 @@
-"""Declarations of the core's C API, csrc/table.h. All functions are `noexcept nogil`."""
+"""Declarations of csrc/table.h for _core.pyx, not shipped. All functions are `noexcept nogil`."""
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+from hashemb._sharing cimport he_batches, he_control, he_saving
 
 
 cdef extern from "table.h" nogil:
     enum: HE_MAX_HASHES
-    enum: HE_MAX_THREADS
     enum: HE_SUM
-    enum: HE_MAX_FILES
-    enum: HE_STRIPE_BLOCKS
-    enum: HE_ROWS_PER_LOG
-    int64_t HE_LOCK_WRITERS, HE_LOCK_GATE, HE_LOCK_SNAPSHOT, HE_LOCK_SEATS
 
     ctypedef struct he_ahead:
         int32_t off, asking, wait, backoff
@@ -40,9 +37,6 @@ cdef extern from "table.h" nogil:
         int64_t num_keys, num_bags
         int32_t pooling
 
-    ctypedef struct he_control:
-        uint64_t step, epoch
-
     ctypedef struct he_share:
         int64_t bad_row
         uint64_t rows_refused
@@ -58,27 +52,6 @@ cdef extern from "table.h" nogil:
         int32_t num_threads
         he_share shares[64]
 
-    ctypedef struct he_saving:
-        int32_t num_files, lock_fd, target_blocks_fd, bits_fd, log_fd, block_shift
-        int32_t target_fds[4]
-        const char *data[4]
-        int64_t row_bytes[4]
-        int64_t data_offset
-        const uint32_t *blocks
-        int64_t num_blocks, num_rows
-        he_control *control
-        uint32_t since, until
-        uint64_t *bits
-        char *buffer
-
-    ctypedef struct he_kernels:
-        const char *name
-
-    const he_kernels *he_kernels_active() noexcept
-    int he_isa_force(const char *name) noexcept
-    const char *he_isa_available(int i) noexcept
-    int he_threads_get() noexcept
-    void he_threads_set(int n) noexcept
     int he_lookup_threads(const he_table *t, const he_batch *b) noexcept
     int64_t he_lookup_scratch(const he_table *t) noexcept
     void he_lookup(const he_table *t, const he_batch *b, double decay_total, int num_threads, float *scratch,
@@ -93,38 +66,11 @@ cdef extern from "table.h" nogil:
     int64_t he_first_overflow(const he_table *t, const he_plan *p) noexcept
     int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
                            int64_t total_bytes) noexcept
-    int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes,
-                      char *out) noexcept
     int he_prefetch_keys(const he_table *t, const uint64_t *keys, int64_t n, int with_state) noexcept
     int he_secure_reads(const he_table *t, const he_batch *b, int of_rows) noexcept
     double he_decay_total(const he_control *c) noexcept
-    uint64_t he_epoch(const he_control *c) noexcept
-    int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
-    int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
-    int he_gate_look(int fd) noexcept
-    int he_gate_close(he_control *c, int fd) noexcept
-    void he_gate_open(he_control *c, int fd) noexcept
-    int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) noexcept
-
-    enum: HE_AGAIN
-    enum: HE_CLOSED
-    enum: HE_GATE_CLOSED
-    enum: HE_NEEDS_JOIN
-    enum: HE_NEEDS_ROOM
-    enum: HE_NEEDS_SAVING
-    enum: HE_ROWS_REFUSED
-
-    ctypedef struct he_batches:
-        int32_t closed
-
     ctypedef struct he_commit_options:
         int32_t lock_fd, exact, waited, has_room, asks_for_room
         const he_saving *saving
 
-    void he_batches_init(he_batches *b) noexcept
-    void he_batches_after_fork(he_batches *b) noexcept
-    int he_batches_enter(he_batches *b) noexcept
-    void he_batches_leave(he_batches *b) noexcept
-    int he_batches_dirty(const he_batches *b) noexcept
-    void he_batches_set_dirty(he_batches *b, int value) noexcept
     int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) noexcept

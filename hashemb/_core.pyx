@@ -1,38 +1,32 @@
 """The compiled core: five-step wrappers (buffers, checks, one nogil call, exception, result) over csrc/.
 
-It handles arrays, numbers and open files, never paths. Tables are in this file, sharing between processes is in
-_core_sharing.pxi, open files are in _core_files.pxi, and hashing is in _core_hashing.pxi. `table.py` converts every
-argument to the dtype, shape and order named here; only what could cause access outside an array is checked again.
+It handles arrays and numbers, never paths; sharing between processes is in _sharing. `table.py` converts every argument
+to the dtype, shape and order named here; only what could cause access outside an array is checked again.
 """
 
 import mmap
-import os
 
 import numpy as np
 
-from hashemb.errors import ClosedTableError, HashembError, NoSpaceError, TableBusyError
+from hashemb.errors import NoSpaceError
 
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EBADF, EFAULT, EINTR, ERANGE, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport F_UNLCK, F_WRLCK, O_CLOEXEC
-from posix.unistd cimport close, usleep
+from posix.unistd cimport usleep
 
-cdef extern from "<fcntl.h>" nogil:
-    int AT_FDCWD
-    int openat(int directory, const char *path, int flags, ...)
-
-cdef extern from "pythread.h" nogil:
-    unsigned long PyThread_get_thread_ident()
+from hashemb._runtime cimport HE_MAX_THREADS, data_of, he_linked, process_runtime, reserve
+from hashemb._sharing cimport (
+    HE_AGAIN, HE_CLOSED, HE_GATE_CLOSED, HE_LOCK_GATE, HE_NEEDS_JOIN, HE_NEEDS_ROOM, HE_NEEDS_SAVING, HE_ROWS_REFUSED,
+    WAIT_US, Calls, Saving, he_control, he_epoch, he_shared, process_sharing, raise_errno,
+)
 
 cnp.import_array()
-
-cdef enum:
-    WAIT_US = 1000  # between two attempts to get what another thread or process holds
+he_linked, he_shared = process_runtime(), process_sharing()
 
 cdef object PAGE_BYTES = mmap.PAGESIZE
 
@@ -40,12 +34,6 @@ NEEDS_JOIN, NEEDS_ROOM, NEEDS_SAVING = HE_NEEDS_JOIN, HE_NEEDS_ROOM, HE_NEEDS_SA
 
 
 # ---- the table kernels ----
-
-cdef void *data_of(cnp.ndarray array, int type_number, const char *name) except? NULL:
-    if cnp.PyArray_TYPE(array) != type_number or not cnp.PyArray_IS_C_CONTIGUOUS(array):
-        raise TypeError(f"{name.decode()}: expected a C-contiguous array of another dtype than {array.dtype}")
-    return cnp.PyArray_DATA(array)
-
 
 cdef int64_t *checked_offsets(he_batch *b, void *room) except NULL:
     """Copy and check the batch's offsets; the batch uses the copy, as another thread may change the caller's."""
@@ -138,12 +126,12 @@ cdef class Core:
         memset(&self.ahead, 0, sizeof(he_ahead))
         t.ahead = &self.ahead
         t.weight = <char *>cnp.PyArray_DATA(arrays["weight"])
-        t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, b"blocks")
-        self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, b"control")
+        t.blocks = <uint32_t *>data_of(arrays["blocks"], cnp.NPY_UINT32, "blocks")
+        self.control = <he_control *>data_of(arrays["control"], cnp.NPY_UINT8, "control")
         for i, state in enumerate(arrays["states"]):
-            t.state[i] = <float *>data_of(state, cnp.NPY_FLOAT32, b"state")
+            t.state[i] = <float *>data_of(state, cnp.NPY_FLOAT32, "state")
         if arrays["paid"] is not None:
-            t.paid = <double *>data_of(arrays["paid"], cnp.NPY_FLOAT64, b"paid")
+            t.paid = <double *>data_of(arrays["paid"], cnp.NPY_FLOAT64, "paid")
         t.num_rows, t.dim = arrays["weight"].shape
         t.row_bytes = t.dim * arrays["weight"].itemsize
         t.dtype, t.optimizer, t.init = scalars["dtype"], scalars["optimizer"], scalars["init"]
@@ -170,7 +158,7 @@ cdef class Core:
         """
         if in_flight is not None and in_flight.size != HE_MAX_THREADS * 8:
             raise ValueError(f"{HE_MAX_THREADS} lines of 8 words expected, got {in_flight.size} words")
-        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, b"in_flight")
+        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, "in_flight")
         self.in_flight, self.lock_fd = in_flight, lock_fd
 
     def after_fork(self):
@@ -179,16 +167,16 @@ cdef class Core:
         self.in_flight, self.lock_fd = None, -1
 
     cdef int fill_batch(self, he_batch *b, cnp.ndarray keys, offsets, weights, int pooling) except -1:
-        b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        b.keys = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
         b.num_keys = b.num_bags = cnp.PyArray_SIZE(keys)
         b.offsets = NULL
         b.weights = NULL
         b.pooling = pooling
         if offsets is not None:
-            b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, b"offsets")
+            b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, "offsets")
             b.num_bags = cnp.PyArray_SIZE(offsets) - 1
         if weights is not None:
-            b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, b"per_sample_weights")
+            b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, "per_sample_weights")
         return 0
 
     cdef int secure_reads(self, const he_batch *b, bint of_rows) except -1:
@@ -205,7 +193,7 @@ cdef class Core:
     def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
         """Write the vector of each key (or bag) to `out`, float32 (num_bags, embedding_dim)."""
         cdef he_batch b
-        cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, b"out")
+        cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, "out")
         self.fill_batch(&b, keys, offsets, weights, pooling)
         if cnp.PyArray_SIZE(out) != b.num_bags * self.table.dim:
             raise ValueError(f"out holds {out.size} values, {b.num_bags * self.table.dim} expected")
@@ -228,8 +216,8 @@ cdef class Core:
 
     def rows(self, cnp.ndarray keys not None, cnp.ndarray out not None):
         """Write each key's rows to `out`, int64 (num_keys, num_hashes)."""
-        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
-        cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, b"out")
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
+        cdef int64_t *target = <int64_t *>data_of(out, cnp.NPY_INT64, "out")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
         if cnp.PyArray_SIZE(out) != n * self.table.num_hashes:
             raise ValueError(f"out holds {out.size} values, {n * self.table.num_hashes} expected")
@@ -243,7 +231,7 @@ cdef class Core:
         cdef int64_t bad, num_grads = cnp.PyArray_SIZE(grads), dim = self.table.dim
         cdef uint32_t epoch = <uint32_t>he_epoch(self.control)
         plan.grads = grads
-        p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, b"grads")
+        p.grads = <const float *>data_of(grads, cnp.NPY_FLOAT32, "grads")
         self.fill_batch(&p.batch, keys, offsets, weights, pooling)
         if num_grads != p.batch.num_bags * dim:
             raise ValueError(f"grads holds {num_grads} values, {p.batch.num_bags * dim} expected")
@@ -281,11 +269,7 @@ cdef class Core:
         plan.memory, plan.memory_bytes = self.memory, self.memory_bytes
         self.memory, self.memory_bytes = NULL, 0
         plan.core = self
-        if plan.memory == NULL:
-            plan.memory = <char *>malloc(sizeof(he_plan))
-            if plan.memory == NULL:
-                raise MemoryError()
-            plan.memory_bytes = sizeof(he_plan)
+        reserve(&plan.memory, &plan.memory_bytes, sizeof(he_plan), "a plan")
         plan.plan = <he_plan *>plan.memory
         plan.plan.num_fresh = plan.plan.step = 0
         return plan
@@ -308,12 +292,10 @@ cdef class Core:
         cdef int64_t needed = sizeof(he_plan) + he_plan_bytes(&self.table, p)
         if needed <= plan.memory_bytes:
             return 0
-        cdef char *memory = <char *>malloc(needed)
-        if memory == NULL:
-            raise MemoryError(f"an update of {p.batch.num_keys} keys needs {needed} bytes of scratch memory")
-        memcpy(memory, p, sizeof(he_plan))
-        free(plan.memory)
-        plan.memory, plan.memory_bytes, plan.plan = memory, needed, <he_plan *>memory
+        cdef he_plan kept = p[0]
+        reserve(&plan.memory, &plan.memory_bytes, needed, f"an update of {p.batch.num_keys} keys")
+        plan.plan = <he_plan *>plan.memory
+        plan.plan[0] = kept
         return 0
 
     def apply(self, Plan plan not None, bint exact, Saving saving=None, bint has_room=False):
@@ -349,16 +331,16 @@ cdef class Core:
         """As a call in progress: `close` in another thread waits until the lock file is no longer used here."""
         cdef int fd, error = 0
         with self.calls:
-            self.calls.check_wait(LOCK_GATE, "update")
+            self.calls.check_wait(HE_LOCK_GATE, "update")
             fd = self.lock_fd
             with nogil:
-                error = he_gate_look(fd)
+                error = he_shared.gate_look(fd)
             while error == EAGAIN or error == EINTR:
                 with nogil:
                     usleep(WAIT_US)
                 PyErr_CheckSignals()
                 self.calls.check()
-                error = he_gate_look(fd)
+                error = he_shared.gate_look(fd)
         return raise_errno(error)
 
     cdef int raise_refused(self, const he_plan *p) except -1:
@@ -370,7 +352,7 @@ cdef class Core:
 
     def prefetch(self, cnp.ndarray keys not None, bint with_state):
         """Start to read the pages of the keys' rows, and optionally of their state, from disk; do not wait for them."""
-        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, b"keys")
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys")
         cdef int64_t n = cnp.PyArray_SIZE(keys)
         cdef int error = 0
         if n:
@@ -393,55 +375,17 @@ cdef class Core:
         return self.ahead.asking != 0
 
 
-# ---- threads and instruction sets ----
+def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
+    """Make the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
 
-def get_num_threads():
-    """Return how many threads a call may use: HASHEMB_NUM_THREADS, else the CPUs of this process; 1 after a fork."""
-    return he_threads_get()
-
-
-def set_num_threads(n):
-    """Set how many threads a call may use, 1 to 64. Results are bit-identical for any number."""
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"the number of threads must be an integer, got {type(n).__name__} {n!r}")
-    n = n.__index__()
-    if not 1 <= n <= HE_MAX_THREADS:
-        raise ValueError(f"the number of threads must be between 1 and {HE_MAX_THREADS}, got {n}")
-    he_threads_set(n)
-
-
-def get_isa():
-    """Return the instruction set whose kernels are in use: "baseline", "avx2" or "avx512"."""
-    return he_kernels_active().name.decode()
-
-
-def available_isas():
-    """Return the instruction sets that this CPU supports, slowest first."""
-    names = []
-    while he_isa_available(len(names)) != NULL:
-        names.append(he_isa_available(len(names)).decode())
-    return names
-
-
-def set_isa(name):
-    """Select the kernels of one instruction set. Results are bit-identical for all of them."""
-    if he_isa_force(name.encode()) != 0:
-        raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
-
-
-def _configure(environment):
-    threads, isa = environment.get("HASHEMB_NUM_THREADS"), environment.get("HASHEMB_ISA")
-    if threads:
-        if not threads.strip().isdigit():
-            raise ValueError(f"HASHEMB_NUM_THREADS must be an integer, got {threads!r}")
-        set_num_threads(int(threads))
-    if isa:
-        set_isa(isa)
-
-
-_configure(os.environ)
-
-
-include "_core_files.pxi"
-include "_core_sharing.pxi"
-include "_core_hashing.pxi"
+    Return 0 or an errno: EFAULT if a store would raise SIGBUS, EINVAL if the kernel does not support this.
+    """
+    cdef char *base = <char *>cnp.PyArray_DATA(array)
+    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, "blocks")
+    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
+    cdef int error
+    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
+        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
+    with nogil:
+        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
+    return error

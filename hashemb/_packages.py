@@ -11,7 +11,7 @@ import os
 import platform
 from typing import Any
 
-from hashemb import _core
+from hashemb import _runtime
 from hashemb._version import __version__
 from hashemb.errors import MissingExtraError
 
@@ -75,8 +75,8 @@ def _machine() -> list[tuple[str, str]]:
 def _settings() -> list[tuple[str, str]]:
     names = ("HASHEMB_ISA", "HASHEMB_NUM_THREADS")
     return [
-        ("instruction set", f"{_core.get_isa()} (this CPU runs {', '.join(_core.available_isas())})"),
-        ("threads", str(_core.get_num_threads())),
+        ("instruction set", f"{_runtime.get_isa()} (this CPU runs {', '.join(_runtime.available_isas())})"),
+        ("threads", str(_runtime.get_num_threads())),
         *((name, os.environ.get(name, "not set")) for name in names),
     ]
 

@@ -18,7 +18,7 @@ import mmh3
 import numpy as np
 from numpy.typing import NDArray
 
-from hashemb import _core
+from hashemb import _hashing
 from hashemb._random import splitmix64, unfmix64
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _column(values: Any) -> _Column:
 
 
 def _objects(values: list[Any] | tuple[Any, ...], shape: tuple[int, ...]) -> _Column:
-    return _Column(shape, partial(_core.hash_objects, values))
+    return _Column(shape, partial(_hashing.hash_objects, values))
 
 
 def _sequence(values: Sequence[Any]) -> _Column:
@@ -197,10 +197,10 @@ def _array(array: NDArray[Any]) -> _Column:
         raise TypeError(_unhashable(f"{array.dtype} values"))
     raw, width = _raw_bytes(array)
     if kind == "S":
-        return _Column(array.shape, partial(_core.hash_fixed_bytes, raw, width))
+        return _Column(array.shape, partial(_hashing.hash_fixed_bytes, raw, width))
     if kind == "U":
-        return _Column(array.shape, partial(_core.hash_fixed_ucs4, raw, width // 4))
-    return _Column(array.shape, partial(_core.hash_integers, raw, width, kind == "i"))
+        return _Column(array.shape, partial(_hashing.hash_fixed_ucs4, raw, width // 4))
+    return _Column(array.shape, partial(_hashing.hash_integers, raw, width, kind == "i"))
 
 
 def _raw_bytes(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
@@ -214,7 +214,7 @@ def _raw_bytes(array: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
 
 def _null_key(seed: int) -> np.uint64:
     key = np.empty(1, np.uint64)
-    _core.hash_objects((None,), seed, key)
+    _hashing.hash_objects((None,), seed, key)
     return np.uint64(key[0])
 
 
@@ -263,15 +263,15 @@ def _arrow(values: Any) -> _Column:
 def _write_arrow(values: Any, unsupported: str, seed: int, out: Keys) -> None:
     if hasattr(values, "__arrow_c_array__"):
         schema, array = values.__arrow_c_array__(None)
-        _core.hash_arrow_array(schema, array, seed, out, unsupported)
+        _hashing.hash_arrow_array(schema, array, seed, out, unsupported)
         return
     try:
-        _core.hash_arrow_stream(values.__arrow_c_stream__(None), seed, out, unsupported)
+        _hashing.hash_arrow_stream(values.__arrow_c_stream__(None), seed, out, unsupported)
     except OSError:
         if not _is_a(getattr(values, "dtype", None), "polars", "Categorical", "Enum"):
             raise
         # polars before 1.34 fails to export these; as strings they have the same keys.
-        _core.hash_arrow_stream(values.cast(str).__arrow_c_stream__(None), seed, out, unsupported)
+        _hashing.hash_arrow_stream(values.cast(str).__arrow_c_stream__(None), seed, out, unsupported)
 
 
 def _table_items(columns: Any) -> Iterable[tuple[Any, Any]] | None:

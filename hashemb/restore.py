@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._arguments import path_string
 from hashemb._files import (
     CONTROL_BYTES,
@@ -161,7 +161,7 @@ def _without_writers(path: str) -> Iterator[None]:
         yield
         return
     try:
-        if not _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False):
+        if not _sharing.lock(lock.fd, fcntl.F_WRLCK, _sharing.LOCK_WRITERS, False):
             raise HashembError(f"{path}: the table cannot be replaced while a process has it open for writing")
         yield
     finally:

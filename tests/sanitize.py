@@ -80,7 +80,7 @@ def build(sanitizer: str, directory: Path) -> Build:
     package = directory / "hashemb"
     if not list(package.glob("_core*.so")):
         source = directory / "source"
-        ignored = shutil.ignore_patterns("*.so", "__pycache__", "_core.c", "_maths.c", "_tokens.c")
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "_*.c")  # generated C
         shutil.copytree(ROOT / "hashemb", source / "hashemb", ignore=ignored)
         shutil.copy(ROOT / "setup.py", source)
         flags = f"-g -O1 -fno-omit-frame-pointer -fsanitize={FLAGS[sanitizer]} -fno-sanitize-recover=undefined"

@@ -40,7 +40,7 @@ from storm_parts import FINISH, HANDLERS, IDLE, ROLES, SIZES, Board, create
 from storm_worker import work
 
 import hashemb
-from hashemb import _core
+from hashemb import _sharing
 
 PATIENCE_S = 20.0  # on a machine where the largest batch takes USUAL_BATCH_S; longer on slower ones
 USUAL_BATCH_S = 0.02
@@ -48,9 +48,9 @@ MEAN_PAUSE_S = 0.002  # between two bursts of signals from outside, to any proce
 MOST_PER_CALL = 8  # signals: a call that is interrupted forever would be the only one tried
 #: Byte ranges of the file `lock` that must be unlocked when all processes are idle.
 PLACES = {
-    "gate": _core.LOCK_GATE,
-    "turnstile": _core.LOCK_GATE + 1,
-    "snapshot": _core.LOCK_SNAPSHOT,
+    "gate": _sharing.LOCK_GATE,
+    "turnstile": _sharing.LOCK_GATE + 1,
+    "snapshot": _sharing.LOCK_SNAPSHOT,
     "blocks and rows": 1 << 32,
 }
 

@@ -27,35 +27,40 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_rules": {"errors"},
     "optim": {"errors", "_rules"},
     "init": {"errors", "_rules"},
-    "_core": {"errors"},
+    "_runtime": set(),
+    "_open_file": set(),
+    "_hashing": set(),
+    "_sharing": {"errors"},
+    "_core": {"errors", "_sharing"},
     "reference.table": {"errors", "optim", "init", "reference"},
     "reference.__init__": {"reference"},
-    "_packages": {"_version", "_core", "errors"},
-    "hashing": {"errors", "_core", "_random", "table"},
+    "_packages": {"_version", "_runtime", "errors"},
+    "hashing": {"errors", "_hashing", "_random", "table"},
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_random", "_files.sealed"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},
-    "_files.directory": {"errors", "_core", "_files.format", "_files.lineage"},
-    "_files.blocks": {"errors", "_core", "_files.format", "_files.directory"},
-    "_files.locks": {"errors", "_core", "_files.directory"},
-    "_files.building": {"errors", "_core", "_files.format", "_files.directory", "_files.locks"},
-    "_files.arrays": {"errors", "_core", "_files.format", "_files.directory"},
-    "_files.space": {"_core", "_files.format", "_files.directory", "_files.blocks", "_files.arrays"},
-    "_files.huge_pages": {"_core", "_files.format", "_files.directory", "_files.arrays"}
+    "_files.directory": {"errors", "_open_file", "_files.format", "_files.lineage"},
+    "_files.blocks": {"errors", "_hashing", "_open_file", "_sharing", "_files.format", "_files.directory"},
+    "_files.locks": {"errors", "_open_file", "_files.directory"},
+    "_files.building": {"errors", "_sharing", "_files.format", "_files.directory", "_files.locks"},
+    "_files.arrays": {"errors", "_open_file", "_files.format", "_files.directory"},
+    "_files.space": {"_core", "_open_file", "_files.format", "_files.directory", "_files.blocks", "_files.arrays"},
+    "_files.huge_pages": {"_open_file", "_files.format", "_files.directory", "_files.arrays"}
     | {"_files.space"},
-    "_files.saving": {"errors", "_core"} | {f"_files.{name}" for name in ("format", "directory", "locks", "arrays")},
+    "_files.saving": {"errors", "_open_file", "_sharing"}
+    | {f"_files.{name}" for name in ("format", "directory", "locks", "arrays")},
     "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
-    "_files.seats": {"errors", "_core", "_files.directory"},
-    "_files.writers": {"errors", "_core", "_files.directory", "_files.locks", "_files.arrays", "_files.space"}
-    | {"_files.saving", "_files.recovery", "_files.seats"},
-    "_files.table_files": {"errors", "_core", "_files.directory", "_files.locks", "_files.arrays", "_files.space"}
-    | {"_files.blocks", "_files.huge_pages", "_files.saving", "_files.writers"},
+    "_files.seats": {"errors", "_sharing", "_files.directory"},
+    "_files.writers": {"errors", "_core", "_sharing", "_files.directory", "_files.locks", "_files.arrays"}
+    | {"_files.space", "_files.saving", "_files.recovery", "_files.seats"},
+    "_files.table_files": {"errors", "_core", "_sharing", "_files.directory", "_files.locks", "_files.arrays"}
+    | {"_files.space", "_files.blocks", "_files.huge_pages", "_files.saving", "_files.writers"},
     "_files.binding": {"_core", "_files.format", "_files.locks", "_files.table_files"},
     "_points.problems": set(),
     "_points.half": {"_files"},
-    "_points.snapshot": {"errors", "_core", "_files"},
-    "_points.delta_file": {"errors", "_rules", "_core", "_files"},
-    "_points.delta": {"errors", "optim", "_rules", "_core", "_files"}
+    "_points.snapshot": {"errors", "_sharing", "_files"},
+    "_points.delta_file": {"errors", "_rules", "_open_file", "_files"},
+    "_points.delta": {"errors", "optim", "_rules", "_sharing", "_files"}
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},
     "stats": {"_points", "table"},
@@ -64,9 +69,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "replica": {"errors", "optim", "table", "_arguments", "_files", "_points"},
     "create": {"errors", "optim", "init", "table", "_arguments", "_files", "_points"},
     "verify": {"errors", "_arguments", "_files", "_points"},
-    "restore": {"errors", "verify", "_arguments", "_core", "_files", "_points"},
+    "restore": {"errors", "verify", "_arguments", "_sharing", "_files", "_points"},
     "__init__": {"errors", "optim", "init", "stats", "hashing", "reference", "table", "create", "replica", "verify"}
-    | {"restore", "_version", "_packages", "_core", "_files", "_points"},
+    | {"restore", "_version", "_packages", "_runtime", "_files", "_points"},
 }
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "restore"}
@@ -102,7 +107,8 @@ EXTRAS_WHEN_LOADED = {
     "torch._optimizer": {"torch"},
 }
 
-CYTHON_MODULES = {"_core", "ctr._maths", "ctr.data._tokens"}
+#: The compiled modules. All of them may take threads, the instruction set and the check of buffers from `_runtime`.
+CYTHON_MODULES = {"_runtime", "_open_file", "_hashing", "_sharing", "_core", "ctr._maths", "ctr.data._tokens"}
 REQUIRED_PACKAGES = {"numpy", "scipy", "mmh3", "hashemb"}
 #: Facts about this process, and the path protocol; everything else in `os` accesses files.
 HARMLESS_OS_NAMES = {"PathLike", "fspath", "environ", "getpid", "cpu_count", "sched_getaffinity", "register_at_fork"}
@@ -225,6 +231,8 @@ def wrong_imports(module: str, text: str) -> list[str]:
         allowed = ALLOWED_IMPORTS[module]
     else:
         return [f"hashemb.{module}: not in ALLOWED_IMPORTS; give it a place in the order of the imports"]
+    if module in CYTHON_MODULES:
+        allowed = allowed | {"_runtime"}
     return [
         f"hashemb.{module} imports hashemb.{name}, it may import {sorted(allowed)}"
         for name in sorted(set(_package_imports(module, text)))

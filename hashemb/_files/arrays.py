@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
 from hashemb._files.directory import Directory
 from hashemb._files.format import (
     CONTROL_BYTES,
@@ -31,6 +30,7 @@ from hashemb._files.format import (
     TableMeta,
     check_npy_header,
 )
+from hashemb._open_file import OpenFile
 from hashemb.errors import CorruptTableError, ReadOnlyTableError
 
 __all__ = ["HUGE_PAGE_BYTES", "Array", "MappedFiles", "map_file"]
@@ -70,7 +70,7 @@ class MappedFiles:
 
     def __init__(self, directory: Directory, meta: TableMeta, *, writable: bool) -> None:
         self.path, self.directory, self.meta, self.writable = directory.path, directory, meta, writable
-        self.files: dict[str, _core.OpenFile] = {}
+        self.files: dict[str, OpenFile] = {}
         self.maps: dict[str, mmap.mmap] = {}
         self.arrays: dict[str, Array] = {}
         self._starts: dict[str, int] = {}
@@ -83,7 +83,7 @@ class MappedFiles:
         self.arrays["control"] = np.frombuffer(page, np.uint8)
         self.control = np.frombuffer(page, CONTROL_DTYPE)
 
-    def open(self, filename: str) -> _core.OpenFile:
+    def open(self, filename: str) -> OpenFile:
         """Open one of the files, for writing if the table is."""
         try:
             return self.directory.open(filename, os.O_RDWR if self.writable else os.O_RDONLY)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _hashing, _sharing
 from hashemb._files.directory import Directory, data_extents, opened, space_errors
 from hashemb._files.format import DATA_OFFSET_BYTES, FileSpec, TableMeta
+from hashemb._open_file import OpenFile
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -143,7 +144,7 @@ class OpenArrays:
 
     def __init__(self, place: str | Directory, names: Iterable[str], flags: int = os.O_RDONLY) -> None:
         self._place, self._names, self._flags = place, names, flags
-        self._files: dict[str, _core.OpenFile] = {}
+        self._files: dict[str, OpenFile] = {}
 
     def __enter__(self) -> dict[str, int]:
         with opened(self._place) as directory:
@@ -164,7 +165,7 @@ def read_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers) -> By
 def read_units(fd: int, size: int, file_bytes: int, units: Numbers) -> Bytes:
     """Return the bytes of units of an array file that has `size` bytes for each unit."""
     out = np.zeros((units.size, size), np.uint8)
-    _core.read_units(fd, np.ascontiguousarray(units, np.int64), DATA_OFFSET_BYTES, file_bytes, out)
+    _sharing.read_units(fd, np.ascontiguousarray(units, np.int64), DATA_OFFSET_BYTES, file_bytes, out)
     return out
 
 
@@ -182,7 +183,7 @@ def write_blocks(fd: int, meta: TableMeta, spec: FileSpec, blocks: Numbers, data
 def checksums(data: Bytes) -> npt.NDArray[np.uint64]:
     """Return per block the low 64 bits of MurmurHash3 x64-128, seed 0, of its bytes without the trailing zeros."""
     out = np.empty(data.shape[0], np.uint64)
-    _core.hash_fixed_bytes(data.reshape(-1), data.shape[1], 0, out)
+    _hashing.hash_fixed_bytes(data.reshape(-1), data.shape[1], 0, out)
     return out
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files.directory import Directory, boot_id, read_control, read_meta, space_errors, table_directory
 from hashemb._files.format import FileSpec, TableMeta, encode_control, encode_meta, encode_npy_header
 from hashemb._files.locks import Lock
@@ -241,7 +241,7 @@ def take_table_back(path: str, meta: TableMeta) -> None:
     with suppress(OSError, HashembError), table_directory(path) as directory:
         lock = Lock(directory.open("lock", os.O_RDWR))
         try:
-            alone = _core.lock(lock.fd, fcntl.F_WRLCK, _core.LOCK_WRITERS, False)
+            alone = _sharing.lock(lock.fd, fcntl.F_WRLCK, _sharing.LOCK_WRITERS, False)
             page = read_control(directory)
             unused = (page["step"], page["epoch"], page["lr"]) == (0, 1, meta.optimizer.lr)
             if not alone or not unused or read_meta(directory).id != meta.id:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hashemb._core import OpenFile
 from hashemb._files.format import CONTROL_BYTES, CONTROL_DTYPE, SMALL_FILE_BYTES, TableMeta, check_control, decode_meta
 from hashemb._files.lineage import History, SnapshotInfo
+from hashemb._open_file import OpenFile
 from hashemb.errors import CorruptTableError, FormatError, NoSpaceError, ReadOnlyTableError
 
 HISTORY_FILE = "history.json"

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._core import OpenFile
 from hashemb._files.arrays import HUGE_PAGE_BYTES, MappedFiles
 from hashemb._files.directory import disk_bytes
 from hashemb._files.format import DATA_OFFSET_BYTES, FileSpec
 from hashemb._files.space import block_bytes
+from hashemb._open_file import OpenFile
 
 __all__ = ["Extents", "HugePages", "is_tmpfs"]
 

@@ -11,8 +11,8 @@ import weakref
 from contextlib import suppress
 from typing import Protocol
 
-from hashemb._core import OpenFile
 from hashemb._files.directory import Directory
+from hashemb._open_file import OpenFile
 from hashemb.errors import HashembError
 
 __all__ = ["Lock", "after_fork_in_child", "open_again"]

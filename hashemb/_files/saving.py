@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files.arrays import MappedFiles
 from hashemb._files.directory import Directory
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._files.locks import Lock
+from hashemb._open_file import OpenFile
 from hashemb.errors import HashembError
 
 __all__ = ["BITS_FILE", "LOG_PREFIX", "SAVING_FILE", "SaveTarget", "SavingForOthers", "bits_bytes", "open_announced"]
@@ -55,11 +56,11 @@ class SaveTarget:
         others = self._open("blocks.npy"), self._open(BITS_FILE), self._open(self._log, log_flags)
         bits = np.frombuffer(mmap.mmap(others[1].fd, bits_bytes(meta)), np.uint64)
         shift, blocks, control = meta.block_rows.bit_length() - 1, arrays["blocks"], arrays["control"]
-        self.saving = _core.Saving(
+        self.saving = _sharing.Saving(
             files, blocks, control, bits, others, lock, since, until, DATA_OFFSET_BYTES, shift
         )
 
-    def _open(self, filename: str, flags: int = 0) -> _core.OpenFile:
+    def _open(self, filename: str, flags: int = 0) -> OpenFile:
         return self._directory.open(filename, flags | os.O_RDWR)
 
     def discard(self) -> None:
@@ -93,7 +94,7 @@ class SavingForOthers:
             mapped.meta, mapped.arrays, self._new_lock(), directory, names, since, until, owner=owner
         )
 
-    def saving(self) -> _core.Saving | None:
+    def saving(self) -> _sharing.Saving | None:
         """Return where to save rows for the snapshot in progress, as recorded by its owner; None if there is none."""
         until, target = int(self._mapped.control["saving"][0]), self.target
         if not until or (target is not None and target.until == until):
@@ -136,4 +137,4 @@ def open_announced(wanted: dict[str, Any]) -> Directory:
 
 def bits_bytes(meta: TableMeta) -> int:
     """Return the size of BITS_FILE, which holds whole stripes."""
-    return -(-meta.num_blocks // _core.STRIPE_BLOCKS) * _core.STRIPE_BLOCKS * meta.block_rows // 8
+    return -(-meta.num_blocks // _sharing.STRIPE_BLOCKS) * _sharing.STRIPE_BLOCKS * meta.block_rows // 8

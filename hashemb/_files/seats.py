@@ -17,7 +17,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files.directory import Directory
 from hashemb.errors import HashembError
 
@@ -58,16 +58,16 @@ def _free_seat(fd: int, lock_fd: int) -> int | None:
     """Lock a seat and return its number: the first one without notes, or else the first free one."""
     with_notes: int | None = None
     for seat in range(_NUM_SEATS):
-        if not _core.lock(lock_fd, fcntl.F_WRLCK, _core.LOCK_SEATS + seat, False):
+        if not _sharing.lock(lock_fd, fcntl.F_WRLCK, _sharing.LOCK_SEATS + seat, False):
             continue
         if not any(os.pread(fd, _SEAT_BYTES, seat * _SEAT_BYTES)):
             if with_notes is not None:
-                _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + with_notes, False)
+                _sharing.lock(lock_fd, fcntl.F_UNLCK, _sharing.LOCK_SEATS + with_notes, False)
             return seat
         if with_notes is None:
             with_notes = seat
         else:
-            _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + seat, False)
+            _sharing.lock(lock_fd, fcntl.F_UNLCK, _sharing.LOCK_SEATS + seat, False)
     return with_notes
 
 
@@ -86,7 +86,7 @@ def abandoned_rows(directory: Directory, num_embeddings: int) -> npt.NDArray[np.
 def _notes(fd: int, lock_fd: int, seat: int) -> npt.NDArray[np.uint64]:
     """Return the notes of one seat, or none if its writer is alive."""
     page = np.frombuffer(os.pread(fd, _SEAT_BYTES, seat * _SEAT_BYTES).ljust(_SEAT_BYTES, b"\0"), np.uint64)
-    if not page.any() or not _core.lock(lock_fd, fcntl.F_RDLCK, _core.LOCK_SEATS + seat, False):
+    if not page.any() or not _sharing.lock(lock_fd, fcntl.F_RDLCK, _sharing.LOCK_SEATS + seat, False):
         return page[:0]
-    _core.lock(lock_fd, fcntl.F_UNLCK, _core.LOCK_SEATS + seat, False)
+    _sharing.lock(lock_fd, fcntl.F_UNLCK, _sharing.LOCK_SEATS + seat, False)
     return page[::_LINE_WORDS]

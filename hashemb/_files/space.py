@@ -19,6 +19,7 @@ from hashemb._files import blocks as _blocks
 from hashemb._files.arrays import HUGE_PAGE_BYTES
 from hashemb._files.directory import space_errors
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
+from hashemb._open_file import OpenFile
 
 __all__ = ["Space", "block_bytes"]
 
@@ -48,7 +49,7 @@ class Space:
         The files of the arrays.
     """
 
-    def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], files: dict[str, _core.OpenFile]) -> None:
+    def __init__(self, path: str, meta: TableMeta, arrays: dict[str, Array], files: dict[str, OpenFile]) -> None:
         self._path, self._meta, self._arrays, self._files = path, meta, arrays, files
 
     def reserve(self, blocks: Array) -> None:

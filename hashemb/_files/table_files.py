@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _core, _sharing
 from hashemb._files import blocks as _blocks
 from hashemb._files.arrays import Array, MappedFiles
 from hashemb._files.directory import disk_bytes, read_control, read_meta, table_directory
@@ -91,7 +91,7 @@ class TableFiles:
         status = os.fstat(self.fd("control"))
         self.control = self._mapped.control
         self.space = Space(self.path, self.meta, self.arrays, self._mapped.files)
-        calls = _core.Calls(self.path, (status.st_dev, status.st_ino))
+        calls = _sharing.Calls(self.path, (status.st_dev, status.st_ino))
         self._writers = Writers(self._mapped, self.space, calls)
         self.saves = SavingForOthers(self._mapped, self._writers.new_lock)
         self.calls = calls
@@ -118,9 +118,9 @@ class TableFiles:
         """Open the lock file once more, for locks that exclude those taken through other descriptors."""
         return self._writers.new_lock()
 
-    def turn(self, call: str) -> _core.Hold:
+    def turn(self, call: str) -> _sharing.Hold:
         """Return a context manager that lets one process at a time take or apply points; its death ends the turn."""
-        return _core.Hold(self.new_lock(), self.calls, _core.LOCK_SNAPSHOT, call)
+        return _sharing.Hold(self.new_lock(), self.calls, _sharing.LOCK_SNAPSHOT, call)
 
     def after_fork(self) -> None:
         """Reset locks and calls in a forked child."""
@@ -220,7 +220,7 @@ class TableFiles:
         if not hasattr(self, "calls"):  # opening has failed early
             self._mapped.close()
             return
-        with _core.Closing(self.calls):
+        with _sharing.Closing(self.calls):
             try:
                 self._writers.leave(self._sync)
             finally:

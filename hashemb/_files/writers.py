@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hashemb import _core
+from hashemb import _core, _sharing
 from hashemb._files import recovery as _recovery
 from hashemb._files.arrays import MappedFiles
 from hashemb._files.directory import HISTORY_FILE, boot_id, read_history, remove_leftovers
@@ -43,7 +43,7 @@ class Writers:
         See `TableFiles`.
     """
 
-    def __init__(self, mapped: MappedFiles, space: Space, calls: _core.Calls) -> None:
+    def __init__(self, mapped: MappedFiles, space: Space, calls: _sharing.Calls) -> None:
         self._mapped, self._space, self._calls = mapped, space, calls
         self.recovered: str | None = None
         self.suspects = np.empty(0, np.int64)
@@ -53,10 +53,10 @@ class Writers:
         """Open the lock file and join; the caller has just opened the table."""
         lock = self._mapped.files["lock"] = self._mapped.open("lock")
         self._lock_stat = os.fstat(lock.fd)
-        place = _core.LOCK_WRITERS
-        with _core.Hold(lock, self._calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
+        place = _sharing.LOCK_WRITERS
+        with _sharing.Hold(lock, self._calls, place, "open", wait=False, then=fcntl.F_RDLCK) as is_alone:
             if not is_alone:
-                _core.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self._calls, "open")
+                _sharing.wait_for_lock(lock.fd, fcntl.F_RDLCK, place, self._calls, "open")
             self._check_in_place()
             if is_alone:
                 self._take_over()
@@ -108,7 +108,7 @@ class Writers:
             files["lock"] = open_again(self._mapped.directory, self._lock_stat)
         fd = files["lock"].fd
         if not self._joined:
-            _core.wait_for_lock(fd, fcntl.F_RDLCK, _core.LOCK_WRITERS, self._calls, "update")
+            _sharing.wait_for_lock(fd, fcntl.F_RDLCK, _sharing.LOCK_WRITERS, self._calls, "update")
             self._unseal()
             self._joined = True
         core.join(fd, take_seat(self._mapped.directory, fd))
@@ -132,7 +132,7 @@ class Writers:
         if not joined:
             return
         mapped = self._mapped
-        with _core.Hold(mapped.files["lock"], self._calls, _core.LOCK_WRITERS, "close", wait=False) as is_last:
+        with _sharing.Hold(mapped.files["lock"], self._calls, _sharing.LOCK_WRITERS, "close", wait=False) as is_last:
             if is_last:
                 if self._calls.dirty:
                     sync()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files import (
     STORAGE_DTYPES,
     FileSpec,
@@ -201,7 +201,7 @@ def apply_to(files: TableFiles, delta: DeltaReader, progress: Progress | None = 
         source = None if info.table.id == files.meta.id else info.table.id
         history = replace(history, applying=info.id, source=source)
         write_history(files.directory, history)
-        with _core.ClosedGate(turn.fd, files.calls, files.arrays["control"]):
+        with _sharing.ClosedGate(turn.fd, files.calls, files.arrays["control"]):
             _write_rows(files, delta, progress)
             _take_counters(files.control, info)
             files.flush()

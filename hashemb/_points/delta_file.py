@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from hashemb._core import OpenFile
 from hashemb._files import (
     MOMENT_RULES,
     SMALL_FILE_BYTES,
@@ -32,6 +31,7 @@ from hashemb._files import (
     space_errors,
 )
 from hashemb._files import blocks as _blocks
+from hashemb._open_file import OpenFile
 from hashemb._rules import (
     BOOL,
     COUNTER,

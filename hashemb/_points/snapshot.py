@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files import (
     BITS_FILE,
     CONTROL_DTYPE,
@@ -93,7 +93,7 @@ def interrupted_delta(files: TableFiles) -> str | None:
     if not read_history(files.directory, files.meta.id).applying:
         return None
     with files.directory.open("lock") as lock:
-        alone = _core.lock(lock.fd, fcntl.F_RDLCK, _core.LOCK_SNAPSHOT, False)
+        alone = _sharing.lock(lock.fd, fcntl.F_RDLCK, _sharing.LOCK_SNAPSHOT, False)
         return read_history(files.directory).applying if alone else None
 
 
@@ -167,7 +167,7 @@ def save_point(
     directory.create(BITS_FILE, b"", bits_bytes(files.meta), sync=False)
     try:
         files.directory.replace(SAVING_FILE, json.dumps(wanted).encode())
-        page = _core.begin_point(files.arrays["control"], turn_fd)
+        page = _sharing.begin_point(files.arrays["control"], turn_fd)
         point = SavedPoint(until, time.time(), page)
         try:
             with space_errors(path):
@@ -183,9 +183,9 @@ def save_point(
     return point
 
 
-def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | None) -> None:
+def _copy_blocks(files: TableFiles, saving: _sharing.Saving, progress: Progress | None) -> None:
     """Copy stripes downwards (see csrc/save.c), except those with a hole for epochs: on tmpfs reading takes a page."""
-    spans = list(_blocks.spans_of_epochs(files.fd("blocks"), files.meta.num_blocks, _core.STRIPE_BLOCKS))
+    spans = list(_blocks.spans_of_epochs(files.fd("blocks"), files.meta.num_blocks, _sharing.STRIPE_BLOCKS))
     done, total = 0, sum(last - first for first, last in spans)
     for first, last in reversed(spans):
         for end in range(last, first, -_STRIPES_PER_CALL):
@@ -194,7 +194,7 @@ def _copy_blocks(files: TableFiles, saving: _core.Saving, progress: Progress | N
             saving.copy_stripes(begin, end)
             done += end - begin
             if progress:
-                progress(done * _core.STRIPE_BLOCKS, total * _core.STRIPE_BLOCKS)
+                progress(done * _sharing.STRIPE_BLOCKS, total * _sharing.STRIPE_BLOCKS)
 
 
 def _put_back_rows(directory: Directory, meta: TableMeta, names: list[str]) -> None:

@@ -8,42 +8,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <time.h>
 
 #include "portability.h"
 #include "table.h"
 
-enum { MUTEX_SLICE_NS = 20000000, DIGIT_BITS = 11 };
+enum { DIGIT_BITS = 11 };
 
-/* ---- the mutex of an open table ---- */
-
-void he_batches_init(he_batches *b) {
-    pthread_mutex_init(&b->mutex, NULL);
-    b->closed = b->dirty = 0;
-}
-
-/* Resets the mutex in a forked child, where the thread that held it may not exist. */
-void he_batches_after_fork(he_batches *b) { pthread_mutex_init(&b->mutex, NULL); }
-
-/* Returns 0, or HE_AGAIN after waiting in vain for a while, in which signals may have arrived. */
-int he_batches_enter(he_batches *b) {
-    struct timespec until;
-    if (pthread_mutex_trylock(&b->mutex) == 0) return 0;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += MUTEX_SLICE_NS;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
-    return pthread_mutex_timedlock(&b->mutex, &until) ? HE_AGAIN : 0;
-}
-
-void he_batches_leave(he_batches *b) { pthread_mutex_unlock(&b->mutex); }
-
-/* The flag is accessed without the mutex: a thread that syncs the table reads and clears it while others write. */
-int he_batches_dirty(const he_batches *b) { return __atomic_load_n(&b->dirty, __ATOMIC_ACQUIRE); }
-
-void he_batches_set_dirty(he_batches *b, int value) { __atomic_store_n(&b->dirty, value, __ATOMIC_RELEASE); }
+const he_sharing *he_shared;
 
 /* ---- the blocks of a batch that are older than the epoch ---- */
 
@@ -102,8 +73,8 @@ static void find_stale(const he_table *t, he_plan *p, uint32_t epoch) {
 
 /* Returns whether the owner of the snapshot in progress is alive, i.e. holds its lock. */
 static int owner_lives(int lock_fd) {
-    if (he_lock(lock_fd, F_RDLCK, HE_LOCK_SNAPSHOT, 1, 0)) return 1;
-    he_lock(lock_fd, F_UNLCK, HE_LOCK_SNAPSHOT, 1, 0);
+    if (he_shared->lock(lock_fd, F_RDLCK, HE_LOCK_SNAPSHOT, 1, 0)) return 1;
+    he_shared->lock(lock_fd, F_UNLCK, HE_LOCK_SNAPSHOT, 1, 0);
     return 0;
 }
 
@@ -120,7 +91,7 @@ static void save_rows(const he_saving *s, he_plan *p) {
     int error = 0;
     p->epoch = 0;
     for (int i = 0; i < p->num_threads && !error; i++)
-        error = he_save_rows(s, p->shares[i].rows, p->shares[i].num_rows, p->shares[i].stale);
+        error = he_shared->save_rows(s, p->shares[i].rows, p->shares[i].num_rows, p->shares[i].stale);
 }
 
 /* ---- the batch ---- */
@@ -132,7 +103,7 @@ static int prepare(const he_table *t, he_control *c, he_plan *p, const he_commit
     gather_stale(t, p);
     if (HE_LIKELY(p->num_stale == 0)) return 0;
     if (p->num_fresh && !o->has_room && (o->asks_for_room || he_make_room(t, p->fresh, p->num_fresh))) return HE_NEEDS_ROOM;
-    he_mark_blocks(saving, t->blocks, p->stale, p->num_stale, epoch);
+    he_shared->mark_blocks(saving, t->blocks, p->stale, p->num_stale, epoch);
     return 0;
 }
 
@@ -145,22 +116,22 @@ static int in_gate(const he_table *t, he_control *c, he_batches *b, he_plan *p, 
     if ((error = prepare(t, c, p, o, saving))) return error;
     if (saving) save_rows(saving, p);
     if (o->exact && (error = he_update_lock_rows(p, o->lock_fd))) return error == EINTR ? HE_AGAIN : error;
-    he_batches_set_dirty(b, 1);
+    he_shared->batches_set_dirty(b, 1);
     he_step_begin(c, t->weight_decay, &step);
     p->step = step.step;
     return o->exact ? he_update_apply_exact(t, c, p, &step, o->lock_fd) : he_update_apply(t, c, p, &step);
 }
 
 int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o) {
-    int error = he_batches_enter(b);
+    int error = he_shared->batches_enter(b);
     if (error) return error;
     if (b->closed) error = HE_CLOSED;
     else if (o->lock_fd < 0) error = HE_NEEDS_JOIN;
-    else error = he_gate_enter(c, o->lock_fd, o->waited);
+    else error = he_shared->gate_enter(c, o->lock_fd, o->waited);
     if (!error) {
         error = in_gate(t, c, b, p, o);
-        he_gate_leave(o->lock_fd);
+        he_shared->gate_leave(o->lock_fd);
     }
-    he_batches_leave(b);
+    he_shared->batches_leave(b);
     return error;
 }

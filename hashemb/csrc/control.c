@@ -11,8 +11,6 @@ static double load_double(const double *p) { return he_double(__atomic_load_n((c
 
 double he_decay_total(const he_control *c) { return load_double(&c->decay_total); }
 
-uint64_t he_epoch(const he_control *c) { return __atomic_load_n(&c->epoch, __ATOMIC_ACQUIRE); }
-
 /* Adds this step's log(1 - lr * weight_decay) to the decay total; returns the new total. */
 static double decay_total_add(he_control *c, double amount) {
     uint64_t *p = (uint64_t *)&c->decay_total;

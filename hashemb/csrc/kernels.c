@@ -1,6 +1,4 @@
-/* The kernels, compiled for each instruction set, and the selection of one set.
- *
- * The best set that the CPU supports is selected once, at import; HASHEMB_ISA or he_isa_force selects another. */
+/* The kernels, compiled for each instruction set. */
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,7 +23,7 @@ HE_INLINE float he_bag_scale(const he_batch *b, int64_t bag) {
 }
 
 #define HE_TABLE(suffix)                                                                                          \
-    {#suffix, lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, merge_##suffix, apply_##suffix}
+    {lookup_##suffix, lookup_pooled_##suffix, first_not_finite_##suffix, rows_##suffix, merge_##suffix, apply_##suffix}
 
 /* Returns whether any of sixteen values is not finite. Compilers reduce sixteen flags by halves; AVX-512 has an
  * instruction for it. */
@@ -69,51 +67,17 @@ HE_INLINE int not_finite_16_avx512(const float *values) {
 HE_END_TARGET
 #endif
 
-/* Slowest first. */
-static const he_kernels variants[] = {
+static const he_kernels variants[HE_NUM_ISAS] = {
     HE_TABLE(baseline),
 #if HE_X86
     HE_TABLE(avx2),
     HE_TABLE(avx512),
 #endif
 };
-enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]) };
 
-static int supported(int variant) {
-#if HE_X86
-    __builtin_cpu_init();
-    if (variant == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-    if (variant == 2)
-        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#endif
-    return variant == 0;
-}
+const he_runtime *he_linked;
 
-static const he_kernels *active;
-
-const he_kernels *he_kernels_active(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED); }
-
-/* Runs before anything else in this library. */
-__attribute__((constructor)) static void choose_best(void) {
-    for (int v = 0; v < NUM_VARIANTS; v++)
-        if (supported(v)) active = &variants[v];
-}
-
-int he_isa_force(const char *name) {
-    for (int v = 0; v < NUM_VARIANTS; v++)
-        if (strcmp(name, variants[v].name) == 0 && supported(v)) {
-            __atomic_store_n(&active, &variants[v], __ATOMIC_RELAXED);
-            return 0;
-        }
-    return -1;
-}
-
-const char *he_isa_available(int i) {
-    for (int v = 0; v < NUM_VARIANTS; v++)
-        if (supported(v) && i-- == 0) return variants[v].name;
-    return NULL;
-}
+const he_kernels *he_kernels_active(void) { return &variants[he_isa()]; }
 
 int64_t he_offsets_copy(const int64_t *offsets, int64_t num_bags, int64_t num_keys, int64_t *out) {
     int64_t falls = 0;

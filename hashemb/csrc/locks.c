@@ -7,7 +7,7 @@
 #include <time.h>
 
 #include "portability.h"
-#include "table.h"
+#include "sharing.h"
 
 /* `kind` is F_RDLCK, F_WRLCK or F_UNLCK; a length of 0 extends to the largest offset. Returns 0 or an errno: EAGAIN if
  * another holds the lock and `wait` is 0, EINTR if a signal arrived first. */

@@ -2,14 +2,16 @@
  *
  * This implements the algorithm that Austin Appleby placed in the public domain
  * (https://github.com/aappleby/smhasher, src/MurmurHash3.cpp). Nothing here allocates, fails or reads a byte
- * outside its input. Words are read as little-endian on all machines, so a value has the same key everywhere.
- */
+ * outside its input. Words are little-endian, as is every machine that portability.h admits, so a value has the same key
+ * everywhere. */
 #ifndef HASHEMB_MURMUR_H
 #define HASHEMB_MURMUR_H
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "portability.h"
 
 #define MURMUR_C1 UINT64_C(0x87c37b91114253d5)
 #define MURMUR_C2 UINT64_C(0x4cf5ad432745937f)
@@ -33,9 +35,6 @@ static inline uint64_t murmur_load64(const uint8_t *p)
 {
     uint64_t word;
     memcpy(&word, p, sizeof word);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap64(word);
-#endif
     return word;
 }
 
@@ -43,9 +42,6 @@ static inline uint64_t murmur_load32(const uint8_t *p)
 {
     uint32_t word;
     memcpy(&word, p, sizeof word);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap32(word);
-#endif
     return word;
 }
 

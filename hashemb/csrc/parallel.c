@@ -8,8 +8,7 @@
 #include <sched.h>
 #include <string.h>
 
-#include "parallel.h"
-#include "portability.h"
+#include "runtime.h"
 
 typedef struct {
     pthread_mutex_t in_use; /* held by the call that uses the workers */
@@ -95,7 +94,7 @@ static void run_with_workers(void (*fn)(void *, int), void *arg, int n) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-void he_parallel(void (*fn)(void *, int), void *arg, int n) {
+void he_pool_run(void (*fn)(void *, int), void *arg, int n) {
     int together = 1;
     if (n > 1 && pthread_mutex_trylock(&pool.in_use) == 0) {
         together = ensure_workers(n);
@@ -119,9 +118,3 @@ int he_threads_get(void) {
 }
 
 void he_threads_set(int n) { __atomic_store_n(&num_threads, n, __ATOMIC_RELAXED); }
-
-int he_threads_for(int64_t work_items, int64_t items_per_thread) {
-    int64_t useful = work_items / items_per_thread;
-    int available = he_threads_get();
-    return useful < 1 ? 1 : useful < available ? (int)useful : available;
-}

@@ -21,7 +21,7 @@
 
 #include "numerics.h"
 #include "portability.h"
-#include "table.h"
+#include "sharing.h"
 
 /* Transfers all n bytes to or from byte `at` of the file. Returns 0 or an errno. */
 static int transfer(int fd, char *data, int64_t n, int64_t at, int writing) {

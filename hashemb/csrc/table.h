@@ -5,11 +5,11 @@
 #ifndef HASHEMB_TABLE_H
 #define HASHEMB_TABLE_H
 
-#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "parallel.h"
+#include "runtime.h"
+#include "sharing.h"
 
 enum { HE_MAX_HASHES = 16 };
 enum { HE_FLOAT32 = 0, HE_FLOAT16 = 1, HE_BFLOAT16 = 2 };
@@ -53,17 +53,6 @@ typedef struct {
     int64_t num_keys, num_bags;
     int32_t pooling;
 } he_batch;
-
-/* The mutable page that all processes share: the first fields of the file `control`, little-endian. */
-typedef struct {
-    char magic[8];
-    uint32_t format, reserved;
-    uint64_t step, epoch;
-    double lr, decay_total;
-    uint64_t clean, rows_touched;
-    uint64_t saving, save_failed, save_errno; /* the epoch that a snapshot in progress saves; the one that failed, and why */
-    uint64_t gate_closing;
-} he_control;
 
 /* The parameters of one update, copied from the control page when its step began. */
 typedef struct {
@@ -118,7 +107,6 @@ typedef struct {
 
 /* One instruction set's kernels. */
 typedef struct {
-    const char *name;
     void (*lookup)(const he_table *, const uint64_t *keys, int64_t begin, int64_t end, double decay_total, float *scratch,
                    float *out);
     void (*lookup_pooled)(const he_table *, const he_batch *, int64_t bag_begin, int64_t bag_end, double decay_total,
@@ -129,10 +117,7 @@ typedef struct {
     void (*apply)(const he_table *, const he_plan *, he_share *, const he_step *);
 } he_kernels;
 
-/* kernels.c: the instruction set is chosen once, by CPU or by name. */
-const he_kernels *he_kernels_active(void);
-int he_isa_force(const char *name); /* 0, or -1 if this CPU has no such variant */
-const char *he_isa_available(int i); /* the i-th variant that this CPU supports, slowest first; NULL past the end */
+const he_kernels *he_kernels_active(void); /* kernels.c: those of the chosen instruction set */
 
 /* lookup.c */
 int he_lookup_threads(const he_table *t, const he_batch *b);
@@ -143,17 +128,6 @@ int64_t he_first_not_finite(const float *values, int64_t n); /* index, or -1 */
 
 /* Fills in the bag of each key in a batch of bags and, unless scales is NULL, the factor of its gradient. */
 void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales);
-
-/* Results of he_commit and he_gate_enter other than 0 and errnos. */
-enum {
-    HE_AGAIN = -1,        /* a signal may have arrived: handle it, and commit again */
-    HE_CLOSED = -2,       /* the table has been closed */
-    HE_GATE_CLOSED = -3,  /* call he_gate_look, and commit again */
-    HE_NEEDS_JOIN = -4,   /* the process has not joined the writers since it was forked */
-    HE_NEEDS_ROOM = -5,   /* p->fresh needs space that faults could not reserve: allocate it, or raise */
-    HE_NEEDS_SAVING = -6, /* a snapshot in progress needs rows saved: pass the target */
-    HE_ROWS_REFUSED = -7, /* applied, except to rows whose gradients became NaN or infinite after they were checked */
-};
 
 /* Copies offsets and checks the copy. Returns -1, or the wrong one: 0 if the first is not 0; i if offsets[i] is below the
  * one before it; num_bags + 1 if the last is not the number of keys. */
@@ -193,74 +167,17 @@ int he_make_room(const he_table *t, const uint64_t *blocks, int64_t num_blocks);
  * read would raise SIGBUS. */
 int he_secure_reads(const he_table *t, const he_batch *b, int of_rows);
 
-/* The request of a snapshot in progress: save blocks of these files written after epoch `since`, up to `until`. See
- * save.c. */
-enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256,
-       HE_BLOCKS_PER_COPY = 64 };
-typedef struct {
-    int32_t num_files, lock_fd, target_blocks_fd, target_fds[HE_MAX_FILES], bits_fd, log_fd, block_shift;
-    const char *data[HE_MAX_FILES]; /* the table's arrays, and the bytes of a row in each */
-    int64_t row_bytes[HE_MAX_FILES];
-    int64_t data_offset;            /* offset of the arrays in the target's files */
-    const uint32_t *blocks;
-    int64_t num_blocks, num_rows;
-    he_control *control;            /* the table's control page, which records a failure */
-    uint32_t since, until;
-    uint64_t *bits;                 /* per row, set if it is saved or need not be */
-    char *buffer;                   /* HE_ROWS_PER_LOG log entries: a row's number, and the row in each file */
-} he_saving;
-
-/* save.c; 0 or an errno. */
-void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
-int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch);
-int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);
-
-/* save.c: reads units of `size` bytes, ascending, of the array at `offset` in a file to `out`, one after the other. If the
- * array ends within the last unit, the rest of `out` is unchanged. Returns 0 or an errno: EIO if the file ends before. */
-int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes, char *out);
-
-/* locks.c: places in the file `lock`. They are always taken in this order: snapshot, turnstile, gate, blocks (one range at a
- * time), entry, rows (ascending). A process that holds a later one never waits for an earlier one. */
-#define HE_LOCK_WRITERS INT64_C(0)  /* shared: the process has the table open for writing */
-#define HE_LOCK_GATE INT64_C(1)     /* shared: the process has a batch in flight */
-#define HE_LOCK_TURNSTILE INT64_C(2)
-#define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: the process takes a snapshot or delta, or applies a delta */
-#define HE_LOCK_BLOCKS (INT64_C(1) << 32)
-#define HE_LOCK_ROWS (INT64_C(1) << 62)
-#define HE_LOCK_SEATS INT64_C(1024) /* exclusive: the process uses a page of the file `inflight` */
-#define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the process has the next exact batch to lock rows */
-int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
-int he_lock_soon(int fd, int kind, int64_t begin, int64_t length);
-void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
-int he_gate_enter(const he_control *c, int fd, int waited);
-int he_gate_look(int fd);
-void he_gate_leave(int fd);
-int he_gate_close(he_control *c, int fd);
-void he_gate_open(he_control *c, int fd);
-int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes);
-
-/* commit.c: the batches of one open table, which are applied one after another. */
-typedef struct {
-    pthread_mutex_t mutex;
-    int32_t closed, dirty; /* dirty: the table has been written to since this was last 0 */
-} he_batches;
+/* commit.c */
 typedef struct {
     int32_t lock_fd, exact, waited;
     int32_t has_room, asks_for_room;          /* HE_NEEDS_ROOM has been handled; always asks, for tests */
     const he_saving *saving;                  /* the target of a snapshot in progress, or NULL */
 } he_commit_options;
-void he_batches_init(he_batches *b);
-void he_batches_after_fork(he_batches *b);
-int he_batches_enter(he_batches *b); /* 0 or HE_AGAIN */
-void he_batches_leave(he_batches *b);
-int he_batches_dirty(const he_batches *b);
-void he_batches_set_dirty(he_batches *b, int value);
 int he_commit(const he_table *t, he_control *c, he_batches *b, he_plan *p, const he_commit_options *o);
 
 /* control.c: atomic access to the shared page. */
 void he_step_begin(he_control *c, double weight_decay, he_step *out);
 double he_decay_total(const he_control *c);
-uint64_t he_epoch(const he_control *c);
 void he_rows_touched_add(he_control *c, uint64_t n);
 
 #endif

@@ -283,10 +283,10 @@ static int64_t span_end(const he_plan *p, int share, int64_t end) {
 int he_update_lock_rows(const he_plan *p, int lock_fd) {
     const int last = p->num_threads - 1;
     const int64_t end = span_end(p, last, group_end(p, &p->shares[last], 0));
-    int error = he_lock_soon(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1);
+    int error = he_shared->lock_soon(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1);
     if (error) return error;
-    error = he_lock_soon(lock_fd, F_WRLCK, HE_LOCK_ROWS, end);
-    he_lock(lock_fd, F_UNLCK, HE_LOCK_ENTRY, 1, 0);
+    error = he_shared->lock_soon(lock_fd, F_WRLCK, HE_LOCK_ROWS, end);
+    he_shared->lock(lock_fd, F_UNLCK, HE_LOCK_ENTRY, 1, 0);
     return error;
 }
 
@@ -302,9 +302,9 @@ static void apply_exact_share(void *arg, int i) {
                             : apply_rows(j, whole, from, end);
         if (is_last && end < whole->num_rows) {
             const int64_t next = span_end(j->p, i, group_end(j->p, whole, end));
-            he_lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
+            he_shared->lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
         }
-        if (at < above) he_lock_surely(j->lock_fd, F_UNLCK, HE_LOCK_ROWS + at, above - at);
+        if (at < above) he_shared->lock_surely(j->lock_fd, F_UNLCK, HE_LOCK_ROWS + at, above - at);
         if (end == whole->num_rows) break;
         from = end;
         at = above;

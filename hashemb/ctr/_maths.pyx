@@ -5,19 +5,14 @@ converted every argument to the dtype, shape and order given here; the wrappers 
 read or write outside an array.
 """
 
-import os
-
 import numpy as np
 
 cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memset
 
-cnp.import_array()
-
-cdef extern from "parallel.h" nogil:
-    enum: HE_MAX_THREADS
+from hashemb._runtime cimport HE_MAX_THREADS, data_of, he_linked, process_runtime, reserve
 
 cdef extern from "maths.h" nogil:
     enum: HM_FM
@@ -40,19 +35,12 @@ cdef extern from "maths.h" nogil:
         float bias
         float *out
 
-    ctypedef struct hm_kernels:
-        const char *name
-
-    const hm_kernels *hm_kernels_active() noexcept
-    int hm_isa_force(const char *name) noexcept
-    const char *hm_isa_available(int i) noexcept
     int64_t hm_num_pairs(const hm_batch *b) noexcept
     int64_t hm_memory_bytes(const hm_batch *b, int num_threads) noexcept
     void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) noexcept
     int64_t hm_slots(int64_t n) noexcept
     int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *bits) noexcept
     int hm_index_fits(const int32_t *index, int64_t n, int64_t num_vectors) noexcept
-    void hm_sigmoid(const float *logits, int64_t n, float *out) noexcept
     int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) noexcept
 
     ctypedef struct hm_scores:
@@ -64,20 +52,11 @@ cdef extern from "maths.h" nogil:
     int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights,
                           int64_t n) noexcept
 
+cnp.import_array()
+he_linked = process_runtime()
+
 KINDS = {"fm": HM_FM, "fwfm": HM_FWFM, "ffm": HM_FFM}
 BLOCK_EXAMPLES = HM_BLOCK
-
-
-cdef void *data_of(array, int type_number, int64_t size, str name) except? NULL:
-    """Return the data of a C-contiguous array with `size` elements; NULL for None."""
-    if array is None:
-        return NULL
-    cdef cnp.ndarray found = array
-    if cnp.PyArray_TYPE(found) != type_number or not cnp.PyArray_IS_C_CONTIGUOUS(found):
-        raise TypeError(f"{name}: expected a C-contiguous array of another dtype than {found.dtype}")
-    if cnp.PyArray_SIZE(found) != size:
-        raise ValueError(f"{name}: expected {size} elements, got {found.size}")
-    return cnp.PyArray_DATA(found)
 
 
 cdef class Maths:
@@ -163,19 +142,19 @@ cdef class Maths:
         b.num_examples, b.num_keys, b.bias, b.wants_logits = n, num_keys, bias, logits
         if b.kind == HM_FM:
             b.num_fields = num_fields
-        b.vectors = <const float *>data_of(vectors, cnp.NPY_FLOAT32, num_vectors * b.dim, "vectors")
-        b.out = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
-        b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, n + 1, "offsets")
-        b.values = <const float *>data_of(values, cnp.NPY_FLOAT32, num_keys, "values")
-        b.fields = <const int32_t *>data_of(fields, cnp.NPY_INT32, num_keys, "fields")
-        b.index = <const int32_t *>data_of(index, cnp.NPY_INT32, num_keys, "index")
-        b.labels = <const float *>data_of(labels, cnp.NPY_FLOAT32, n, "labels")
-        b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, n, "weights")
-        b.gradients = <float *>data_of(gradients, cnp.NPY_FLOAT32, num_vectors * b.dim, "gradients")
-        b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, b.num_fields * b.num_fields, "pair_weights")
+        b.vectors = <const float *>data_of(vectors, cnp.NPY_FLOAT32, "vectors", num_vectors * b.dim)
+        b.out = <float *>data_of(out, cnp.NPY_FLOAT32, "out", n)
+        b.offsets = <const int64_t *>data_of(offsets, cnp.NPY_INT64, "offsets", n + 1)
+        b.values = <const float *>data_of(values, cnp.NPY_FLOAT32, "values", num_keys)
+        b.fields = <const int32_t *>data_of(fields, cnp.NPY_INT32, "fields", num_keys)
+        b.index = <const int32_t *>data_of(index, cnp.NPY_INT32, "index", num_keys)
+        b.labels = <const float *>data_of(labels, cnp.NPY_FLOAT32, "labels", n)
+        b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, "weights", n)
+        b.gradients = <float *>data_of(gradients, cnp.NPY_FLOAT32, "gradients", num_vectors * b.dim)
+        b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, "pair_weights", b.num_fields * b.num_fields)
         self.check(&b, num_vectors)
         num_threads = max(1, min(num_threads, HE_MAX_THREADS))
-        self.reserve(hm_memory_bytes(&b, num_threads))
+        reserve(&self.memory, &self.memory_bytes, hm_memory_bytes(&b, num_threads), "the maths of this batch")
         cdef double residual = self.residual
         cdef double *pair_gradients = <double *>cnp.PyArray_DATA(<cnp.ndarray>self.pair_gradients)
         with nogil:
@@ -203,28 +182,16 @@ cdef class Maths:
             raise ValueError(f"each key needs a field between 0 and {b.num_fields - 1}")
         return 0
 
-    cdef int reserve(self, int64_t needed) except -1:
-        """Grow the scratch memory to `needed` bytes; it is kept between calls."""
-        if needed <= self.memory_bytes:
-            return 0
-        free(self.memory)
-        self.memory_bytes = 0
-        self.memory = <char *>malloc(needed)
-        if self.memory == NULL:
-            raise MemoryError(f"the maths of this batch needs {needed} bytes of scratch memory")
-        self.memory_bytes = needed
-        return 0
-
 
 cdef class DistinctKeys:
     """Finds the distinct keys of batches, reusing its memory. An object supports only one call at a time."""
 
-    cdef uint32_t *slots
-    cdef int64_t num_slots
+    cdef char *memory
+    cdef int64_t memory_bytes
     cdef int guess
 
     def __dealloc__(self):
-        free(self.slots)
+        free(self.memory)
 
     def find(self, cnp.ndarray keys not None, cnp.ndarray distinct not None, cnp.ndarray index not None):
         """Write the distinct keys to the front of `distinct`, in order of appearance; return their number. O(n).
@@ -237,30 +204,15 @@ cdef class DistinctKeys:
             Output: the position of each key in `distinct`.
         """
         cdef int64_t n = cnp.PyArray_SIZE(keys), count, needed = hm_slots(n)
-        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, n, "keys")
-        cdef uint64_t *target = <uint64_t *>data_of(distinct, cnp.NPY_UINT64, n, "distinct")
-        cdef int32_t *places = <int32_t *>data_of(index, cnp.NPY_INT32, n, "index")
+        cdef const uint64_t *source = <const uint64_t *>data_of(keys, cnp.NPY_UINT64, "keys", n)
+        cdef uint64_t *target = <uint64_t *>data_of(distinct, cnp.NPY_UINT64, "distinct", n)
+        cdef int32_t *places = <int32_t *>data_of(index, cnp.NPY_INT32, "index", n)
         if n >= 2**31:
             raise ValueError(f"a batch of {n} keys is too large to be learned in one call: divide it")
-        if needed > self.num_slots:
-            free(self.slots)
-            self.num_slots = 0
-            self.slots = <uint32_t *>malloc(needed * sizeof(uint32_t))
-            if self.slots == NULL:
-                raise MemoryError(f"the distinct of {n} keys need {needed * 4} bytes of scratch memory")
-            self.num_slots = needed
+        reserve(&self.memory, &self.memory_bytes, needed * sizeof(uint32_t), "finding the distinct keys of this batch")
         with nogil:
-            count = hm_distinct(source, n, target, places, self.slots, &self.guess)
+            count = hm_distinct(source, n, target, places, <uint32_t *>self.memory, &self.guess)
         return count
-
-
-def sigmoid(cnp.ndarray logits not None, cnp.ndarray out not None):
-    """Write 1 / (1 + exp(-z)) of each float32 logit to `out`, computed in double precision and rounded once."""
-    cdef int64_t n = cnp.PyArray_SIZE(logits)
-    cdef const float *source = <const float *>data_of(logits, cnp.NPY_FLOAT32, n, "logits")
-    cdef float *target = <float *>data_of(out, cnp.NPY_FLOAT32, n, "out")
-    with nogil:
-        hm_sigmoid(source, n, target)
 
 
 def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, weights, cnp.ndarray histogram not None,
@@ -286,34 +238,11 @@ def add_scores(cnp.ndarray labels not None, cnp.ndarray probabilities not None, 
     cdef int64_t n = cnp.PyArray_SIZE(labels), size = cnp.PyArray_SIZE(histogram), bad
     cdef hm_scores s
     s.num_bins, s.logit_limit, s.eps, s.loss, s.probabilities = size // 2, logit_limit, eps, 0.0, 0.0
-    s.histogram = <double *>data_of(histogram, cnp.NPY_FLOAT64, 2 * s.num_bins, "histogram")
-    s.squares = <double *>data_of(squares, cnp.NPY_FLOAT64, size, "squares")
-    cdef const double *y = <const double *>data_of(labels, cnp.NPY_FLOAT64, n, "labels")
-    cdef const double *p = <const double *>data_of(probabilities, cnp.NPY_FLOAT64, n, "probabilities")
-    cdef const double *w = <const double *>data_of(weights, cnp.NPY_FLOAT64, n, "weights")
+    s.histogram = <double *>data_of(histogram, cnp.NPY_FLOAT64, "histogram", 2 * s.num_bins)
+    s.squares = <double *>data_of(squares, cnp.NPY_FLOAT64, "squares", size)
+    cdef const double *y = <const double *>data_of(labels, cnp.NPY_FLOAT64, "labels", n)
+    cdef const double *p = <const double *>data_of(probabilities, cnp.NPY_FLOAT64, "probabilities", n)
+    cdef const double *w = <const double *>data_of(weights, cnp.NPY_FLOAT64, "weights", n)
     with nogil:
         bad = hm_add_scores(&s, y, p, w, n)
     return None if bad >= 0 else (s.loss, s.probabilities)
-
-
-def get_isa():
-    """Return the instruction set of the kernels in use: "baseline", "avx2" or "avx512"."""
-    return hm_kernels_active().name.decode()
-
-
-def available_isas():
-    """Return the instruction sets that this CPU supports, slowest first."""
-    names = []
-    while hm_isa_available(len(names)) != NULL:
-        names.append(hm_isa_available(len(names)).decode())
-    return names
-
-
-def set_isa(name):
-    """Select the kernels of one instruction set. All of them yield the same bits."""
-    if hm_isa_force(name.encode()) != 0:
-        raise ValueError(f"no kernels for the instruction set {name!r}: this CPU runs {', '.join(available_isas())}")
-
-
-if os.environ.get("HASHEMB_ISA"):
-    set_isa(os.environ["HASHEMB_ISA"])

@@ -19,7 +19,7 @@ import pytest
 from processes import wait_for
 
 import hashemb
-from hashemb import _core
+from hashemb import _sharing
 
 SPAWN = multiprocessing.get_context("spawn")
 PAIRS, FAR, CLOCK = 1000, 10**6, 10**9
@@ -97,7 +97,7 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With four writers on fewer cores there is always a batch in flight, and the gate must still close."""
-    path, waited, begin = tmp_path / "t", [], _core.begin_point
+    path, waited, begin = tmp_path / "t", [], _sharing.begin_point
 
     def timed(*args: Any) -> Any:
         began = time.perf_counter()
@@ -106,7 +106,7 @@ def test_a_snapshot_begins_promptly_under_batches_that_overlap(
         finally:
             waited.append(time.perf_counter() - began)
 
-    monkeypatch.setattr(_core, "begin_point", timed)
+    monkeypatch.setattr(_sharing, "begin_point", timed)
     hashemb.create(path, num_embeddings=2**20, embedding_dim=4, **COUNTERS).close()
     with hashemb.open(path, "r+") as table, writers(path, "hogwild", (1, 1, 1, 1)):
         for number in range(5):
@@ -155,7 +155,7 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
 ) -> None:
     """The next owner holds the lock and has announced its snapshot, but has not begun: the mark in the control page is
     still that of the killed one, and a writer that finds it must save nothing."""
-    keys, path, begin = np.arange(1000), tmp_path / "t", _core.begin_point
+    keys, path, begin = np.arange(1000), tmp_path / "t", _sharing.begin_point
     with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
         table.update(keys, np.ones((1000, 4), np.float32))
         kill_a_snapshot(path, tmp_path / "dead")
@@ -166,7 +166,7 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
                 writer.update(keys, np.ones((1000, 4), np.float32))
             return begin(control, lock_fd)
 
-        monkeypatch.setattr(_core, "begin_point", late)
+        monkeypatch.setattr(_sharing, "begin_point", late)
         table.snapshot(tmp_path / "s")
         with hashemb.open(tmp_path / "s") as taken:
             np.testing.assert_array_equal(taken.lookup(keys), np.full((1000, 4), -2, np.float32))

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _core
+from hashemb import _sharing
 from hashemb._files import recovery
 from hashemb.errors import ClosedTableError, TableBusyError
 
@@ -47,7 +47,7 @@ def gate_is_free(path: str) -> bool:
     """Return whether no batch is in flight: another open file can lock the gate."""
     fd = os.open(os.path.join(path, "lock"), os.O_RDWR)
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, _core.LOCK_GATE, 1, 0))
+        fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, _sharing.LOCK_GATE, 1, 0))
         return True
     except OSError:
         return False
@@ -254,7 +254,8 @@ def test_closing_under_an_update_that_waits_at_the_gate(tmp_path: Path) -> None:
             raised.append(caught.value)
 
         files = other._open_files()
-        with files.turn("apply_delta") as _, _core.ClosedGate(files.fd("lock"), files.calls, files.arrays["control"]):
+        gate = _sharing.ClosedGate(files.fd("lock"), files.calls, files.arrays["control"])
+        with files.turn("apply_delta") as _, gate:
             thread = threading.Thread(target=update)
             thread.start()
             time.sleep(0.2)

@@ -28,7 +28,7 @@ from hashemb.errors import DeltaError
 APPLYING = [
     ("hashemb._files.table_files.TableFiles", "claim", 1),
     ("hashemb._points.delta", "write_history", 1),
-    ("hashemb._core", "ClosedGate", 1),
+    ("hashemb._sharing", "ClosedGate", 1),
     ("hashemb._points.delta", "_write_runs", 1),
     ("hashemb._points.delta", "_write_runs", 5),
     ("hashemb._points.delta", "_take_counters", 1),

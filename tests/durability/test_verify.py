@@ -15,7 +15,7 @@ from strategies import OPTIMIZERS
 from worker import Worker
 
 import hashemb
-from hashemb import _core, verify
+from hashemb import _sharing, verify
 from hashemb._files import directory as _directory
 from hashemb._files import format as _format
 from hashemb._files import lineage
@@ -376,6 +376,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    monkeypatch.setattr(_core, "read_units", fail)
+    monkeypatch.setattr(_sharing, "read_units", fail)
     (line,) = lines(tmp_path / "t")
     assert line == "blocks.npy: expected a file that can be read, found [Errno 5] Input/output error"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _core
+from hashemb import _runtime
 from hashemb.reference import ReferenceTable
 
 DIMS = (1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 128)
@@ -73,10 +73,10 @@ def train_both(fast, slow, rng, *, steps=3, num_keys=200):
 
 @pytest.fixture(autouse=True)
 def restore_threads_and_isa():
-    threads, isa = hashemb.get_num_threads(), _core.get_isa()
+    threads, isa = hashemb.get_num_threads(), _runtime.get_isa()
     yield
     hashemb.set_num_threads(threads)
-    _core.set_isa(isa)
+    _runtime.set_isa(isa)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -91,11 +91,11 @@ def test_over_dims_and_optimizers(tmp_path, dim, dtype):
         assert np.count_nonzero(slow.weight.any(axis=1)) > 60, name  # the batches are really diverse
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("isa", _runtime.available_isas())
 @pytest.mark.parametrize("dim", [1, 5, 16, 64, 128])
 def test_every_isa(tmp_path, isa, dim):
-    _core.set_isa(isa)
-    assert _core.get_isa() == isa
+    _runtime.set_isa(isa)
+    assert _runtime.get_isa() == isa
     for dtype, (i, optimizer) in itertools.product(DTYPES, enumerate(OPTIMIZERS.values())):
         options = {"num_embeddings": 97, "embedding_dim": dim, "dtype": dtype, "optimizer": optimizer}
         fast, slow = make_pair(tmp_path, **options, init=INITS[(i + 1) % 3], num_hashes=1 + i % 2)
@@ -103,12 +103,12 @@ def test_every_isa(tmp_path, isa, dim):
             train_both(fast, slow, np.random.default_rng(i), steps=1)
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("isa", _runtime.available_isas())
 @pytest.mark.parametrize("optimizer_class", [hashemb.Adagrad, hashemb.RowWiseAdagrad])
 @pytest.mark.parametrize("dim", [1, 8, 16, 17, 32, 48, 64, 80])
 def test_rows_that_become_zero_in_part(tmp_path, isa, optimizer_class, dim):
     """With that accumulator, and gradients too small for it, an update subtracts exactly the gradient."""
-    _core.set_isa(isa)
+    _runtime.set_isa(isa)
     cuts = (0, 1, 2, 15, 16, 17, 32, 63, dim - 1, dim)
     parts = sorted({(a, b) for a in cuts for b in cuts if a < b <= dim})
     keys = np.arange(len(parts))
@@ -136,7 +136,7 @@ def test_rows_that_become_zero_in_part(tmp_path, isa, optimizer_class, dim):
 
 def test_unknown_isa_is_refused():
     with pytest.raises(ValueError, match="no kernels for the instruction set 'avx1024'"):
-        _core.set_isa("avx1024")
+        _runtime.set_isa("avx1024")
 
 
 @pytest.mark.parametrize("dim", [1, 5])

@@ -1,4 +1,4 @@
-"""`_core.OpenFile` owns its descriptor from the first moment, and never closes another one."""
+"""`_open_file.OpenFile` owns its descriptor from the first moment, and never closes another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hashemb._core import OpenFile
+from hashemb._open_file import OpenFile
 
 
 def is_open(fd: int) -> bool:
@@ -65,7 +65,7 @@ def test_what_fails_closes_nothing_else(argument: str) -> None:
     """Descriptor 0 would be the value of a number that was never set."""
     script = f"""
 import os
-from hashemb._core import OpenFile
+from hashemb._open_file import OpenFile
 class Raising:
     def __fspath__(self):
         raise KeyboardInterrupt

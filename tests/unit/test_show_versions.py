@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hashemb
-from hashemb import _core, _packages
+from hashemb import _packages, _runtime
 
 
 def fields(text: str) -> dict[str, str]:
@@ -35,11 +35,11 @@ def test_what_is_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert shown["system"].startswith(f"Linux {platform.release()}")
     assert shown["CPUs usable"] == f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
     assert shown["page size"] == f"{os.sysconf('SC_PAGE_SIZE')} bytes"
-    assert shown["instruction set"] == f"{_core.get_isa()} (this CPU runs {', '.join(_core.available_isas())})"
+    assert shown["instruction set"] == f"{_runtime.get_isa()} (this CPU runs {', '.join(_runtime.available_isas())})"
     assert (shown["threads"], shown["HASHEMB_ISA"], shown["HASHEMB_NUM_THREADS"]) == ("3", "not set", "7")
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("isa", _runtime.available_isas())
 def test_a_forced_instruction_set_is_the_one_shown(isa: str) -> None:
     """In addition, no optional package is imported for its version."""
     extras = {name.replace("scikit-learn", "sklearn") for name in _packages._EXTRAS}

@@ -1,13 +1,11 @@
-/* Compile the models' kernels for each instruction set, and distribute a batch over threads.
- *
- * The instruction set is chosen once, according to the CPU; HASHEMB_ISA or hm_isa_force selects another. */
+/* Compile the models' kernels for each instruction set, and distribute a batch over threads. */
 #include "maths.h"
 
 #include <math.h>
 #include <string.h>
 
 #include "numerics.h"
-#include "parallel.h"
+#include "runtime.h"
 
 /* A thread takes about .3 us per example, and waking a thread takes about 10 us. A single thread sums gradients as it
  * goes; with several threads, one sums them when all are done, which is faster for a factorisation machine only from
@@ -65,50 +63,17 @@ HE_BEGIN_TARGET(HE_AVX512)
 HE_END_TARGET
 #endif
 
-/* The variants, slowest first. */
-static const hm_kernels variants[] = {
-    {"baseline", block_baseline, add_gradients_baseline},
+static const hm_kernels variants[HE_NUM_ISAS] = {
+    {block_baseline, add_gradients_baseline},
 #if HE_X86
-    {"avx2", block_avx2, add_gradients_avx2},
-    {"avx512", block_avx512, add_gradients_avx512},
+    {block_avx2, add_gradients_avx2},
+    {block_avx512, add_gradients_avx512},
 #endif
 };
-enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]) };
 
-static int supported(int variant) {
-#if HE_X86
-    __builtin_cpu_init();
-    if (variant == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-    if (variant == 2)
-        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#endif
-    return variant == 0;
-}
+const he_runtime *he_linked;
 
-static const hm_kernels *active;
-
-const hm_kernels *hm_kernels_active(void) {
-    if (!active)
-        for (int v = 0; v < NUM_VARIANTS; v++)
-            if (supported(v)) active = &variants[v];
-    return active;
-}
-
-int hm_isa_force(const char *name) {
-    for (int v = 0; v < NUM_VARIANTS; v++)
-        if (strcmp(name, variants[v].name) == 0 && supported(v)) {
-            active = &variants[v];
-            return 0;
-        }
-    return -1;
-}
-
-const char *hm_isa_available(int i) {
-    for (int v = 0; v < NUM_VARIANTS; v++)
-        if (supported(v) && i-- == 0) return variants[v].name;
-    return NULL;
-}
+static const hm_kernels *active(void) { return &variants[he_isa()]; }
 
 /* ---- memory: the scratch of each thread, then the results of each block ---- */
 
@@ -175,7 +140,7 @@ static void work(void *arg, int thread) {
     for (;;) {
         const int64_t block = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (block >= n) return;
-        hm_kernels_active()->block(b, &s, block, &job->shared[block]);
+        active()->block(b, &s, block, &job->shared[block]);
     }
 }
 
@@ -192,7 +157,7 @@ void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, 
     he_parallel(work, &job, job.num_threads);
     if (!b->labels) return;
     const hm_scratch s = scratch_of(&job, 0);
-    if (s.has_batch) hm_kernels_active()->add_gradients(b, &s);
+    if (s.has_batch) active()->add_gradients(b, &s);
     for (int64_t i = 0; i < blocks; i++) {
         *residual += job.shared[i].residual;
         for (int64_t p = 0; p < pairs; p++) pair_gradients[p] += (double)job.shared[i].pairs[p];
@@ -246,10 +211,6 @@ int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t
 }
 
 /* ---- small loops over a batch ---- */
-
-void hm_sigmoid(const float *logits, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = (float)hm_probability((double)logits[i]);
-}
 
 static int is_score(double y, double p, double w) {
     return (y == 0.0 || y == 1.0) && p >= 0.0 && p <= 1.0 && w >= 0.0 && w < HUGE_VAL;

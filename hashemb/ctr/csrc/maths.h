@@ -51,14 +51,9 @@ typedef struct {
 } hm_shared;
 
 typedef struct {
-    const char *name;
     void (*block)(const hm_batch *b, const hm_scratch *s, int64_t block, hm_shared *shared);
     void (*add_gradients)(const hm_batch *b, const hm_scratch *s); /* of all examples, if s holds the batch */
 } hm_kernels;
-
-const hm_kernels *hm_kernels_active(void);
-int hm_isa_force(const char *name);
-const char *hm_isa_available(int i);
 
 /* Pair {f, g}, g <= f, of fields is number f (f + 1) / 2 + g, whatever the number of fields. */
 int64_t hm_num_pairs(const hm_batch *b);
@@ -69,7 +64,6 @@ void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, 
  * first only 2^bits slots are used. */
 int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *bits);
 int64_t hm_slots(int64_t n);
-void hm_sigmoid(const float *logits, int64_t n, float *out);
 /* Return the largest number of keys of an example; -1 if offsets decrease or do not span num_keys. */
 int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys);
 /* The histogram of StreamingMetrics: bins of the logit, num_bins for label 0, then as many for label 1. */

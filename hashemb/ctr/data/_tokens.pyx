@@ -12,6 +12,8 @@ import numpy as np
 cimport numpy as cnp
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from hashemb._runtime cimport data_of, he_linked, process_runtime
+
 cdef extern from "murmur.h" nogil:
     uint64_t murmur_hash(const uint8_t *data, size_t size_bytes, uint32_t seed) noexcept
     uint64_t murmur_hash_null(uint32_t seed) noexcept
@@ -44,8 +46,6 @@ cdef extern from "tokens.h" nogil:
                        const tok_buckets *buckets, int64_t row_keys, float *labels, uint64_t *keys, tok_odd *odd,
                        int64_t *num_odd) noexcept
     int64_t tok_criteo_max_rows(int64_t size) noexcept
-    int tok_uses_avx512() noexcept
-    void tok_limit_isa(int limited) noexcept
 
     ctypedef int tok_format
     ctypedef struct tok_name:
@@ -90,6 +90,7 @@ cdef extern from "tokens.h" nogil:
     int tok_init() noexcept
 
 cnp.import_array()
+he_linked = process_runtime()
 if not tok_init():
     raise MemoryError("no room for the C locale")
 
@@ -198,8 +199,10 @@ cdef class FieldTable:
         cdef int64_t slots = 1 << bits
         self._arrays = (np.zeros(slots, np.uint64), np.full(slots, -1, np.int32), np.zeros(slots, np.uint32),
                         np.empty((slots, 3), np.int64))
-        self.c.hashes, self.c.numbers = <uint64_t *>_data(self._arrays[0]), <int32_t *>_data(self._arrays[1])
-        self.c.seeds, self.c.names = <uint32_t *>_data(self._arrays[2]), <tok_name *>_data(self._arrays[3])
+        self.c.hashes = <uint64_t *>data_of(self._arrays[0], cnp.NPY_UINT64, "hashes")
+        self.c.numbers = <int32_t *>data_of(self._arrays[1], cnp.NPY_INT32, "numbers")
+        self.c.seeds = <uint32_t *>data_of(self._arrays[2], cnp.NPY_UINT32, "seeds")
+        self.c.names = <tok_name *>data_of(self._arrays[3], cnp.NPY_INT64, "names")
         self.c.shift, self.c.room = 64 - bits, min(slots // 2, self.limit)
         self.c.count = 0
         hashes = np.zeros(old.count, np.uint64)
@@ -267,10 +270,8 @@ def tokenize_examples(bytes text, str format, FieldTable fields, object labels, 
     cdef int64_t size = len(text), most_rows = tok_count_lines(data, size)
     arrays = _example_arrays(format, most_rows, tok_max_features(size), labels is not None)
     faults = np.empty((most_rows, 4), np.int64)
-    c.labels, c.weights = <float *>_data(arrays[0]), <float *>_data(arrays[5])
-    c.offsets, c.keys = <int64_t *>_data(arrays[1]), <uint64_t *>_data(arrays[2])
-    c.values, c.fields = <float *>_data(arrays[3]), <int32_t *>_data(arrays[4])
-    c.faults = <tok_fault *>_data(faults)
+    _point_to(&c, arrays)
+    c.faults = <tok_fault *>data_of(faults, cnp.NPY_INT64, "faults")
     c.rows = c.num_faults = c.line = c.begin = c.offsets[0] = 0
     cdef list names = []
     while c.begin < size:
@@ -283,15 +284,21 @@ def tokenize_examples(bytes text, str format, FieldTable fields, object labels, 
     return _trimmed(arrays, c.rows, c.offsets[c.rows]), faults[:c.num_faults], names
 
 
-cdef void *_data(object array):
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
-
-
 cdef tuple _example_arrays(str format, int64_t rows, int64_t features, bint labelled):
     return (np.empty(rows, np.float32) if labelled else None, np.empty(rows + 1, np.int64),
             np.empty(features, np.uint64), np.empty(features, np.float32),
             np.empty(features, np.int32) if format != "libsvm" else None,
             np.empty(rows, np.float32) if format == "vw" else None)
+
+
+cdef int _point_to(tok_examples *c, tuple arrays) except -1:
+    c.labels = <float *>data_of(arrays[0], cnp.NPY_FLOAT32, "labels")
+    c.offsets = <int64_t *>data_of(arrays[1], cnp.NPY_INT64, "offsets")
+    c.keys = <uint64_t *>data_of(arrays[2], cnp.NPY_UINT64, "keys")
+    c.values = <float *>data_of(arrays[3], cnp.NPY_FLOAT32, "values")
+    c.fields = <int32_t *>data_of(arrays[4], cnp.NPY_INT32, "fields")
+    c.weights = <float *>data_of(arrays[5], cnp.NPY_FLOAT32, "weights")
+    return 0
 
 
 cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
@@ -300,19 +307,3 @@ cdef tuple _trimmed(tuple arrays, int64_t rows, int64_t features):
     return (None if labels is None else labels[:rows].copy(), offsets[:rows + 1].copy(), keys[:features].copy(),
             values[:features].copy(), None if fields is None else fields[:features].copy(),
             None if weights is None else weights[:rows].copy())
-
-
-def get_isa():
-    """Return the instruction set in use: "baseline" or "avx512"."""
-    return "avx512" if tok_uses_avx512() else "baseline"
-
-
-def set_isa(name):
-    """Limit the instruction set to "baseline", "avx2" (which has no separate code here) or "avx512"."""
-    if name not in ("baseline", "avx2", "avx512"):
-        raise ValueError(f"no instruction set {name!r}: there are baseline, avx2 and avx512")
-    tok_limit_isa(name != "avx512")
-
-
-if os.environ.get("HASHEMB_ISA"):
-    set_isa(os.environ["HASHEMB_ISA"])

@@ -42,9 +42,6 @@ int64_t tok_criteo(const uint8_t *text, int64_t size, int labelled, const tok_co
                    const tok_buckets *buckets, int64_t row_keys, float *labels, uint64_t *keys, tok_odd *odd,
                    int64_t *num_odd);
 int64_t tok_criteo_max_rows(int64_t size);
-/* The keys are the same with and without AVX-512. */
-int tok_uses_avx512(void);
-void tok_limit_isa(int limited);
 
 /* ---- examples with any number of features: libsvm, libffm, Vowpal Wabbit ---- */
 

@@ -1,7 +1,7 @@
 /* Convert Criteo lines to keys. Unusual lines are not checked here but returned to the caller. */
 #include "lines.h"
 #include "numbers.h"
-#include "portability.h"
+#include "runtime.h"
 #include "tokens.h"
 
 enum { MIN_LINE_BYTES = TOK_COLUMNS - 1, MAX_TABS = TOK_COLUMNS + 1, ROW_WORDS = 40 };
@@ -26,20 +26,7 @@ struct criteo_work {
     void (*hash_words)(const criteo_work *work, line_words *line);
 };
 
-static int is_limited; /* to instructions that every CPU of this architecture supports */
-
-void tok_limit_isa(int limited) { is_limited = limited; }
-
-int tok_uses_avx512(void)
-{
-#if HE_X86
-    __builtin_cpu_init();
-    return !is_limited && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
-           && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
-#else
-    return 0;
-#endif
-}
+const he_runtime *he_linked;
 
 int64_t tok_count_lines(const uint8_t *text, int64_t size) { return lines_count(text, size); }
 
@@ -195,7 +182,7 @@ static criteo_work work_on(const tok_column *columns, const tok_buckets *buckets
         work.takes_all &= columns[j].out == j;
     }
 #if HE_X86
-    if (tok_uses_avx512())
+    if (he_isa() == HE_ISA_AVX512)
         work.hash_words = hash_words_avx512;
 #endif
     return work;

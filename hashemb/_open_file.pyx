@@ -1,4 +1,16 @@
-# Open files that own their descriptors.
+"""Open files that own their descriptors."""
+
+import os
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EBADF, EINTR, errno
+from posix.fcntl cimport O_CLOEXEC
+from posix.unistd cimport close
+
+cdef extern from "<fcntl.h>" nogil:
+    int AT_FDCWD
+    int openat(int directory, const char *path, int flags, ...)
+
 
 cdef class OpenFile:
     """An open file or directory. It is closed by `close`, by ``with``, or when it is no longer referenced.

@@ -1,32 +1,50 @@
-# Interaction of processes that share a table: pages, locks, the gate, and saving blocks for a snapshot.
+"""Interaction of processes that share a table: locks, the gate, calls in progress, and saving blocks for a snapshot.
 
-def populate_blocks(cnp.ndarray array not None, cnp.ndarray blocks not None, int64_t block_bytes):
-    """Make the pages of `blocks` (ascending, of `block_bytes` each) of a mapped array writable without a fault.
+The wrappers handle numbers, arrays and open files, never paths. What the core needs of this module, it cimports.
+"""
 
-    Return 0 or an errno: EFAULT if a store would raise SIGBUS, EINVAL if the kernel does not support this.
-    """
-    cdef char *base = <char *>cnp.PyArray_DATA(array)
-    cdef const uint64_t *source = <const uint64_t *>data_of(blocks, cnp.NPY_UINT64, b"blocks")
-    cdef int64_t n = cnp.PyArray_SIZE(blocks), total_bytes = array.nbytes
-    cdef int error
-    if n and <int64_t>source[n - 1] * block_bytes >= total_bytes:
-        raise ValueError(f"block {source[n - 1]} of {block_bytes} bytes is outside the array's {total_bytes} bytes")
-    with nogil:
-        error = he_populate_blocks(base, source, n, block_bytes, total_bytes)
-    return error
+import os
+
+from hashemb.errors import ClosedTableError, HashembError, TableBusyError
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EINTR, ERANGE
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from posix.fcntl cimport F_UNLCK, F_WRLCK
+from posix.unistd cimport usleep
+
+from hashemb._runtime cimport data_of
+
+cdef extern from "pythread.h" nogil:
+    unsigned long PyThread_get_thread_ident()
+
+cdef extern from "sharing.h" nogil:
+    enum: HE_MAX_FILES
+    enum: HE_STRIPE_BLOCKS
+    enum: HE_ROWS_PER_LOG
+    int64_t HE_LOCK_WRITERS, HE_LOCK_SNAPSHOT, HE_LOCK_SEATS
+    const he_sharing he_process_sharing
+    void he_batches_init(he_batches *b) noexcept
+    void he_batches_after_fork(he_batches *b) noexcept
+    int he_batches_enter(he_batches *b) noexcept
+    void he_batches_leave(he_batches *b) noexcept
+    int he_batches_dirty(const he_batches *b) noexcept
+    void he_batches_set_dirty(he_batches *b, int value) noexcept
+    int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) noexcept
+    int he_gate_close(he_control *c, int fd) noexcept
+    void he_gate_open(he_control *c, int fd) noexcept
+    int he_begin_point(he_control *c, int fd, char *page, int64_t page_bytes) noexcept
+    int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) noexcept
+    int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes,
+                      char *out) noexcept
+
+cnp.import_array()
 
 
-def read_units(int fd, cnp.ndarray units not None, int64_t offset, int64_t file_bytes, cnp.ndarray out not None):
-    """Read the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
-    cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, b"units")
-    cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, b"out")
-    cdef int64_t n = cnp.PyArray_SIZE(units), size = 0 if n == 0 else cnp.PyArray_SIZE(out) // n
-    cdef int error
-    if cnp.PyArray_SIZE(out) != n * size or (n and not 0 <= source[0] <= source[n - 1] < file_bytes // size + 1):
-        raise ValueError(f"{out.size} bytes are not those of {n} units of a file of {file_bytes} bytes")
-    with nogil:
-        error = he_read_units(fd, source, n, size, offset, file_bytes, target)
-    raise_errno(error)
+cdef const he_sharing *process_sharing() noexcept:
+    return &he_process_sharing
 
 
 cdef int raise_errno(int error) except -1:
@@ -78,14 +96,6 @@ cdef class Calls:
     identity : tuple
         Device and inode of the table's lock file.
     """
-
-    cdef he_batches batches
-    cdef list threads
-    cdef bint closing
-    cdef unsigned long closer  # the thread inside `Closing`, or 0
-    cdef readonly str path
-    cdef readonly tuple identity
-    cdef object __weakref__
 
     def __cinit__(self, str path, tuple identity):
         he_batches_init(&self.batches)
@@ -264,7 +274,7 @@ cdef class ClosedGate:
         self.fd, self.calls, self.control = fd, calls, control
 
     def __enter__(self):
-        cdef he_control *page = <he_control *>data_of(self.control, cnp.NPY_UINT8, b"control")
+        cdef he_control *page = <he_control *>data_of(self.control, cnp.NPY_UINT8, "control")
         cdef int error = EINTR
         while error == EINTR:
             with nogil:
@@ -276,7 +286,7 @@ cdef class ClosedGate:
 
     def __exit__(self, *exc_info):
         HELD.pop((self.calls.identity, LOCK_GATE), None)
-        he_gate_open(<he_control *>data_of(self.control, cnp.NPY_UINT8, b"control"), self.fd)
+        he_gate_open(<he_control *>data_of(self.control, cnp.NPY_UINT8, "control"), self.fd)
 
 
 def begin_point(cnp.ndarray control not None, int lock_fd):
@@ -284,7 +294,7 @@ def begin_point(cnp.ndarray control not None, int lock_fd):
 
     Raise `HashembError` if all epochs have been used.
     """
-    cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+    cdef he_control *page = <he_control *>data_of(control, cnp.NPY_UINT8, "control")
     cdef cnp.npy_intp size = cnp.PyArray_SIZE(control)
     cdef cnp.ndarray copy = cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
     cdef char *target = <char *>cnp.PyArray_DATA(copy)
@@ -331,9 +341,6 @@ cdef class Saving:
     It keeps the files open until no call uses it any more.
     """
 
-    cdef he_saving saving
-    cdef object kept
-
     def __cinit__(self, list files, cnp.ndarray blocks not None, cnp.ndarray control not None,
                   cnp.ndarray bits not None, tuple others, lock, uint32_t since, uint32_t until, int64_t data_offset,
                   int block_shift):
@@ -344,7 +351,7 @@ cdef class Saving:
         if not 1 <= len(files) <= HE_MAX_FILES:
             raise ValueError(f"{len(files)} files, 1 to {HE_MAX_FILES} expected")
         self.kept = (files, blocks, control, bits, others, lock)
-        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, b"control")
+        s.control = <he_control *>data_of(control, cnp.NPY_UINT8, "control")
         for i, (array, file) in enumerate(files):
             s.data[i], s.row_bytes[i] = <const char *>cnp.PyArray_DATA(array), array.nbytes // len(array)
             s.target_fds[i] = -1 if file is None else file.fd
@@ -352,8 +359,8 @@ cdef class Saving:
         s.num_files, s.num_rows, s.block_shift = len(files), len(array), block_shift
         s.target_blocks_fd, s.bits_fd, s.log_fd = [file.fd for file in others]
         s.lock_fd = lock.fd
-        s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, b"blocks"), blocks.size
-        s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, b"bits")
+        s.blocks, s.num_blocks = <const uint32_t *>data_of(blocks, cnp.NPY_UINT32, "blocks"), blocks.size
+        s.bits = <uint64_t *>data_of(bits, cnp.NPY_UINT64, "bits")
         if bits.size * 64 < s.num_rows:
             raise ValueError(f"{bits.size} words of bits for {s.num_rows} rows")
         s.since, s.until, s.data_offset = since, until, data_offset
@@ -374,3 +381,16 @@ cdef class Saving:
         with nogil:
             error = he_copy_stripes(&self.saving, begin, end)
         raise_errno(error)
+
+
+def read_units(int fd, cnp.ndarray units not None, int64_t offset, int64_t file_bytes, cnp.ndarray out not None):
+    """Read the bytes of units, ascending int64, of an array file into `out`, uint8 (n, bytes of a unit)."""
+    cdef const int64_t *source = <const int64_t *>data_of(units, cnp.NPY_INT64, "units")
+    cdef char *target = <char *>data_of(out, cnp.NPY_UINT8, "out")
+    cdef int64_t n = cnp.PyArray_SIZE(units), size = 0 if n == 0 else cnp.PyArray_SIZE(out) // n
+    cdef int error
+    if cnp.PyArray_SIZE(out) != n * size or (n and not 0 <= source[0] <= source[n - 1] < file_bytes // size + 1):
+        raise ValueError(f"{out.size} bytes are not those of {n} units of a file of {file_bytes} bytes")
+    with nogil:
+        error = he_read_units(fd, source, n, size, offset, file_bytes, target)
+    raise_errno(error)

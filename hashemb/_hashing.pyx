@@ -1,10 +1,11 @@
-"""The hashing part of _core.pyx, which includes it: wrappers over csrc/murmur.h, hash_columns.h and hash_arrow.h."""
+"""Hash columns of values to uint64 keys: wrappers over csrc/murmur.h, hash_columns.h and hash_arrow.h.
 
-# These functions hash columns of values to uint64 keys. Each fills `out`, with any stride, and returns nothing.
+Each function fills `out`, with any stride, and returns nothing.
+"""
 
-cimport cython as _cython
-import numpy as _np
+import numpy as np
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_GET_SIZE
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_AsUnsignedLongLong, PyLong_Check
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -90,7 +91,7 @@ def hash_fixed_ucs4(const uint8_t[::1] raw, Py_ssize_t width_chars, uint32_t see
     _check_size(raw, 4 * width_chars, out)
     if out.shape[0] == 0:
         return
-    cdef uint8_t[::1] scratch = _np.zeros(4 * width_chars + 16, _np.uint8)
+    cdef uint8_t[::1] scratch = np.zeros(4 * width_chars + 16, np.uint8)
     cdef Py_ssize_t stride = _stride(out)
     cdef int64_t status
     with nogil:
@@ -127,16 +128,16 @@ cdef uint64_t _hash_integer(object value, Py_ssize_t position, uint32_t seed) ex
 
 
 cdef bint _is_missing(object value):
-    if isinstance(value, (float, _np.floating)):
+    if isinstance(value, (float, np.floating)):
         return value != value
     kind = type(value)
     return kind.__name__ in ("NAType", "NaTType") and kind.__module__.startswith("pandas.")
 
 
 cdef uint64_t _hash_other(object value, Py_ssize_t position, uint32_t seed) except? 1:
-    if isinstance(value, _np.bool_):
+    if isinstance(value, np.bool_):
         return murmur_hash_word(<uint64_t>bool(value), seed)
-    if hasattr(type(value), "__index__") and not (isinstance(value, _np.ndarray) and value.ndim > 0):
+    if hasattr(type(value), "__index__") and not (isinstance(value, np.ndarray) and value.ndim > 0):
         return _hash_integer(value.__index__(), position, seed)
     if _is_missing(value):
         return murmur_hash_null(seed)
@@ -157,7 +158,7 @@ cdef inline uint64_t _hash_object(object value, Py_ssize_t position, uint32_t se
     return _hash_other(value, position, seed)
 
 
-@_cython.boundscheck(True)
+@cython.boundscheck(True)
 def hash_objects(object values not None, uint32_t seed, uint64_t[:] out):
     """Hash Python objects in a list or a tuple: str, bytes, integers, None, and NaN, NA and NaT as missing.
 
@@ -182,7 +183,7 @@ cdef int _hash_arrow_chunk(const ArrowSchema *schema, const ArrowArray *array, u
         raise ValueError(f"{start + array.length} values or more do not fit {out.shape[0]} keys")
     if array.length == 0:
         return 0
-    cdef uint64_t[::1] distinct = _np.empty(arrow_num_distinct(array) + 1, _np.uint64)
+    cdef uint64_t[::1] distinct = np.empty(arrow_num_distinct(array) + 1, np.uint64)
     cdef Py_ssize_t stride = _stride(out)
     cdef int64_t status
     with nogil:

@@ -1,0 +1,16 @@
+import os
+
+from typing_extensions import Self, disjoint_base
+
+__test__: dict[str, str]
+
+@disjoint_base
+class OpenFile:
+    def __new__(
+        cls, path: str | os.PathLike[str], flags: int = 0, mode: int = 0o666, directory: OpenFile | None = None
+    ) -> Self: ...
+    @property
+    def fd(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+    def close(self) -> None: ...

@@ -11,6 +11,7 @@ from hashemb.ctr.data.fields import (
     bucketize_floats,
     encode,
 )
+from hashemb.ctr.data.formats import Format
 from hashemb.ctr.data.read_report import BadLine, ReadReport
 from hashemb.ctr.data.readahead import read_ahead
 from hashemb.ctr.data.readers import Reader, open_reader
@@ -22,6 +23,7 @@ __all__ = [
     "BadLine",
     "Batch",
     "CountBuckets",
+    "Format",
     "Kind",
     "ReadReport",
     "Reader",

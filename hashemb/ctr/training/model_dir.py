@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import hashemb
 from hashemb._text import shown
 from hashemb.ctr._json_values import as_list, as_number, as_object, as_text, as_whole, one_of, parse_file
-from hashemb.ctr.data import Kind, ReadReport
+from hashemb.ctr.data import Format, Kind, ReadReport
 from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
 from hashemb.ctr.training.negatives import Correction, NegativeSampling
 from hashemb.ctr.training.progressive import check_progress
@@ -40,7 +40,6 @@ __all__ = [
     "write_card",
 ]
 
-Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_fm"]
 
 MODEL_FILE = "model.json"

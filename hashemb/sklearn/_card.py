@@ -20,7 +20,7 @@ from hashemb._text import shown
 from hashemb.ctr._json_values import as_list, as_object, as_text, as_whole, parse_file
 from hashemb.ctr.training import MODEL_FILE, read_card
 from hashemb.errors import FormatError
-from hashemb.sklearn._columns import check_kinds
+from hashemb.sklearn._kinds import check_kinds
 from hashemb.sklearn._layout import Layout
 
 __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]

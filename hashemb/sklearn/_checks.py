@@ -1,4 +1,8 @@
-"""Check targets, weights and classes; the messages follow scikit-learn's."""
+"""Check targets, weights and classes.
+
+scikit-learn's `check_consistent_length` and `_check_sample_weight` are not used: their messages name neither the
+argument whose length is wrong nor the first bad weight. `validate_data` checks `y` only together with the names of `X`.
+"""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def train(
 def _split(labels: Float32Array, training: Training, random: np.random.RandomState) -> tuple[Indices, Indices]:
     """Split the examples into those to learn and those to hold out.
 
-    The held-out examples are a random part of each class or, without shuffling, the last examples.
+    The held-out examples are a random part of each class or, without shuffling, the last examples. This is not
+    `train_test_split`, which draws others from the same `random_state`, and with them learns another model.
     """
     rows = np.arange(len(labels))
     early_stopping = len(rows) >= _MANY if training.early_stopping == "auto" else training.early_stopping

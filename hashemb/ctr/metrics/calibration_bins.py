@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtri
 
 __all__ = ["CalibrationBin", "calibration_bins", "expected_calibration_error", "wilson_interval"]
 
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_Z95 = float(ndtri(0.975))  # of the normal distribution
 
 Floats = npt.NDArray[np.float64]
 

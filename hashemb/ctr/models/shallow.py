@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_expit
 
 import hashemb
 from hashemb.ctr.models.hashed_model import BIAS_FIELD, HashedModel
@@ -50,7 +51,8 @@ def logistic_loss(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDA
     [0.6931, 0.0, 1000.0]
     """
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
-    return y * np.logaddexp(0.0, -z) + (1.0 - y) * np.logaddexp(0.0, z)
+    loss: npt.NDArray[np.float64] = -(y * log_expit(z) + (1.0 - y) * log_expit(-z))
+    return loss
 
 
 class FactorizationMachine(HashedModel):

@@ -68,7 +68,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "repair"}
 #: Modules that use only what every program may use: the public names, and the modules that contain only values.
 OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
-PUBLIC_MODULES = {"errors", "init", "optim", "reference"}
+PUBLIC_MODULES = {"errors", "init", "optim", "reference", "stats"}
 #: The slow twin of the maths of ctr takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
     "cli": {"ctr", "_packages", "_text"}, "sklearn": {"ctr", "_packages", "_text"}, "__main__": {"cli"},

@@ -48,6 +48,7 @@ from hashemb.cli.arguments import (
 from hashemb.cli.console import print_line, progress_bar, say
 from hashemb.cli.demo import run_demo
 from hashemb.cli.session import run_training
+from hashemb.ctr._replacing import replacing
 from hashemb.ctr.training import (
     Columns,
     ModelOptions,
@@ -209,10 +210,5 @@ def _output(path: Path | None) -> AbstractContextManager[IO[str]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "x", encoding="ascii") as file:
+        yield file

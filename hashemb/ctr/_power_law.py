@@ -9,13 +9,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
+
+from hashemb.ctr._types import Float64Array, Int64Array, UInt64Array
 
 __all__ = ["Dyadic", "draws", "fmix64", "gaussian", "log_normal", "power_law", "splitmix"]
 
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -32,7 +30,7 @@ def splitmix(seed: int) -> Iterator[int]:
         yield z ^ (z >> 31)
 
 
-def fmix64(x: U64) -> U64:
+def fmix64(x: UInt64Array) -> UInt64Array:
     """Apply MurmurHash3's 64-bit finaliser, in place."""
     for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x ^= x >> np.uint64(33)
@@ -41,7 +39,7 @@ def fmix64(x: U64) -> U64:
     return x
 
 
-def draws(salt: int, start: int, count: int) -> U64:
+def draws(salt: int, start: int, count: int) -> UInt64Array:
     """Draw one random word for each of the counters `start` to `start + count`, by mixing a Weyl sequence."""
     counters = np.arange(start, start + count, dtype=np.uint64)
     counters *= np.uint64(_GOLDEN)
@@ -49,7 +47,7 @@ def draws(salt: int, start: int, count: int) -> U64:
     return fmix64(counters)
 
 
-def gaussian(words: U64) -> F64:
+def gaussian(words: UInt64Array) -> Float64Array:
     """Draw from an approximately standard normal distribution: the scaled sum of a word's four 16-bit parts.
 
     The values lie within ±3.47.
@@ -73,13 +71,13 @@ class Dyadic:
         self._low = low
         self._width = np.minimum(2.0 * low, size + 1.0) - low
 
-    def ranks(self, words: U64) -> I64:
+    def ranks(self, words: UInt64Array) -> Int64Array:
         """Return the rank that each word selects; uses its upper 48 bits."""
         octave = self._octave[words >> np.uint64(48)]
         t = ((words >> np.uint64(16)) & np.uint64(0xFFFFFFFF)).astype(np.float64)
         t *= 2.0**-32
         share = t * (0.6565 + 0.3435 * t)  # 2**t - 1 to within 0.003: density 1/x in the octave
-        ranks: F64 = self._low[octave] + np.floor(self._width[octave] * share)
+        ranks: Float64Array = self._low[octave] + np.floor(self._width[octave] * share)
         return ranks.astype(np.int64)
 
 

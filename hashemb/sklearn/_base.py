@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy.special import expit, log_expit
 
 import hashemb
+from hashemb.ctr._types import Array, Float32Array
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.training import ModelOptions, build_optimizer
 from hashemb.errors import HashembError, MissingExtraError
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HashedClassifier"]
 
-Array = npt.NDArray[Any]
-Float32Array = npt.NDArray[np.float32]
 
 #: The steps are larger than for streams of clicks (`options.DEFAULT_RATES`) but smaller than is best for small data:
 #: docs/sklearn.md has the measurements.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from scipy.special import log_expit
 
 import hashemb
+from hashemb.ctr._types import Float32Array
 from hashemb.ctr.models.hashed_model import BIAS_FIELD, HashedModel
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ __all__ = [
     "logistic_loss",
 ]
 
-Float32Array = npt.NDArray[np.float32]
 
 PAIR_FIELD = "hashemb.pair"  # reserved, as is BIAS_FIELD: no data column may have this name
 

@@ -21,8 +21,8 @@ from hashemb.ctr.report.figures import (
     memory_figure,
     norm_figure,
 )
-from hashemb.ctr.report.occupancy import expected_rate
 from hashemb.ctr.training import ProgressRow
+from hashemb.stats import collision_rate
 
 __all__ = ["page"]
 
@@ -198,7 +198,7 @@ def _collisions(facts: RunFacts) -> Parts:
         yield Text("Which fields they are in is known only of data: give some.")
         return
     distinct = sum(field.distinct_keys for field in fields)
-    expected = expected_rate(distinct, stats.num_embeddings, facts.num_hashes)
+    expected = collision_rate(distinct, stats.num_embeddings, facts.num_hashes)
     shown = f", the {MAX_BARS} largest fields" if len(fields) > MAX_BARS else ""
     yield Figure(
         collision_figure(fields, expected),

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from hashemb.ctr.data import Format, Reader, without_compression_suffix
+from hashemb.ctr.data import STDIN, Format, Reader, is_stream, without_compression_suffix
 from hashemb.ctr.models import HashedModel
 from hashemb.ctr.training.checkpoints import Checkpoints
 from hashemb.ctr.training.model_dir import ModelCard, training_lock
 from hashemb.ctr.training.negatives import Correction, NegativeSampling, agreed_sampling
 from hashemb.ctr.training.options import ModelOptions, create_model, new_card, open_or_create
 from hashemb.ctr.training.progressive import Schedule
-from hashemb.ctr.training.sources import Columns, check_paths, is_stream, open_source
+from hashemb.ctr.training.sources import Columns, check_paths, open_source
 from hashemb.ctr.training.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainPlan", "default_table"]
@@ -209,7 +209,7 @@ def default_table(files: Sequence[Path]) -> Path:
     ValueError
         The first file is standard input, which has no name.
     """
-    if str(files[0]) == "-":
+    if str(files[0]) == STDIN:
         raise ValueError("standard input has no name to call the model by: say where it goes with --table")
     return Path(Path(without_compression_suffix(str(files[0]))).stem + ".model")
 

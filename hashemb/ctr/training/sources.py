@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hashemb.ctr.data import Reader, open_reader
+from hashemb.ctr.data import Reader, is_stream, open_reader
 from hashemb.ctr.training.model_dir import ModelCard, SourcePosition
 
-__all__ = ["Columns", "check_paths", "is_stream", "open_source", "position_in"]
+__all__ = ["Columns", "check_paths", "open_source", "position_in"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,3 @@ def position_in(card: ModelCard, path: str) -> SourcePosition:
             f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"
         )
     return SourcePosition.of(path) if position is None else position
-
-
-def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is standard input or a pipe, which can be read only once and has no position to resume."""
-    return os.fspath(path) == "-" or stat.S_ISFIFO(os.stat(path).st_mode)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hashemb.ctr._maths import DistinctKeys
-from hashemb.ctr.data import BadLine, Batch, Reader, number_keys, read_ahead
+from hashemb.ctr.data import BadLine, Batch, Reader, is_stream, number_keys, read_ahead
 from hashemb.ctr.models import HashedModel
 from hashemb.ctr.training.checkpoints import Checkpoints
 from hashemb.ctr.training.model_dir import ModelCard, SourcePosition, write_card
 from hashemb.ctr.training.progressive import ProgressiveValidator, ProgressRow, Schedule
-from hashemb.ctr.training.sources import Columns, check_paths, is_stream, open_source, position_in
+from hashemb.ctr.training.sources import Columns, check_paths, open_source, position_in
 
 __all__ = ["BadLines", "TrainStep", "Trainer"]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from hashemb._packages import require
+from hashemb.ctr.data import Format
 from hashemb.ctr.training import (
     DEFAULT_RATES,
     DEFAULTS,
     MODELS,
     Correction,
     EveryN,
-    Format,
     PowersOfTwo,
     Schedule,
     parse_count,

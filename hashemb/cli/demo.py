@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 import hashemb
 from hashemb._text import format_bytes
 from hashemb.cli.console import progress_bar, say
 from hashemb.cli.session import run_training
+from hashemb.ctr._types import Float32Array
 from hashemb.ctr.metrics import auc, calibration, logloss, normalized_entropy
 from hashemb.ctr.synthetic import ImpressionStream, truth_path
 from hashemb.ctr.training import (
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_demo"]
 
-Floats = npt.NDArray[np.float32]
 
 SEED = 0
 MIN_IMPRESSIONS = 1000
@@ -130,7 +129,7 @@ def _is_unfinished(paths: DemoPaths) -> bool:
     return position is not None and position.rows > 0
 
 
-def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
+def _score(paths: DemoPaths) -> tuple[Float32Array, Float32Array]:
     """Return the probabilities and labels of the held-out impressions, with the table opened read-only."""
     model, card = load_model(paths.model)
     with closing(model.table), open_for_scoring(card, [paths.held_out]) as reader:
@@ -139,7 +138,7 @@ def _score(paths: DemoPaths) -> tuple[Floats, Floats]:
     return np.concatenate([batch.probabilities for batch in batches]), np.concatenate(labels)
 
 
-def comparison(labels: Floats, probabilities: Floats, truth: Floats) -> Iterator[str]:
+def comparison(labels: Float32Array, probabilities: Float32Array, truth: Float32Array) -> Iterator[str]:
     """Format a table that compares the best constant, the model and the true probabilities on the same labels."""
     constant = np.full(len(labels), np.mean(labels, dtype=np.float64))
     yield f"{f'{len(labels):,} held-out impressions':<30}{'logloss':>10}{'NE':>9}{'AUC':>9}{'calibration':>13}"
@@ -155,7 +154,7 @@ def comparison(labels: Floats, probabilities: Floats, truth: Floats) -> Iterator
     )
 
 
-def _score_elsewhere(paths: DemoPaths, probabilities: Floats, console: Console) -> None:
+def _score_elsewhere(paths: DemoPaths, probabilities: Float32Array, console: Console) -> None:
     """Score the same impressions from the same files in another process, and compare bit for bit."""
     command = [sys.executable, "-m", "hashemb", "predict", str(paths.held_out)]
     command += ["--table", str(paths.model), "--output", str(paths.probabilities)]
@@ -260,7 +259,7 @@ def _run(command: list[str], who: str) -> None:
         raise HashembError(f"{who} failed: {child.stderr.strip()}")
 
 
-def _score_table(paths: DemoPaths, table: Path) -> Floats:
+def _score_table(paths: DemoPaths, table: Path) -> Float32Array:
     """Return the probabilities of the held-out impressions from a table, which may hold only weights."""
     card = read_card(paths.model)
     with hashemb.open(table) as opened, open_for_scoring(card, [paths.held_out]) as reader:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -49,30 +48,23 @@ from hashemb.cli.arguments import (
 from hashemb.cli.console import print_line, progress_bar, say
 from hashemb.cli.demo import run_demo
 from hashemb.cli.session import run_training
+from hashemb.ctr._replacing import replacing
 from hashemb.ctr.training import (
-    Checkpoints,
     Columns,
-    ModelCard,
     ModelOptions,
-    NegativeSampling,
-    Plan,
-    Trainer,
-    agreed_sampling,
-    check_paths,
-    default_table,
+    TrainOptions,
+    TrainPlan,
     load_model,
-    look,
     open_for_scoring,
-    open_or_create,
-    reading_text,
     score,
-    training_lock,
     write_probabilities,
 )
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console
+
+    from hashemb.ctr.models import HashedModel
 else:
     typer = require("typer")
 
@@ -121,57 +113,34 @@ def train(
 
     An existing model keeps the options it was created with. Ctrl-C finishes the batch and saves.
     """
-    options = ModelOptions(
-        model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
-        init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
-        initial_accumulator=initial_accumulator, lr=lr,
+    if deltas is not None and snapshots is None:
+        raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
+    options = TrainOptions(
+        files=files, table=table, data_format=data_format, label=label, batch_size=batch_size, passes=passes,
+        strict=strict, schedule=progress, negative_rate=negative_rate, negative_correction=negative_correction,
+        label_delay=label_delay, save_seconds=save_every, snapshots=snapshots, deltas=deltas,
+        columns=Columns(column_names(numeric), column_names(categorical), positive),
+        model=ModelOptions(
+            model=model, num_fields=num_fields, rank=rank, rows=rows, num_hashes=num_hashes, dtype=dtype, seed=seed,
+            init_scale=init_scale, optimizer=optimizer, weight_decay=weight_decay,
+            initial_accumulator=initial_accumulator, lr=lr,
+        ),
     )  # fmt: skip
-    agreed_sampling(None, negative_rate, negative_correction)
     require("pyarrow")  # needed later, like the console: fail before anything is created
     console = _console()
-    check_paths(files)
-    table = table or default_table(files)
-    columns = Columns(column_names(numeric), column_names(categorical), positive)
-    looked_at, plan = ModelCard(rank=0, data_format=data_format or "auto", label=label), Plan()
-    is_new = not table.exists()
-    if is_new:  # leave no new model behind for a file that can't be read
-        plan, options = look(looked_at, files, columns).refine(options)
-        options = replace(options, num_fields=num_fields or len(looked_at.schema) or None)
-    checkpoints = _resume(table, snapshots, deltas, console)
-    learner, card = open_or_create(table, options)
-    with closing(learner.table), training_lock(table):
-        if is_new:
-            plan.settle(card, looked_at)
-            for line in reading_text(card, plan):
-                say(console, line)
-        card.data_format = data_format or card.data_format
-        card.label = label or card.label
-        if batch_size:
-            card.batch_size, card.warm_up = batch_size, 0
-        learned_with = NegativeSampling(card.negative_rate, card.negative_correction) if learner.table.step else None
-        sampling = agreed_sampling(learned_with, negative_rate, negative_correction)
-        card.negative_rate, card.negative_correction = sampling.rate, sampling.correction
-        if learner.kind == "fm" and not os.environ.get("HASHEMB_NUM_THREADS"):
-            # Reading an example takes as long as learning it, and threads that wait for a CPU delay both.
-            hashemb.set_num_threads(max(1, hashemb.get_num_threads() - 1))
-        trainer = Trainer(
-            table, learner, card, files, passes=passes or card.passes, strict=strict, schedule=progress,
-            label_delay=label_delay, save_seconds=save_every, columns=columns, checkpoints=checkpoints)  # fmt: skip
+    with TrainPlan(options) as plan, plan.trainer(lambda line: say(console, line)) as trainer:
+        _leave_a_thread_to_read(trainer.model)
         status = run_training(trainer, console)
     raise typer.Exit(status)
 
 
-def _resume(table: Path, snapshots: Path | None, deltas: Path | None, console: Console) -> Checkpoints | None:
-    """Return the checkpoints, if requested, after restoring the last one if the trainer was killed."""
-    if snapshots is None:
-        if deltas is not None:
-            raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
-        return None
-    checkpoints = Checkpoints(snapshots, deltas)
-    step = checkpoints.resume(table)
-    if step is not None:
-        say(console, f"{table}: a run was killed; back to the checkpoint at step {step:,}")
-    return checkpoints
+def _leave_a_thread_to_read(model: HashedModel) -> None:
+    """Learn a plain model on one thread less, unless the user has set their number.
+
+    Reading an example takes as long as learning it, and threads that wait for a CPU delay both.
+    """
+    if model.kind == "fm" and not os.environ.get("HASHEMB_NUM_THREADS"):
+        hashemb.set_num_threads(max(1, hashemb.get_num_threads() - 1))
 
 
 @app.command()
@@ -241,10 +210,5 @@ def _output(path: Path | None) -> AbstractContextManager[IO[str]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "x", encoding="ascii") as file:
+        yield file

@@ -9,8 +9,8 @@ from hashemb._packages import require
 from hashemb.cli.arguments import DataFormat, Label
 from hashemb.cli.console import print_line, progress_bar
 from hashemb.cli.models import app, typer
+from hashemb.ctr._replacing import replacing
 from hashemb.ctr.report import gather, page
-from hashemb.ctr.synthetic import replacing
 
 if TYPE_CHECKING:
     import typer

@@ -10,15 +10,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from hashemb._random import GOLDEN, MASK, fmix64, splitmix64
+from hashemb.ctr._types import Float64Array, Int64Array, UInt64Array
 
 __all__ = ["Dyadic", "draws", "gaussian", "log_normal", "power_law", "splitmix"]
 
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
 
 _TABLE_SIZE = 1 << 16
 
@@ -28,7 +25,8 @@ def splitmix(seed: int) -> Iterator[int]:
     return (splitmix64(seed & MASK, i) for i in itertools.count())
 
 
-def draws(salt: int, start: int, count: int) -> U64:
+
+def draws(salt: int, start: int, count: int) -> UInt64Array:
     """Draw one random word for each of the counters `start` to `start + count`, by mixing a Weyl sequence."""
     counters = np.arange(start, start + count, dtype=np.uint64)
     counters *= np.uint64(GOLDEN)
@@ -36,7 +34,7 @@ def draws(salt: int, start: int, count: int) -> U64:
     return fmix64(counters)
 
 
-def gaussian(words: U64) -> F64:
+def gaussian(words: UInt64Array) -> Float64Array:
     """Draw from an approximately standard normal distribution: the scaled sum of a word's four 16-bit parts.
 
     The values lie within ±3.47.
@@ -60,13 +58,13 @@ class Dyadic:
         self._low = low
         self._width = np.minimum(2.0 * low, size + 1.0) - low
 
-    def ranks(self, words: U64) -> I64:
+    def ranks(self, words: UInt64Array) -> Int64Array:
         """Return the rank that each word selects; uses its upper 48 bits."""
         octave = self._octave[words >> np.uint64(48)]
         t = ((words >> np.uint64(16)) & np.uint64(0xFFFFFFFF)).astype(np.float64)
         t *= 2.0**-32
         share = t * (0.6565 + 0.3435 * t)  # 2**t - 1 to within 0.003: density 1/x in the octave
-        ranks: F64 = self._low[octave] + np.floor(self._width[octave] * share)
+        ranks: Float64Array = self._low[octave] + np.floor(self._width[octave] * share)
         return ranks.astype(np.int64)
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._types import Array, Float32Array
 from hashemb.reference.numerics import exp
 
 __all__ = ["Outcome", "run", "sigmoid"]
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[Any]
-Interactions = tuple[np.float32, Callable[[np.float32], Floats]]
+Interactions = tuple[np.float32, Callable[[np.float32], Float32Array]]
 
 _LANES = 16
 _BLOCK = 64
@@ -31,9 +30,9 @@ _HALF = np.float32(0.5)
 class Outcome:
     """The results of `Maths.run`: `out` in either form, the gradients of the vectors, and its sums."""
 
-    logits: Floats
-    probabilities: Floats
-    gradients: Floats
+    logits: Float32Array
+    probabilities: Float32Array
+    gradients: Float32Array
     residual: float
     pair_gradients: npt.NDArray[np.float64]
 
@@ -47,17 +46,17 @@ def sigmoid(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 def run(
     kind: str,
-    vectors: Floats,
-    labels: Floats,
+    vectors: Float32Array,
+    labels: Float32Array,
     *,
     bias: float,
     num_fields: int,
-    offsets: Ints | None = None,
-    values: Floats | None = None,
-    fields: Ints | None = None,
-    index: Ints,
-    weights: Floats | None = None,
-    pair_weights: Floats | None = None,
+    offsets: Array | None = None,
+    values: Float32Array | None = None,
+    fields: Array | None = None,
+    index: Array,
+    weights: Float32Array | None = None,
+    pair_weights: Float32Array | None = None,
 ) -> Outcome:
     """Compute a whole batch; the arguments are those of `Maths` and `Maths.run`."""
     sums, vectors = np.zeros_like(vectors), vectors[index]
@@ -89,19 +88,21 @@ def run(
     return Outcome(logits, probabilities, sums, total, totals)
 
 
-def _interactions(kind: str, v: Floats, x: Floats, f: Ints, num_fields: int, pair_weights: Any) -> Interactions:
+def _interactions(
+    kind: str, v: Float32Array, x: Float32Array, f: Array, num_fields: int, pair_weights: Any
+) -> Interactions:
     if kind == "ffm":
         return _ffm(v, x, f, (v.shape[1] - 1) // num_fields)
     return _fm(v, x) if kind == "fm" else _fwfm(v, x, f, pair_weights)
 
 
-def _fm(v: Floats, x: Floats) -> Interactions:
+def _fm(v: Float32Array, x: Float32Array) -> Interactions:
     y = x[:, None] * v
     others = _sum(y) - y
     return _HALF * _fold(_sum(y * others)), lambda residual: (residual * x)[:, None] * others
 
 
-def _fwfm(v: Floats, x: Floats, f: Ints, pair_weights: Floats) -> Interactions:
+def _fwfm(v: Float32Array, x: Float32Array, f: Array, pair_weights: Float32Array) -> Interactions:
     y = x[:, None] * v
     others = np.zeros_like(v)
     for i in range(len(v)):
@@ -110,7 +111,7 @@ def _fwfm(v: Floats, x: Floats, f: Ints, pair_weights: Floats) -> Interactions:
     return _HALF * _fold(_sum(y * others)), lambda residual: (residual * x)[:, None] * others
 
 
-def _ffm(v: Floats, x: Floats, f: Ints, rank: int) -> Interactions:
+def _ffm(v: Float32Array, x: Float32Array, f: Array, rank: int) -> Interactions:
     def meets(i: int, j: int) -> slice:
         """Return the slice of key i's row that holds its vector for the field of key j."""
         return slice(1 + f[j] * rank, 1 + f[j] * rank + rank)
@@ -121,7 +122,7 @@ def _ffm(v: Floats, x: Floats, f: Ints, rank: int) -> Interactions:
         products = [(x[i] * x[j]) * (v[i, meets(i, j)] * v[j, meets(j, i)]) for j in range(i + 1, n)]
         lanes[1:] += _sum(np.array(products, np.float32).reshape(-1, rank))
 
-    def backward(residual: np.float32) -> Floats:
+    def backward(residual: np.float32) -> Float32Array:
         gradients = np.zeros_like(v)
         for i in range(n):
             for j in range(i + 1, n):
@@ -133,7 +134,7 @@ def _ffm(v: Floats, x: Floats, f: Ints, rank: int) -> Interactions:
     return _fold(lanes), backward
 
 
-def _add_pairs(pairs: Floats, residual: np.float32, y: Floats, f: Ints) -> None:
+def _add_pairs(pairs: Float32Array, residual: np.float32, y: Float32Array, f: Array) -> None:
     """Add residual y_i * y_j to the row of each pair of fields."""
     for i in range(len(y)):
         for j in range(i):
@@ -141,7 +142,7 @@ def _add_pairs(pairs: Floats, residual: np.float32, y: Floats, f: Ints) -> None:
             pairs[high * (high + 1) // 2 + low] += (residual * y[i]) * y[j]
 
 
-def _sum(rows: Floats) -> Floats:
+def _sum(rows: Float32Array) -> Float32Array:
     """Sum the rows from first to last."""
     total = np.zeros(rows.shape[1:], np.float32)
     for row in rows:
@@ -149,7 +150,7 @@ def _sum(rows: Floats) -> Floats:
     return total
 
 
-def _fold(elements: Floats) -> np.float32:
+def _fold(elements: Float32Array) -> np.float32:
     """Sum all elements except the first: sixteen partial sums by lane, added as a tree."""
     lanes = np.zeros(-(-len(elements) // _LANES) * _LANES, np.float32)
     lanes[1 : len(elements)] = elements[1:]

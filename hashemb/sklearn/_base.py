@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
+from scipy.special import expit, log_expit
 
 import hashemb
+from hashemb.ctr._types import Array, Float32Array
 from hashemb.ctr.models import FactorizationMachine
 from hashemb.ctr.training import ModelOptions, build_optimizer
 from hashemb.errors import HashembError, MissingExtraError
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HashedClassifier"]
 
-Array = npt.NDArray[Any]
-Float32Array = npt.NDArray[np.float32]
 
 #: The steps are larger than for streams of clicks (`options.DEFAULT_RATES`) but smaller than is best for small data:
 #: docs/sklearn.md has the measurements.
@@ -67,9 +66,6 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         tags.input_tags.allow_nan = True
         tags.classifier_tags.multi_class = False
         return tags
-
-    def _more_tags(self) -> dict[str, Any]:  # used by scikit-learn before 1.6
-        return {"binary_only": True, "allow_nan": True}
 
     # -- learning --
 
@@ -169,7 +165,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         name = type(self).__name__
         targets = check_targets(y, name)
         if going_on:
-            layout, examples = self._layout, self._layout.read(X, name)
+            layout, examples = self._layout, self._layout.read(X, self)
         else:
             listed = {"categorical": self.categorical_features, "numeric": self.numeric_features}
             layout, examples = Layout.of(X, **listed)
@@ -337,7 +333,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
         """Predict the log-odds of ``classes_[1]``, shape (n,). Errors are those of `predict_proba`."""
         check_is_fitted(self, "classes_")
-        examples = self._layout.read(X, type(self).__name__)
+        examples = self._layout.read(X, self)
         model = self._model(self._kept, self._layout, "r")
         logits = np.empty(len(examples))
         for start in range(0, len(examples), _PREDICTED_TOGETHER):
@@ -371,7 +367,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
     def predict_log_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Predict the logarithms of the probabilities, accurate even if a probability underflows."""
         logits = self.decision_function(X)
-        return -np.stack([np.logaddexp(0.0, logits), np.logaddexp(0.0, -logits)], axis=1)
+        return np.stack([log_expit(-logits), log_expit(logits)], axis=1)
 
     def predict(self, X: Any) -> Array:
         """Predict the more probable class of each example, shape (n,)."""

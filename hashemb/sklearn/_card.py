@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from hashemb._text import shown
 from hashemb.ctr._json_values import as_list, as_object, as_text, as_whole, parse_file
+from hashemb.ctr._replacing import replacing
 from hashemb.ctr.training import MODEL_FILE, read_card
 from hashemb.errors import FormatError
-from hashemb.sklearn._columns import check_kinds
+from hashemb.sklearn._kinds import check_kinds
 from hashemb.sklearn._layout import Layout
 
 __all__ = ["ESTIMATOR_FILE", "EstimatorCard"]
@@ -75,11 +76,10 @@ class EstimatorCard:
         return json.dumps(content, indent=1) + "\n"
 
     def write(self, directory: str | os.PathLike[str]) -> None:
-        """Write the card to a table's directory, atomically."""
-        path = Path(directory, ESTIMATOR_FILE)
-        temporary = path.with_suffix(".json.new")
-        temporary.write_text(self.as_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        """Write the card to a table's directory, atomically and durably."""
+        text = self.as_json()
+        with replacing(Path(directory, ESTIMATOR_FILE)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> EstimatorCard:

@@ -1,18 +1,21 @@
-"""Check targets, weights and classes; the messages follow scikit-learn's."""
+"""Check targets, weights and classes.
+
+scikit-learn's `check_consistent_length` and `_check_sample_weight` are not used: their messages name neither the
+argument whose length is wrong nor the first bad weight. `validate_data` checks `y` only together with the names of `X`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.utils import assert_all_finite, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
-__all__ = ["as_labels", "check_classes", "check_lengths", "check_targets", "check_weights"]
+from hashemb.ctr import _checks
+from hashemb.ctr._types import Array, Float32Array
 
-Array = npt.NDArray[Any]
-Float32Array = npt.NDArray[np.float32]
+__all__ = ["as_labels", "check_classes", "check_lengths", "check_targets", "check_weights"]
 
 
 def check_targets(y: Any, name: str) -> Array:
@@ -39,13 +42,7 @@ def check_weights(sample_weight: Any, n: int) -> Float32Array | None:
     """Check the weights: they must be valid, and at least one of them must not be zero."""
     if sample_weight is None:
         return None
-    weights = np.asarray(sample_weight, np.float32)
-    if weights.shape != (n,):
-        raise ValueError(f"sample_weight must have shape ({n},), one per sample, got {weights.shape}")
-    usable = np.isfinite(weights) & (weights >= 0.0)
-    if not usable.all():
-        first = int(np.argmin(usable))
-        raise ValueError(f"sample_weight must be finite and >= 0, got {weights[first]} at index {first}")
+    weights = _checks.check_weights(np.asarray(sample_weight, np.float32), n, each="sample", name="sample_weight")
     if n and not weights.any():
         raise ValueError(f"all {n} values of sample_weight are zero: nothing to learn")
     return weights

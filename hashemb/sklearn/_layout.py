@@ -6,7 +6,6 @@ values get the same keys.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from hashemb.sklearn._columns import ColumnKind, Columns, encode_columns, infer_kinds, num_keys, read_columns
+from hashemb._packages import require
+from hashemb.sklearn._columns import read_columns
+from hashemb.sklearn._kinds import ColumnKind, encode_columns, infer_kinds, num_keys
 
 __all__ = ["Examples", "Layout"]
-
-_SHOWN_NAMES = 5
 
 
 class Examples:
@@ -93,8 +92,8 @@ class Layout:
         kinds = infer_kinds(columns, categorical=categorical, numeric=numeric)
         return cls(len(kinds), kinds, columns.named), Examples(*encode_columns(columns, kinds))
 
-    def read(self, table: Any, owner: str) -> Examples:
-        """Encode later data. `owner` is the estimator's name, for messages.
+    def read(self, table: Any, estimator: Any) -> Examples:
+        """Encode later data, for an estimator that was fitted on this layout.
 
         Raises
         ------
@@ -105,24 +104,22 @@ class Layout:
         """
         if self.kinds is None:
             matrix = table if sparse.issparse(table) else sparse.csr_array(np.asarray(table, np.float64))
-            self._check_count(matrix.shape[1], owner)
+            _check_columns(matrix, estimator)
             return self._sparse(matrix)
         if sparse.issparse(table):
-            raise ValueError(f"X is a sparse matrix, but {owner} was fitted on a table of {self.num_columns} columns")
+            name = type(estimator).__name__
+            raise ValueError(f"X is a sparse matrix, but {name} was fitted on a table of {self.num_columns} columns")
         columns = read_columns(table)
-        self._check_names(columns, owner)
-        self._check_count(len(columns.arrays), owner)
+        pa = require("pyarrow")
+        names = pa.table({name: pa.nulls(0) for name in columns.names})
+        _check_columns(names if columns.named else np.empty((0, len(columns.arrays))), estimator)
         return Examples(*encode_columns(columns, self.kinds))
 
     def _sparse(self, matrix: Any) -> Examples:
-        if matrix.dtype.kind == "c":
-            raise ValueError(f"Complex data not supported: got {matrix.dtype} values")
-        if matrix.shape[1] == 0:
-            raise ValueError(
-                f"Found array with 0 feature(s) (shape={tuple(matrix.shape)}) while a minimum of 1 is required."
+        with np.errstate(over="ignore"):  # infinite results are rejected below, with their place
+            rows = require("sklearn.utils").check_array(
+                matrix, accept_sparse="csr", dtype=np.float32, ensure_all_finite=False, ensure_min_samples=0
             )
-        with np.errstate(over="ignore"):  # infinite results are rejected below
-            rows = matrix.tocsr().astype(np.float32)
         if not rows.has_canonical_format:
             rows = rows.copy()
             rows.sum_duplicates()
@@ -133,34 +130,7 @@ class Layout:
             raise ValueError(f"X holds {rows.data[first]} in row {row}, column {rows.indices[first]}: must be finite")
         return Examples(rows)
 
-    def _check_count(self, count: int, owner: str) -> None:
-        if count != self.num_columns:
-            raise ValueError(f"X has {count} features, but {owner} is expecting {self.num_columns} features as input")
 
-    def _check_names(self, columns: Columns, owner: str) -> None:
-        """Check, like scikit-learn, for the same names in the same order; warn if only one side has names."""
-        if columns.named and not self.named:
-            warnings.warn(f"X has feature names, but {owner} was fitted without feature names", stacklevel=5)
-        elif self.named and not columns.named:
-            warnings.warn(
-                f"X does not have valid feature names, but {owner} was fitted with feature names", stacklevel=5
-            )
-        elif self.named and columns.names != list(self.kinds or {}):
-            raise ValueError(_difference(columns.names, list(self.kinds or {})))
-
-
-def _difference(found: list[str], fitted: list[str]) -> str:
-    message = "The feature names should match those that were passed during fit.\n"
-    unseen, missing = sorted(set(found) - set(fitted)), sorted(set(fitted) - set(found))
-    if unseen:
-        message += "Feature names unseen at fit time:\n" + _listing(unseen)
-    if missing:
-        message += "Feature names seen at fit time, yet now missing:\n" + _listing(missing)
-    if not unseen and not missing:
-        message += "Feature names must be in the same order as they were in fit.\n"
-    return message
-
-
-def _listing(names: list[str]) -> str:
-    lines = [f"- {name}\n" for name in names[:_SHOWN_NAMES]]
-    return "".join(lines) + ("- ...\n" if len(names) > _SHOWN_NAMES else "")
+def _check_columns(table: Any, estimator: Any) -> None:
+    """Check the number and the names of the columns by scikit-learn's rules; `table` may have no rows."""
+    require("sklearn.utils.validation").validate_data(estimator, table, reset=False, skip_check_array=True)

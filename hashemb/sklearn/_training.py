@@ -9,14 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hashemb.ctr._types import Float32Array, Int64Array
 from hashemb.ctr.models import logistic_loss
 from hashemb.sklearn._kept_table import KeptTable
 from hashemb.sklearn._layout import Examples
 
 __all__ = ["Trained", "Training", "train"]
 
-Float32Array = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
 
 _SCORED_TOGETHER = 16384
 _MANY = 10_000  # examples from which "auto" enables early stopping, as in scikit-learn's gradient boosting
@@ -124,10 +123,11 @@ def train(
     return result
 
 
-def _split(labels: Float32Array, training: Training, random: np.random.RandomState) -> tuple[Indices, Indices]:
+def _split(labels: Float32Array, training: Training, random: np.random.RandomState) -> tuple[Int64Array, Int64Array]:
     """Split the examples into those to learn and those to hold out.
 
-    The held-out examples are a random part of each class or, without shuffling, the last examples.
+    The held-out examples are a random part of each class or, without shuffling, the last examples. This is not
+    `train_test_split`, which draws others from the same `random_state`, and with them learns another model.
     """
     rows = np.arange(len(labels))
     early_stopping = len(rows) >= _MANY if training.early_stopping == "auto" else training.early_stopping
@@ -152,7 +152,7 @@ def _learn(
     examples: Examples,
     labels: Float32Array,
     weights: Float32Array | None,
-    order: Indices,
+    order: Int64Array,
     batch_size: int,
 ) -> float:
     """Make one pass; return the mean loss of the probabilities from before each update."""
@@ -167,13 +167,15 @@ def _learn(
     return _mean(-np.log(np.maximum(given, _LEAST_PROBABILITY)), weights, order)
 
 
-def _loss(model: Any, examples: Examples, labels: Float32Array, weights: Float32Array | None, rows: Indices) -> float:
+def _loss(
+    model: Any, examples: Examples, labels: Float32Array, weights: Float32Array | None, rows: Int64Array
+) -> float:
     parts = [rows[start : start + _SCORED_TOGETHER] for start in range(0, len(rows), _SCORED_TOGETHER)]
     logits = np.concatenate([model.predict_logits(**examples.batch(part)) for part in parts])
     return _mean(logistic_loss(logits, labels[rows]), weights, rows)
 
 
-def _mean(losses: npt.NDArray[np.float64], weights: Float32Array | None, rows: Indices) -> float:
+def _mean(losses: npt.NDArray[np.float64], weights: Float32Array | None, rows: Int64Array) -> float:
     if weights is None:
         return float(np.mean(losses))
     total = float(np.sum(weights[rows], dtype=np.float64))

@@ -78,7 +78,7 @@ def test_a_card_that_is_no_regular_file(tmp_path: Path) -> None:
 def test_a_card_is_written_to_no_other_file(tmp_path: Path) -> None:
     """This holds whatever is at its temporary name: a link to another file, or the leftover of a killed writer."""
     (tmp_path / "other").write_text("kept")
-    new = tmp_path / "model.json.new"
+    new = tmp_path / f".model.json.{os.getpid()}.tmp"
     for prepare in (lambda: new.symlink_to(tmp_path / "other"), lambda: new.write_text("half")):
         prepare()
         write_card(tmp_path, ModelCard(rank=4))

@@ -21,7 +21,8 @@ import pyarrow as pa
 
 import hashemb
 from hashemb.ctr.data import encode
-from hashemb.sklearn._columns import encode_columns, infer_kinds, num_keys, read_columns
+from hashemb.sklearn._columns import read_columns
+from hashemb.sklearn._kinds import encode_columns, infer_kinds, num_keys
 from hashemb.sklearn._splines import between_knots
 
 CONTENT: dict[str, list[Any]] = {

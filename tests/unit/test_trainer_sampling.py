@@ -22,11 +22,11 @@ from hashemb.ctr.training import (
     ModelOptions,
     NegativeSampling,
     Trainer,
-    agreed_sampling,
     load_model,
     open_or_create,
     read_card,
 )
+from hashemb.ctr.training.negatives import agreed_sampling
 
 pytest.importorskip("pyarrow")
 

@@ -49,6 +49,11 @@ class Batch(NamedTuple):
         """Number of examples in the batch."""
         return len(self.keys) if self.offsets is None else len(self.offsets) - 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of the arrays, without the `numbering`."""
+        return sum(array.nbytes for array in self[:-1] if array is not None)
+
     def features(self) -> dict[str, Any]:
         """Return those of `offsets`, `values` and `fields` that are not None, as keyword arguments of a model."""
         given = {"offsets": self.offsets, "values": self.values, "fields": self.fields}

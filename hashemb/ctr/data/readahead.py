@@ -48,7 +48,8 @@ def read_ahead(
 class _Buffer(Generic[T]):
     """A buffer of items between two threads.
 
-    Once full, it is refilled only when it is half empty: waking a thread costs as much as learning several items.
+    Once full, it is refilled only when it is half empty: waking a thread costs as much as learning several items. A
+    `queue.Queue` wakes the reader for each item, and its `put` cannot be interrupted when the caller stops.
     """
 
     def __init__(self, depth: int, at_leisure: Callable[[T], T] | None) -> None:

@@ -7,37 +7,26 @@ always counted.
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from types import TracebackType
-from typing import Literal, Union, cast, get_args
+from typing import Union, get_args
 
 from hashemb.ctr.data.batches import Batch, rebatch
 from hashemb.ctr.data.columns import LabelValues, Options
-from hashemb.ctr.data.criteo_source import CriteoSource, count_good_lines
-from hashemb.ctr.data.csv_source import CsvSource
 from hashemb.ctr.data.damage import naming_the_file
 from hashemb.ctr.data.fields import Kind, Schema, check_schema
-from hashemb.ctr.data.parquet_source import ParquetSource
+from hashemb.ctr.data.formats import Format, open_source_of
 from hashemb.ctr.data.read_report import BadLine, ReadReport
 from hashemb.ctr.data.source import Reject, Source
-from hashemb.ctr.data.sparse_source import ExampleFormat, ExampleSource, recognise
-from hashemb.ctr.data.streams import STDIN, Stream, file_size, without_compression_suffix
+from hashemb.ctr.data.streams import STDIN, file_size
 
 __all__ = ["BadLine", "Batch", "Format", "ReadReport", "Reader", "open_reader"]
 
-Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 Path = Union[str, "os.PathLike[str]"]
 
-_PARQUET_SUFFIXES = (".parquet", ".pq")
-_PARQUET_MAGIC = b"PAR1"
-_SUFFIXES: dict[str, Format] = {
-    ".csv": "csv", ".libsvm": "libsvm", ".svm": "libsvm", ".svmlight": "libsvm", ".libffm": "libffm", ".ffm": "libffm",
-    ".vw": "vw",
-}  # fmt: skip
-_SNIFF_BYTES = 1 << 16
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_KEPT_BYTES = 1 << 26  # of the parsed examples that `look_ahead` keeps
 
 
 def open_reader(
@@ -166,6 +155,8 @@ class Reader:
         `schema`, so that nothing is inferred.
     label_values : tuple of two str, or None
         The values of that column that mean 0 and 1; None: 0 and 1 (and -1 in the ragged formats).
+    batch_size : int
+        Rows in each batch; it may be changed before the first one.
     bytes_total : int or None
         Total size of the files as stored; None if one is standard input or a pipe.
     """
@@ -185,9 +176,11 @@ class Reader:
         self.label = options.label
         self.label_values = options.label_values
         self._first: tuple[str, Batch] | None = None
-        self._paths = list(paths)
+        self._all_paths, self._paths = list(paths), list(paths)
         self.schema: dict[str, Kind] = dict(options.schema or {})
-        self._batches = rebatch(self._parts(start), batch_size)
+        self.batch_size = batch_size
+        self._pieces = self._parts(start)
+        self._batches: Iterator[Batch] | None = None
         try:
             self._open_next()
         except BaseException:
@@ -208,6 +201,8 @@ class Reader:
         return self
 
     def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = rebatch(self._pieces, self.batch_size)
         batch = next(self._batches)
         self.report.rows_good += batch.num_examples
         return batch
@@ -220,9 +215,46 @@ class Reader:
     ) -> None:
         self.close()
 
+    def look_ahead(self, most: int) -> int | None:
+        """Count the good rows before the first batch is read; return None if there are more than `most`.
+
+        The rows parsed here are kept for the batches. The files, which must not be streams, are opened again only if
+        their rows take more than 64 MiB, or if one of them is malformed and `strict` is to find it in its turn.
+        """
+        strict, self._strict = self._strict, False
+        try:
+            kept, count, is_all_kept = self._keep(most)
+        finally:
+            self._strict = strict
+        if is_all_kept and not (strict and self.report.rows_bad):
+            self._pieces = chain(kept, self._pieces)
+        else:
+            self._start_again()
+        return None if count > most else count
+
+    def _keep(self, most: int) -> tuple[list[Batch], int, bool]:
+        """Parse more than `most` rows, or all; return them, their number, and whether there was memory for them."""
+        kept: list[Batch] = []
+        count = num_bytes = 0
+        for piece in self._pieces:
+            count += piece.num_examples
+            num_bytes += piece.num_bytes
+            if num_bytes <= _KEPT_BYTES:
+                kept.append(piece)
+            if count > most:
+                break
+        return kept, count, num_bytes <= _KEPT_BYTES
+
+    def _start_again(self) -> None:
+        """Open the files again at their beginning; the schema and the labels stay as they have been settled."""
+        self._close_source()
+        self.report, self._bytes_done, self._paths = ReadReport(), 0, list(self._all_paths)
+        self._open_next()
+        self._pieces = self._parts(0)
+
     def close(self) -> None:
         """Close the open file. The reader is exhausted afterwards."""
-        self._batches = iter(())
+        self._batches = self._pieces = iter(())
         self._paths.clear()
         self._close_source()
 
@@ -235,7 +267,7 @@ class Reader:
     def _open_next(self) -> None:
         """Open the next non-empty file, if there is one; the first one fixes the schema."""
         while self._paths and self._source is None:
-            self._source = _open_source(self._paths.pop(0), self._wanted_format, self._options)
+            self._source = open_source_of(self._paths.pop(0), self._wanted_format, self._options)
         if self._source is None:
             return
         self.label, self.format = self._source.label, self._source.format
@@ -283,67 +315,6 @@ class Reader:
             if (of_first is None) != (of_part is None):
                 with_, without = (first_name, name) if of_part is None else (name, first_name)
                 raise ValueError(f"{with_} has {what} and {without} has none")
-
-
-def _open_source(path: str, format: Format, options: Options) -> Source | None:
-    """Open the source of one path; return None if the file is empty."""
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return None
-    if format == "parquet" or (format == "auto" and path.lower().endswith(_PARQUET_SUFFIXES)):
-        return _parquet_source(path, options)
-    stream = Stream(path)
-    try:
-        head = stream.peek(_SNIFF_BYTES)
-        if not head:
-            stream.close()
-            return None
-        if format == "auto" and head.startswith(_PARQUET_MAGIC):
-            stream.close()
-            return _parquet_source(path, options)
-        _check_encoding(stream.name, head)
-        kind = _sniff(stream.name, head) if format == "auto" else format
-        with naming_the_file(stream.name, kind):
-            return _text_source(stream, kind, options)
-    except BaseException:
-        stream.close()
-        raise
-
-
-def _parquet_source(path: str, options: Options) -> Source:
-    with naming_the_file(path, "parquet"):
-        return ParquetSource(path, options)
-
-
-def _check_encoding(name: str, head: bytes) -> None:
-    if head.startswith(_UTF16_MARKS):
-        raise ValueError(f"{name}: the text is UTF-16: convert it to UTF-8, for example with  iconv -f UTF-16 -t UTF-8")
-
-
-def _text_source(stream: Stream, format: Format, options: Options) -> Source:
-    if format == "criteo":
-        return CriteoSource(stream, options)
-    if format in get_args(ExampleFormat):
-        return ExampleSource(stream, cast(ExampleFormat, format), options)
-    return CsvSource(stream, options)
-
-
-def _sniff(name: str, head: bytes) -> Format:
-    """Infer the text format of a file that begins with `head`."""
-    named = _SUFFIXES.get(os.path.splitext(without_compression_suffix(name))[1].lower())
-    if named is not None:
-        return named
-    if count_good_lines(head):
-        return "criteo"
-    examples = recognise(head)
-    if examples is not None:
-        return examples
-    header = head.split(b"\n", 1)[0]
-    if any(mark in header for mark in (b",", b"\t", b";", b"|")):
-        return "csv"
-    raise ValueError(
-        f"{name}: neither Criteo lines nor CSV with a header, nor libsvm, libffm or Vowpal Wabbit text; "
-        "say which with format="
-    )
 
 
 def _check_fields(source: Source, schema: Schema) -> None:

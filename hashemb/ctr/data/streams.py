@@ -15,7 +15,7 @@ from typing import Any
 from hashemb._packages import require
 from hashemb.ctr.data.damage import naming_the_file
 
-__all__ = ["STDIN", "Stream", "file_size", "line_blocks", "without_compression_suffix"]
+__all__ = ["STDIN", "Stream", "file_size", "is_stream", "line_blocks", "without_compression_suffix"]
 
 STDIN = "-"
 _MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
@@ -31,6 +31,11 @@ def file_size(path: str) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` is standard input or a pipe, which can be read only once and has no position to resume."""
+    return os.fspath(path) == STDIN or stat.S_ISFIFO(os.stat(path).st_mode)
+
+
 def without_compression_suffix(name: str) -> str:
     """Return `name` without the suffix of a compression format.
 
@@ -41,29 +46,43 @@ def without_compression_suffix(name: str) -> str:
     return stem if suffix.lower() in _SUFFIXES else name
 
 
-class _CountedFile:
-    """A binary file that counts the bytes read from it and supports `peek`, which consumes nothing."""
+class _Peekable:
+    """A source of bytes whose next ones can be seen before they are read."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._ahead = b""
-        self.bytes_read = 0
-        self.closed = False
+    _ahead = b""
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes (fewer at the end) without consuming them."""
-        while len(self._ahead) < size:
-            more = self._file.read(size - len(self._ahead))
-            if not more:
-                break
+        while len(self._ahead) < size and (more := self._fetch(size - len(self._ahead))):
             self._ahead += more
         return self._ahead[:size]
 
+    def _take(self, size: int) -> bytes:
+        """Consume at most `size` of the bytes that have been seen; b"" if there are none."""
+        taken, self._ahead = self._ahead[:size], self._ahead[size:]
+        return taken
+
+    def _fetch(self, size: int) -> bytes:
+        """Read about `size` more bytes; b"" at the end."""
+        raise NotImplementedError
+
+
+class _CountedFile(_Peekable):
+    """A binary file that counts the bytes read from it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.bytes_read = 0
+        self.closed = False
+
     def read(self, size: int = _READ_BYTES) -> bytes:
         """Return at most `size` bytes; b"" at the end."""
-        data: bytes = self._ahead[:size] or self._file.read(size)
-        self._ahead = self._ahead[size:]
+        data = self._take(size) or self._fetch(size)
         self.bytes_read += len(data)
+        return data
+
+    def _fetch(self, size: int) -> bytes:
+        data: bytes = self._file.read(size)
         return data
 
     def readable(self) -> bool:
@@ -78,7 +97,7 @@ class _CountedFile:
                 self._file.close()
 
 
-class Stream:
+class Stream(_Peekable):
     """The decompressed bytes of a file, or of standard input if `path` is ``-``.
 
     It is a file-like object (`read`, `readable`, `closed`, `close`), as PyArrow's CSV reader requires.
@@ -94,7 +113,6 @@ class Stream:
         self.name = "<stdin>" if path == STDIN else path
         self._stored = _CountedFile(sys.stdin.buffer if path == STDIN else io.FileIO(path))
         self.size_bytes = file_size(path)
-        self._ahead = b""
         try:
             self.codec = self._recognise(path)
         except BaseException:
@@ -127,24 +145,17 @@ class Stream:
         """Return True, as PyArrow requires."""
         return True
 
-    def peek(self, size: int) -> bytes:
-        """Return the next `size` bytes (fewer at the end) without consuming them."""
-        while len(self._ahead) < size:
-            more = self._read_plain(_READ_BYTES)
-            if not more:
-                break
-            self._ahead += more
-        return self._ahead[:size]
-
     def read(self, size: int = _READ_BYTES) -> bytes:
         """Return `size` bytes, fewer only at the end: a parser of blocks must not take part of a line for a line."""
-        parts = [self._ahead[:size]]
-        self._ahead = self._ahead[size:]
+        parts = [self._take(size)]
         missing = size - len(parts[0])
         while missing > 0 and (part := self._read_plain(missing)):
             parts.append(part)
             missing -= len(part)
         return b"".join(parts)
+
+    def _fetch(self, size: int) -> bytes:
+        return self._read_plain(max(size, _READ_BYTES))
 
     def _read_plain(self, size: int) -> bytes:
         if self.codec is None:

@@ -7,36 +7,30 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Floats", "as_floats", "checked", "entropy", "ratio"]
+from hashemb.ctr._checks import check_all, check_weights
+from hashemb.ctr._types import Float64Array
 
-Floats = npt.NDArray[np.float64]
+__all__ = ["as_floats", "checked", "entropy", "ratio"]
 
 
-def as_floats(values: npt.ArrayLike) -> Floats:
+def as_floats(values: npt.ArrayLike) -> Float64Array:
     """Convert to a contiguous array of float64."""
     return np.asarray(values, np.float64, order="C")
 
 
 def checked(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Float64Array, Float64Array, Float64Array]:
     """Return labels, probabilities and weights as float64, or raise a ValueError that describes the fault."""
     y, p = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
     if y.ndim != 1 or y.shape != p.shape:
         raise ValueError(f"labels and probabilities must be 1-D and of one length, got {y.shape} and {p.shape}")
-    _check_all("labels must be 0 or 1", y, (y == 0.0) | (y == 1.0))
-    _check_all("probabilities must be in [0, 1]", p, (p >= 0.0) & (p <= 1.0))
-    w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
-    if w.shape != y.shape:
-        raise ValueError(f"weights must have shape {y.shape}, one per label, got {w.shape}")
-    _check_all("weights must be finite and at least 0", w, (w >= 0.0) & (w < math.inf))
+    check_all("labels must be 0 or 1", y, (y == 0.0) | (y == 1.0))
+    check_all("probabilities must be in [0, 1]", p, (p >= 0.0) & (p <= 1.0))
+    w = np.ones(len(y))
+    if weights is not None:
+        w = check_weights(np.asarray(weights, np.float64), len(y), each="label", bound="at least 0")
     return y, p, w
-
-
-def _check_all(rule: str, values: Floats, good: npt.NDArray[np.bool_]) -> None:
-    if not good.all():
-        first = int(np.argmin(good))
-        raise ValueError(f"{rule}, got {values[first]} at index {first}")
 
 
 def entropy(positives: float, examples: float) -> float:

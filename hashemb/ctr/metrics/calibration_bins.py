@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from scipy.special import ndtri
+
+from hashemb.ctr._types import Float64Array
 
 __all__ = ["CalibrationBin", "calibration_bins", "expected_calibration_error", "wilson_interval"]
 
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-Floats = npt.NDArray[np.float64]
+_Z95 = float(ndtri(0.975))  # of the normal distribution
 
 
 class CalibrationBin(NamedTuple):
@@ -57,7 +57,11 @@ def wilson_interval(rate: float, count: float) -> tuple[float, float]:
 
 
 def calibration_bins(
-    scores: Floats, weights: Floats, positive_weights: Floats, squared_weights: Floats, num_bins: int
+    scores: Float64Array,
+    weights: Float64Array,
+    positive_weights: Float64Array,
+    squared_weights: Float64Array,
+    num_bins: int,
 ) -> list[CalibrationBin]:
     """Put groups of examples into bins of equal weight.
 

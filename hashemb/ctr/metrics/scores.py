@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb._packages import require
-from hashemb.ctr.metrics.basics import Floats, checked, entropy, ratio
+from hashemb.ctr._types import Float64Array
+from hashemb.ctr.metrics.basics import checked, entropy, ratio
 from hashemb.ctr.metrics.calibration_bins import CalibrationBin, calibration_bins
 
 __all__ = [
@@ -111,7 +112,9 @@ def gauc(
     return ratio(float(areas[defined] @ impressions[defined]), float(impressions[defined].sum()))
 
 
-def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+def _areas(
+    y: Float64Array, p: Float64Array, w: Float64Array, groups: npt.NDArray[np.intp]
+) -> tuple[Float64Array, Float64Array]:
     """Compute the AUC and the weight of each group, numbered from 0; the AUC is NaN where a class is absent.
 
     It takes one sort by (group, score). A positive scores above all negatives before its tie and half of those in it.
@@ -130,7 +133,7 @@ def _areas(y: Floats, p: Floats, w: Floats, groups: npt.NDArray[np.intp]) -> tup
     pairs = negatives_of * positives_of
     areas = np.full(len(pairs), math.nan)
     np.divide(ordered, pairs, out=areas, where=pairs > 0.0)
-    impressions: Floats = np.bincount(groups, w).astype(np.float64, copy=False)
+    impressions: Float64Array = np.bincount(groups, w).astype(np.float64, copy=False)
     return areas, impressions
 
 

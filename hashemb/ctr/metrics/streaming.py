@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from hashemb.ctr._json_values import as_number, as_text, as_whole
 from hashemb.ctr._maths import add_scores
-from hashemb.ctr.metrics.basics import Floats, as_floats, checked, entropy, ratio
+from hashemb.ctr._types import Float64Array
+from hashemb.ctr.metrics.basics import as_floats, checked, entropy, ratio
 from hashemb.ctr.metrics.calibration_bins import CalibrationBin, calibration_bins
 
 __all__ = ["StreamingMetrics"]
@@ -53,7 +54,7 @@ class StreamingMetrics:
         self._sum_probabilities = 0.0
         self._examples = 0
         self._histogram = np.zeros((2, _NUM_BINS))  # [label, bin of the logit] -> sum of weights
-        self._squares: Floats | None = None  # the same for squared weights; None while all weights are 1
+        self._squares: Float64Array | None = None  # the same for squared weights; None while all weights are 1
 
     def update(self, labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
         """Add a batch; arguments and errors as for `auc`. A rejected batch changes nothing."""
@@ -195,11 +196,11 @@ class StreamingMetrics:
         )
 
 
-def _packed(values: Floats, dtype: str) -> str:
+def _packed(values: Float64Array, dtype: str) -> str:
     return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 1)).decode("ascii")
 
 
-def _unpacked(state: Mapping[str, Any], name: str, dtype: str) -> Floats:
+def _unpacked(state: Mapping[str, Any], name: str, dtype: str) -> Float64Array:
     """Decompress an array, up to its maximum size only: a few bytes could expand to gigabytes."""
     size_bytes = 2 * _NUM_BINS * np.dtype(dtype).itemsize
     try:

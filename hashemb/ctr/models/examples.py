@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Examples", "check_examples", "check_labels", "check_weights"]
+from hashemb.ctr import _checks
+from hashemb.ctr._types import Array, Float32Array
 
-Float32Array = npt.NDArray[np.float32]
-KeyArray = npt.NDArray[Any]
+__all__ = ["Examples", "check_examples", "check_labels", "check_weights"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Examples:
         Value and field of each key.
     """
 
-    keys: KeyArray
+    keys: Array
     count: int
     num_fields: int
     offsets: npt.NDArray[np.int64] | None = None
@@ -63,7 +63,7 @@ class Examples:
 
 
 def check_examples(
-    keys: KeyArray, offsets: Any = None, values: Any = None, fields: Any = None, *, num_fields: int | None = None
+    keys: Array, offsets: Any = None, values: Any = None, fields: Any = None, *, num_fields: int | None = None
 ) -> Examples:
     """Check a batch.
 
@@ -89,7 +89,7 @@ def check_examples(
         return Examples(keys, keys.shape[0], keys.shape[1], values=values)
     if keys.ndim != 1:
         raise ValueError(f"keys must have shape (num_keys,) with offsets, got {keys.ndim} dimensions: {keys.shape}")
-    offsets = _check_offsets(offsets, keys.size)
+    offsets = _checks.check_offsets(offsets, keys.size)
     fields = _check_fields(fields, keys.size, num_fields)
     return Examples(keys, len(offsets) - 1, 0, offsets, values, fields)
 
@@ -99,10 +99,7 @@ def check_labels(labels: npt.ArrayLike, n: int) -> Float32Array:
     y = np.ascontiguousarray(labels, np.float32)
     if y.shape != (n,):
         raise ValueError(f"labels must have shape ({n},), one per example (row of keys), got {y.shape}")
-    inside = (y >= 0.0) & (y <= 1.0)  # False for NaN
-    if not inside.all():
-        first = int(np.argmin(inside))
-        raise ValueError(f"labels must be in [0, 1], got {y[first]} at index {first}")
+    _checks.check_all("labels must be in [0, 1]", y, (y >= 0.0) & (y <= 1.0))  # False for NaN
     return y
 
 
@@ -110,17 +107,10 @@ def check_weights(weights: npt.ArrayLike | None, n: int) -> Float32Array | None:
     """Check for finite weights >= 0, one for each of `n` examples."""
     if weights is None:
         return None
-    w = np.ascontiguousarray(weights, np.float32)
-    if w.shape != (n,):
-        raise ValueError(f"weights must have shape ({n},), one per example, got {w.shape}")
-    fine = (w >= 0.0) & np.isfinite(w)
-    if not fine.all():
-        first = int(np.argmin(fine))
-        raise ValueError(f"weights must be finite and >= 0, got {w[first]} at index {first}")
-    return w
+    return _checks.check_weights(np.ascontiguousarray(weights, np.float32), n, each="example")
 
 
-def _check_matrix(keys: KeyArray, fields: Any, num_fields: int | None) -> None:
+def _check_matrix(keys: Array, fields: Any, num_fields: int | None) -> None:
     if keys.ndim != 2:
         raise ValueError(
             f"keys must have shape (n, num_fields), or come with offsets, got {keys.ndim} dimensions: {keys.shape}"
@@ -142,22 +132,6 @@ def _check_values(values: Any, shape: tuple[int, ...]) -> Float32Array:
         index = tuple(map(int, np.unravel_index(first, shape)))
         raise ValueError(f"values must be finite, got {x[first]} at index {index}")
     return x
-
-
-def _check_offsets(offsets: Any, num_keys: int) -> npt.NDArray[np.int64]:
-    found = np.asarray(offsets)
-    if found.dtype.kind not in "iu":
-        raise TypeError(f"offsets must be integers, got {found.dtype}")
-    if found.ndim != 1 or found.size == 0:
-        raise ValueError(f"offsets must have shape (n + 1,), got {found.shape}")
-    o = np.ascontiguousarray(found, np.int64)
-    if o[0] != 0 or o[-1] != num_keys:
-        raise ValueError(f"offsets must go from 0 to {num_keys}, the number of keys; they go from {o[0]} to {o[-1]}")
-    rising = o[1:] >= o[:-1]
-    if not rising.all():
-        first = int(np.argmin(rising))
-        raise ValueError(f"offsets must not fall: {o[first]} at index {first}, then {o[first + 1]}")
-    return o
 
 
 def _check_fields(fields: Any, num_keys: int, num_fields: int | None) -> npt.NDArray[np.int32] | None:

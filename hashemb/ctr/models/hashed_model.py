@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 import hashemb
 from hashemb.ctr._maths import BLOCK_EXAMPLES, DistinctKeys, Maths
+from hashemb.ctr._types import Array, Float32Array
 from hashemb.ctr.models.examples import Examples, check_examples, check_labels, check_weights
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BIAS_FIELD", "HashedModel"]
 
-Float32Array = npt.NDArray[np.float32]
-KeyArray = npt.NDArray[Any]
 Numbering = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]
 
 BIAS_FIELD = "hashemb.bias"  # reserved: no data column may have this name
@@ -81,13 +80,13 @@ class HashedModel:
         return hashemb.hash_keys(["bias"], field=BIAS_FIELD)
 
     def predict_logits(
-        self, keys: KeyArray, *, offsets: Any = None, values: Any = None, fields: Any = None
+        self, keys: Array, *, offsets: Any = None, values: Any = None, fields: Any = None
     ) -> Float32Array:
         """Predict the log-odds of each example, float32 (n,); arguments as for `predict_proba`."""
         return self._predict(check_examples(keys, offsets, values, fields, num_fields=self.num_fields), logits=True)
 
     def predict_proba(
-        self, keys: KeyArray, *, offsets: Any = None, values: Any = None, fields: Any = None
+        self, keys: Array, *, offsets: Any = None, values: Any = None, fields: Any = None
     ) -> Float32Array:
         """Predict the probability of label 1 for each example.
 
@@ -115,7 +114,7 @@ class HashedModel:
 
     def learn(
         self,
-        keys: KeyArray,
+        keys: Array,
         labels: npt.ArrayLike,
         *,
         offsets: Any = None,
@@ -204,7 +203,7 @@ class HashedModel:
         )
 
     def _find_distinct(
-        self, keys: KeyArray, numbering: Numbering | None
+        self, keys: Array, numbering: Numbering | None
     ) -> tuple[npt.NDArray[np.uint64], Float32Array, Float32Array, npt.NDArray[np.int32]]:
         """Find the distinct keys; return them after the reserved keys, with buffers and the position of each key.
 

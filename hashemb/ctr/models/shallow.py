@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_expit
 
 import hashemb
+from hashemb.ctr._types import Float32Array
 from hashemb.ctr.models.hashed_model import BIAS_FIELD, HashedModel
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ __all__ = [
     "logistic_loss",
 ]
 
-Float32Array = npt.NDArray[np.float32]
 
 PAIR_FIELD = "hashemb.pair"  # reserved, as is BIAS_FIELD: no data column may have this name
 
@@ -50,7 +51,8 @@ def logistic_loss(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDA
     [0.6931, 0.0, 1000.0]
     """
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
-    return y * np.logaddexp(0.0, -z) + (1.0 - y) * np.logaddexp(0.0, z)
+    loss: npt.NDArray[np.float64] = -(y * log_expit(z) + (1.0 - y) * log_expit(-z))
+    return loss
 
 
 class FactorizationMachine(HashedModel):

@@ -67,7 +67,10 @@ def _svg(name: str, height: float, draw: Callable[[Any], None]) -> str:
 
 
 def _for_a_page(text: str, name: str) -> str:
-    """Extract the <svg> element and adapt its width, identifiers and colours to the page."""
+    """Extract the <svg> element and adapt its width, identifiers and colours to the page.
+
+    The element is part of the page, because an image of its own could not take the page's colours.
+    """
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -181,7 +184,7 @@ def _logarithmic(axes: Any, axis: str, values: Any) -> None:
 
 
 def plain_number(value: float) -> str:
-    """Format a number for an axis.
+    """Format a number for an axis; unlike Matplotlib's `EngFormatter`, which writes 20m, leave small ones as they are.
 
     >>> [plain_number(value) for value in (0.02, 1.0, 500.0, 2000.0, 1e6, 2.5e9)]
     ['0.02', '1', '500', '2k', '1M', '2.5G']

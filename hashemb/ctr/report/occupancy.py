@@ -6,7 +6,6 @@ on the number of touched rows.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,15 +16,14 @@ import numpy.typing as npt
 
 from hashemb.ctr._json_values import as_object, as_whole, parse_file
 from hashemb.ctr._power_law import splitmix
+from hashemb.ctr._types import Int64Array, UInt64Array
 
 if TYPE_CHECKING:
     from hashemb import EmbeddingTable
     from hashemb.ctr.data import Batch
 
-__all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "expected_rate", "row_norms"]
+__all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "row_norms"]
 
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
 
 _PENDING_KEYS = 1 << 20
 _BLOCKS_OFFSET_BYTES = 4096  # docs/format.md: the data of every array file starts here
@@ -44,20 +42,6 @@ class FieldCollisions(NamedTuple):
     def rate(self) -> float:
         """Share of the keys that collide; 0 if there are no keys."""
         return self.sharing_keys / self.distinct_keys if self.distinct_keys else 0.0
-
-
-def expected_rate(distinct_keys: int, num_embeddings: int, num_hashes: int = 1) -> float:
-    """Return the expected share of keys that share all their rows with other keys.
-
-    The share is ``(1 - (1 - 1/n)**(k (D - 1)))**k``, for D keys and k hashes into n rows.
-
-    >>> round(expected_rate(1000, 1000), 3), expected_rate(1, 1000), round(expected_rate(1000, 1000, 2), 3)
-    (0.632, 0.0, 0.747)
-    """
-    if distinct_keys < 2 or num_embeddings == 1:
-        return float(distinct_keys > 1)
-    shared = -math.expm1(num_hashes * (distinct_keys - 1) * math.log1p(-1.0 / num_embeddings))
-    return float(shared**num_hashes)
 
 
 class KeyCensus:
@@ -80,7 +64,7 @@ class KeyCensus:
     def __init__(self, fields: Sequence[str]) -> None:
         self.fields = list(fields)
         self._distinct = [np.empty(0, np.uint64) for _ in self.fields]
-        self._pending: list[list[U64]] = [[] for _ in self.fields]
+        self._pending: list[list[UInt64Array]] = [[] for _ in self.fields]
         self._num_pending = 0
 
     def add(self, batch: Batch) -> None:
@@ -92,7 +76,7 @@ class KeyCensus:
         if self._num_pending > _PENDING_KEYS:
             self._merge()
 
-    def distinct(self) -> list[U64]:
+    def distinct(self) -> list[UInt64Array]:
         """Return the distinct keys of each field, in ascending order."""
         self._merge()
         return self._distinct
@@ -122,7 +106,7 @@ def _in_field(batch: Batch, number: int) -> npt.NDArray[np.bool_]:
     return inside
 
 
-def _sharing(rows: I64) -> npt.NDArray[np.bool_]:
+def _sharing(rows: Int64Array) -> npt.NDArray[np.bool_]:
     """Return for each key (one line of `rows`) whether all its rows are also rows of other keys."""
     _, codes, counts = np.unique(rows, return_inverse=True, return_counts=True)
     own = (rows[:, :, None] == rows[:, None, :]).sum(axis=2)
@@ -176,14 +160,14 @@ def _block_rows(values: object) -> int:
     return as_whole(as_object(values, "meta.json").get("block_rows"), "block_rows", 1, 4096)
 
 
-def _evenly(numbers: I64, most: int) -> I64:
+def _evenly(numbers: Int64Array, most: int) -> Int64Array:
     """Return all numbers, or `most` evenly spaced ones."""
     if len(numbers) <= most:
         return numbers
     return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
 
 
-def _written_blocks(path: str | os.PathLike[str]) -> I64:
+def _written_blocks(path: str | os.PathLike[str]) -> Int64Array:
     """Return the numbers of the blocks ever written, in ascending order; holes in the file are skipped."""
     found = [np.empty(0, np.int64)]
     with open(Path(path, "blocks.npy"), "rb", buffering=0) as file:
@@ -208,7 +192,7 @@ def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
         yield first, (position - _BLOCKS_OFFSET_BYTES) // 4 - first
 
 
-def _keys_of_rows(rows: I64, num_embeddings: int, seed: int) -> U64:
+def _keys_of_rows(rows: Int64Array, num_embeddings: int, seed: int) -> UInt64Array:
     """Return a key for each row: the inverse of ``row = mulhi64(fmix64(key ^ salt), num_embeddings)``."""
     mixed = np.array([-(-(row << 64) // num_embeddings) for row in rows.tolist()], np.uint64)
     for inverse in _FMIX_INVERSES:

@@ -1,13 +1,15 @@
-"""The page of a report: plain HTML in one self-contained file, with a table for every figure."""
+"""The contents of a report: its sections, with a table for every figure. `page.html.j2` turns them into HTML."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 import hashemb
+from hashemb._packages import require
 from hashemb._text import format_bytes, printable
 from hashemb.ctr.metrics import CalibrationBin, StreamingMetrics, expected_calibration_error
 from hashemb.ctr.report.facts import RunFacts
@@ -19,37 +21,57 @@ from hashemb.ctr.report.figures import (
     memory_figure,
     norm_figure,
 )
-from hashemb.ctr.report.occupancy import expected_rate
 from hashemb.ctr.training import ProgressRow
+from hashemb.stats import collision_rate
 
 __all__ = ["page"]
 
 _SHOWN_ROWS = 20
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --line: #c9ced6; --soft: #f2f4f7;
-        --first: #0b62c4; --second: #b34700; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --paper: #14171c; --line: #414853; --soft: #1e232b; --first: #6cb0ff; --second: #ffa25c; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 48rem; color: var(--ink); background: var(--paper);
-       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-a { color: var(--first); } nav ul { padding-left: 1.2rem; }
-figure { margin: 1rem 0; } figure svg { display: block; width: 100%; max-width: 36rem; height: auto; }
-figcaption { font-size: .9rem; }
-.scroll { overflow-x: auto; } .scroll:focus { outline: 2px solid var(--first); }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child, table.text td { text-align: left; } thead th { background: var(--soft); }
-table.text td { overflow-wrap: anywhere; } tbody th { font-weight: 400; }
-@media (max-width: 30rem) { table { font-size: .8rem; } th, td { padding: .25rem .3rem; } }
-summary { cursor: pointer; padding: .3rem 0; }
-"""
+_TEMPLATE = "page.html.j2"
 
 Cells = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: ClassVar = "text"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its caption, which is also its text alternative."""
+
+    svg: str
+    caption: str
+    kind: ClassVar = "figure"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, which scrolls separately on narrow screens; the first cell of each row is its heading."""
+
+    caption: str
+    head: Cells
+    rows: Sequence[Cells]
+    summary: str = ""  # of the closed element that contains the table, if any
+    has_text: bool = False  # and not numbers
+    kind: ClassVar = "table"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A list in a closed element."""
+
+    summary: str
+    lines: Sequence[str]
+    kind: ClassVar = "lines"
+
+
+Parts = Iterator[Text | Figure | Table | Lines]
 
 
 def page(facts: RunFacts) -> str:
@@ -62,44 +84,50 @@ def page(facts: RunFacts) -> str:
         ("norms", "Norms of rows", _norms(facts)),
         ("memory", "AUC against memory", _memory(facts)),
         ("data", "Data learned", _data(facts)),
-        ("settings", "Settings", [_table("The table and the model", ("", ""), facts.settings, text=True)]),
+        ("settings", "Settings", [Table("The table and the model", ("", ""), facts.settings, has_text=True)]),
     ]
-    title = _escaped(f"{facts.name}: report on a click-through-rate model")
-    links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
-    body = "\n".join(
-        f'<section aria-labelledby="{key}">\n<h2 id="{key}">{heading}</h2>\n' + "\n".join(parts) + "\n</section>"
-        for key, heading, parts in sections
+    jinja = require("jinja2", "report")
+    environment = jinja.Environment(
+        loader=jinja.PackageLoader("hashemb.ctr.report", "."),
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
-        f"<p>Made by hashemb {_escaped(hashemb.__version__)}.</p>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n{body}\n</main>\n</body>\n</html>\n'
+    text: str = environment.get_template(_TEMPLATE).render(
+        title=f"{facts.name}: report on a click-through-rate model", version=hashemb.__version__, sections=sections
     )
+    return text
+
+
+def _printable(value: Any) -> Any:
+    """Replace control characters in text; a figure, which is markup already, passes."""
+    return printable(value) if type(value) is str else value
 
 
 # ---- sections ----
 
 
-def _metrics(facts: RunFacts) -> Iterator[str]:
+def _metrics(facts: RunFacts) -> Parts:
     columns = {}
     if facts.evaluation is not None:
         columns["data given"] = (facts.evaluation.metrics, facts.evaluation.gauc)
         files = ", ".join(facts.evaluation.paths)
-        yield _text(f"Data given: {files}; {_bad_rows(facts.evaluation.bad_rows)}.")
+        yield Text(f"Data given: {files}; {_bad_rows(facts.evaluation.bad_rows)}.")
     if facts.learning.examples:
         columns["while learning"] = (facts.learning, None)
-        yield _text(f"While learning, each example was scored before it was learned (pass {facts.passes}).")
+        yield Text(f"While learning, each example was scored before it was learned (pass {facts.passes}).")
         if facts.passes > 1:
-            yield _text("In that pass the examples had been learned before: its figures are not of unseen data.")
+            yield Text("In that pass the examples had been learned before: its figures are not of unseen data.")
     if not columns:
-        yield _text("The model has learned nothing yet, and no data was given to score.")
+        yield Text("The model has learned nothing yet, and no data was given to score.")
         return
     names = [name for name, _ in _figures(StreamingMetrics(), None)]
     values = [[value for _, value in _figures(metrics, gauc)] for metrics, gauc in columns.values()]
     rows = [row for row in zip(names, *values, strict=True) if any(cell != "–" for cell in row[1:])]
-    yield _table("Metrics", ("", *columns), rows)
+    yield Table("Metrics", ("", *columns), rows)
 
 
 def _figures(metrics: StreamingMetrics, gauc: float | None) -> Iterator[tuple[str, str]]:
@@ -115,20 +143,20 @@ def _figures(metrics: StreamingMetrics, gauc: float | None) -> Iterator[tuple[st
     yield "expected calibration error, deciles", _number(error, 5)
 
 
-def _curve(facts: RunFacts) -> Iterator[str]:
+def _curve(facts: RunFacts) -> Parts:
     rows = [row for row in facts.curve if row.logloss == row.logloss]
     if not rows:
-        yield _text("No row of the progressive table is kept with this model.")
+        yield Text("No row of the progressive table is kept with this model.")
         return
     first, last = rows[0], rows[-1]
-    yield _figure(
+    yield Figure(
         curve_figure(rows),
         f"Log loss of predictions made before learning, over the first pass: from {first.logloss_since_last:.4f} at "
         f"{first.examples:,} examples to {last.logloss_since_last:.4f} at {last.examples:,} (since the row before).",
     )
     head = ("examples", "since last", "log loss", "NE", "AUC")
-    table = _table("Progressive table", head, [_curve_cells(row) for row in rows])
-    yield table if len(rows) <= _SHOWN_ROWS else f"<details><summary>All {len(rows)} rows</summary>{table}</details>"
+    summary = "" if len(rows) <= _SHOWN_ROWS else f"All {len(rows)} rows"
+    yield Table("Progressive table", head, [_curve_cells(row) for row in rows], summary)
 
 
 def _curve_cells(row: ProgressRow) -> Cells:
@@ -136,30 +164,30 @@ def _curve_cells(row: ProgressRow) -> Cells:
     return (f"{row.examples:,}", *(_number(value, 5) for value in figures))
 
 
-def _calibration(facts: RunFacts) -> Iterator[str]:
+def _calibration(facts: RunFacts) -> Parts:
     metrics = facts.evaluation.metrics if facts.evaluation else facts.learning
     bins = metrics.calibration_by_quantile()
     if not bins:
-        yield _text("There are no predictions to compare.")
+        yield Text("There are no predictions to compare.")
         return
     inside = sum(bin.low <= bin.predicted <= bin.high for bin in bins)
     source = "the data given" if facts.evaluation else "predictions made before learning"
-    yield _figure(
+    yield Figure(
         calibration_figure(bins),
         f"Observed against predicted click-through rate by decile of the prediction, on {source}. In {inside} of "
         f"{len(bins)} the prediction lies inside the 95 % interval of what was observed.",
     )
     head = ("examples", "predicted", "observed", "95 % from", "to")
-    yield _table("Deciles of the prediction", head, [_bin_cells(bin) for bin in bins])
+    yield Table("Deciles of the prediction", head, [_bin_cells(bin) for bin in bins])
 
 
 def _bin_cells(bin: CalibrationBin) -> Cells:
     return (f"{bin.weight:,.0f}", *(f"{value:.5f}" for value in bin[1:]))
 
 
-def _collisions(facts: RunFacts) -> Iterator[str]:
+def _collisions(facts: RunFacts) -> Parts:
     stats = facts.stats
-    yield _text(
+    yield Text(
         f"{stats.rows_touched:,} of {stats.num_embeddings:,} rows are in use "
         f"({stats.rows_touched / stats.num_embeddings:.2%}), by an estimated "
         f"{stats.estimated_distinct_keys:,.0f} keys; {stats.collision_rate:.2%} of keys are expected to share "
@@ -167,104 +195,68 @@ def _collisions(facts: RunFacts) -> Iterator[str]:
     )
     fields = [field for field in facts.evaluation.collisions if field.distinct_keys] if facts.evaluation else []
     if not fields:
-        yield _text("Which fields they are in is known only of data: give some.")
+        yield Text("Which fields they are in is known only of data: give some.")
         return
     distinct = sum(field.distinct_keys for field in fields)
-    expected = expected_rate(distinct, stats.num_embeddings, facts.num_hashes)
+    expected = collision_rate(distinct, stats.num_embeddings, facts.num_hashes)
     shown = f", the {MAX_BARS} largest fields" if len(fields) > MAX_BARS else ""
-    yield _figure(
+    yield Figure(
         collision_figure(fields, expected),
         f"Share of each field's keys in the data given that share every row with another of its keys{shown}; the line "
         f"is what is expected of {distinct:,} distinct keys, {expected:.2%}.",
     )
     cells = [(f.field, f"{f.distinct_keys:,}", f"{f.sharing_keys:,}", f"{f.rate:.2%}") for f in fields]
-    yield _table("Counted on the data given", ("field", "distinct keys", "sharing", "share"), cells)
+    yield Table("Counted on the data given", ("field", "distinct keys", "sharing", "share"), cells)
 
 
-def _norms(facts: RunFacts) -> Iterator[str]:
+def _norms(facts: RunFacts) -> Parts:
     norms = facts.norms.norms
     if not (norms > 0.0).any():
-        yield _text("No row has been written yet.")
+        yield Text("No row has been written yet.")
         return
     what = "a sample of the rows touched, blocks evenly spaced" if facts.norms.sampled else "all rows touched"
     owing = ", as stored: without the decay that a row still owes" if facts.norms.as_stored else ""
     quantiles = np.quantile(norms, (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)).tolist()
-    yield _figure(
+    yield Figure(
         norm_figure(facts.norms),
         f"Norms of {len(norms):,} rows ({what}{owing}): half of them are above {quantiles[3]:.4g}.",
     )
     head = ("least", "1 %", "10 %", "median", "90 %", "99 %", "greatest")
-    yield _table("Quantiles of the norm", head, [[f"{value:.4g}" for value in quantiles]])
+    yield Table("Quantiles of the norm", head, [[f"{value:.4g}" for value in quantiles]])
 
 
-def _memory(facts: RunFacts) -> Iterator[str]:
+def _memory(facts: RunFacts) -> Parts:
     points = [point for point in facts.memory if point.auc == point.auc]
     where = "the data given" if facts.evaluation else "what each had learned, scored before it was learned"
     if len(points) > 1:
         best = max(points, key=lambda point: point.auc)
-        yield _figure(
+        yield Figure(
             memory_figure(points),
             f"AUC on {where} against the bytes that the table takes on disk, of {len(points)} models; the best is "
             f"{best.name}, {best.auc:.4f} with {format_bytes(best.disk_bytes)}.",
         )
     else:
-        yield _text("With other models to compare it with (--compare), a picture stands here.")
+        yield Text("With other models to compare it with (--compare), a picture stands here.")
     cells = [
         (p.name, f"{p.num_embeddings:,} × {p.embedding_dim}", p.dtype, format_bytes(p.disk_bytes),
          _number(p.auc, 5), _number(p.logloss, 6))
         for p in facts.memory
     ]  # fmt: skip
-    yield _table(f"On {where}", ("model", "rows", "dtype", "on disk", "AUC", "log loss"), cells)
+    yield Table(f"On {where}", ("model", "rows", "dtype", "on disk", "AUC", "log loss"), cells)
 
 
-def _data(facts: RunFacts) -> Iterator[str]:
+def _data(facts: RunFacts) -> Parts:
     if not facts.sources:
-        yield _text("No files are known: nothing learned yet, or only standard input and pipes.")
+        yield Text("No files are known: nothing learned yet, or only standard input and pipes.")
         return
     cells = [
         (path, f"{s.passes}", f"{s.rows or s.rows_per_pass:,}", f"{s.bad_rows:,}", format_bytes(s.size_bytes))
         for path, s in facts.sources.items()
     ]
-    yield _table("Files", ("file", "passes", "rows", "bad rows", "size"), cells)
+    yield Table("Files", ("file", "passes", "rows", "bad rows", "size"), cells)
     bad = [line for source in facts.sources.values() for line in source.bad_lines]
     if bad:
-        items = "".join(f"<li>{_escaped(line)}</li>" for line in bad)
-        yield f"<details><summary>The first bad rows, with the reasons</summary><ul>{items}</ul></details>"
-
-
-# ---- pieces ----
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def _text(text: str) -> str:
-    return f"<p>{_escaped(text)}</p>"
-
-
-def _figure(svg: str, caption: str) -> str:
-    """Format a figure with its caption, which is also its text alternative."""
-    text = _escaped(caption)
-    return f'<figure role="img" aria-label="{text}">{svg}<figcaption>{text}</figcaption></figure>'
-
-
-def _table(caption: str, head: Cells, rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
-    """Format a table that scrolls separately on narrow screens; the first cell of each row is its heading."""
-    name = _escaped(caption)
-    columns = "".join(f'<th scope="col">{_escaped(cell)}</th>' if cell else "<td></td>" for cell in head)
-    lines = "\n".join(
-        f'<tr><th scope="row">{_escaped(row[0])}</th>'
-        + "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    heading = f"<thead><tr>{columns}</tr></thead>\n" if any(head) else ""
-    kind = ' class="text"' if text else ""
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table{kind}>'
-        f"<caption>{name}</caption>\n{heading}<tbody>\n{lines}\n</tbody></table></div>"
-    )
+        yield Lines("The first bad rows, with the reasons", bad)
 
 
 def _number(value: float, digits: int) -> str:

@@ -23,9 +23,11 @@ import numpy.typing as npt
 
 from hashemb._packages import require
 from hashemb._random import fmix64
-from hashemb.ctr._power_law import F64, I64, U64, draws, gaussian, log_normal, power_law, splitmix
+from hashemb.ctr._power_law import draws, gaussian, log_normal, power_law, splitmix
+from hashemb.ctr._replacing import replacing
+from hashemb.ctr._types import Float64Array, Int64Array, UInt64Array
 from hashemb.ctr.data import CRITEO_LABEL, CRITEO_SCHEMA, bucketize_counts, encode
-from hashemb.ctr.synthetic.writers import SUFFIXES, open_writer, replacing
+from hashemb.ctr.synthetic.writers import SUFFIXES, open_writer
 
 __all__ = ["TRUE_RANK", "ImpressionStream", "Impressions", "truth_path"]
 
@@ -73,9 +75,9 @@ class Impressions:
 
     columns: dict[str, Any]
     labels: npt.NDArray[np.float32]
-    probabilities: F64
+    probabilities: Float64Array
 
-    def keys(self) -> U64:
+    def keys(self) -> UInt64Array:
         """Return hashed keys, (n, 39), the same as `open_reader` computes for a file of these impressions."""
         return encode(self.columns, CRITEO_SCHEMA)
 
@@ -143,7 +145,7 @@ class ImpressionStream:
         uniform = (draws(self._label_salt, start, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return Impressions(columns, (uniform < probabilities).astype(np.float32), probabilities)
 
-    def _draw(self, start: int, count: int) -> tuple[dict[str, Any], F64]:
+    def _draw(self, start: int, count: int) -> tuple[dict[str, Any], Float64Array]:
         """Draw the columns, and compute logits without the bias."""
         logits = np.zeros(count)
         columns, vectors = {}, {}
@@ -212,15 +214,15 @@ class _Column:
         self._effect = effect
         self._draw_salt, self._effect_salt, self._vector_salt = next(salts), next(salts), next(salts)
 
-    def _words(self, start: int, count: int) -> tuple[U64, npt.NDArray[np.bool_]]:
+    def _words(self, start: int, count: int) -> tuple[UInt64Array, npt.NDArray[np.bool_]]:
         words = draws(self._draw_salt, start, count)
         return words, (words & np.uint64(0xFFFF)) < self._missing_below
 
-    def effects(self, indices: I64) -> F64:
+    def effects(self, indices: Int64Array) -> Float64Array:
         """Return the main effect of each value."""
         return gaussian(fmix64(indices.astype(np.uint64) ^ np.uint64(self._effect_salt))) * self._effect
 
-    def vectors(self, indices: I64) -> list[F64]:
+    def vectors(self, indices: Int64Array) -> list[Float64Array]:
         """Return the coordinates, 1 or -1, of the vector of each value."""
         words = fmix64(indices.astype(np.uint64) ^ np.uint64(self._vector_salt))
         bits = [(words >> np.uint64(bit) & np.uint64(1)).astype(np.float64) for bit in range(_PAIR_RANK)]
@@ -237,7 +239,7 @@ class _Integer(_Column):
         self._distribution = log_normal(log2_median, log2_std)
         self._smallest = smallest
 
-    def draw(self, start: int, count: int) -> tuple[I64, Any]:
+    def draw(self, start: int, count: int) -> tuple[Int64Array, Any]:
         """Return the indices that determine the effects, and the column; the index of a count is its bucket."""
         words, missing = self._words(start, count)
         counts = self._distribution.ranks(words) + (self._smallest - 1)
@@ -262,7 +264,7 @@ class _Categorical(_Column):
         self._phase_salt, self._name_salt = next(salts), next(salts)
         self._stride = _coprime_near(size * 0.618, size)
 
-    def _indices(self, words: U64, start: int) -> I64:
+    def _indices(self, words: UInt64Array, start: int) -> Int64Array:
         """Return the value, 0 to `size` - 1, that each impression's word selects.
 
         The word determines a rank of popularity. The value at each rank moves on by `stride` once per period, with a
@@ -278,10 +280,10 @@ class _Categorical(_Column):
         generations = clock // self._drift_period
         return (ranks - 1 + generations % self._size * self._stride) % self._size
 
-    def _fraction_of_period(self, words: U64) -> I64:
+    def _fraction_of_period(self, words: UInt64Array) -> Int64Array:
         return ((fmix64(words) >> np.uint64(36)) * np.uint64(self._drift_period or 0) >> np.uint64(28)).astype(np.int64)
 
-    def draw(self, start: int, count: int) -> tuple[I64, Any]:
+    def draw(self, start: int, count: int) -> tuple[Int64Array, Any]:
         """Return the indices that determine the effects, and the column."""
         words, missing = self._words(start, count)
         indices = self._indices(words, start)
@@ -321,7 +323,7 @@ def _hexadecimal(numbers: Any) -> Any:
     )
 
 
-def _solve_bias(logits: F64, base_ctr: float) -> float:
+def _solve_bias(logits: Float64Array, base_ctr: float) -> float:
     """Find the bias at which the mean probability is `base_ctr`, by bisection, to 4 decimal places."""
     low, high = -40.0, 40.0
     for _ in range(40):

@@ -1,8 +1,7 @@
-"""Write files of impressions under a temporary name and rename them when they are complete."""
+"""Write files of impressions, as Parquet or tab-separated text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,23 +10,12 @@ from typing import Any
 from hashemb._packages import require
 from hashemb.ctr.data import CRITEO_SCHEMA
 
-__all__ = ["SUFFIXES", "open_writer", "replacing"]
+__all__ = ["SUFFIXES", "open_writer"]
 
 Write = Callable[[dict[str, Any]], None]
 
 _TSV_CODECS = {".tsv": None, ".tsv.gz": "gzip", ".tsv.zst": "zstd"}
 SUFFIXES = (".parquet", *_TSV_CODECS)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Provide a temporary path next to `path`, which is renamed to `path` at the end, or removed if the block fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,11 +1,9 @@
 """Train a model on files: the trainer, progressive validation, the model directory, and scoring."""
 
 from hashemb.ctr.training.checkpoints import Checkpoints
-from hashemb.ctr.training.first_look import Plan, default_table, look, reading_text
 from hashemb.ctr.training.learning_curve import LearningCurve, ProgressRow
 from hashemb.ctr.training.model_dir import (
     MODEL_FILE,
-    Format,
     ModelCard,
     SourcePosition,
     build_model,
@@ -13,7 +11,7 @@ from hashemb.ctr.training.model_dir import (
     read_card,
     training_lock,
 )
-from hashemb.ctr.training.negatives import Correction, NegativeSampling, agreed_sampling
+from hashemb.ctr.training.negatives import Correction, NegativeSampling
 from hashemb.ctr.training.options import (
     DEFAULT_RATES,
     DEFAULTS,
@@ -23,9 +21,11 @@ from hashemb.ctr.training.options import (
     open_or_create,
     parse_count,
 )
+from hashemb.ctr.training.plan import TrainOptions, TrainPlan
 from hashemb.ctr.training.progressive import EveryN, PowersOfTwo, ProgressiveValidator, Schedule
 from hashemb.ctr.training.scoring import open_for_scoring, score, write_probabilities
-from hashemb.ctr.training.trainer import BadLines, Columns, Trainer, TrainStep, check_paths
+from hashemb.ctr.training.sources import Columns
+from hashemb.ctr.training.trainer import BadLines, Trainer, TrainStep
 
 __all__ = [
     "DEFAULTS",
@@ -37,31 +37,26 @@ __all__ = [
     "Columns",
     "Correction",
     "EveryN",
-    "Format",
     "LearningCurve",
     "ModelCard",
     "ModelOptions",
     "NegativeSampling",
-    "Plan",
     "PowersOfTwo",
     "ProgressRow",
     "ProgressiveValidator",
     "Schedule",
     "SourcePosition",
+    "TrainOptions",
+    "TrainPlan",
     "TrainStep",
     "Trainer",
-    "agreed_sampling",
     "build_model",
     "build_optimizer",
-    "check_paths",
-    "default_table",
     "load_model",
-    "look",
     "open_for_scoring",
     "open_or_create",
     "parse_count",
     "read_card",
-    "reading_text",
     "score",
     "training_lock",
     "write_probabilities",

@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args
 import hashemb
 from hashemb._text import shown
 from hashemb.ctr._json_values import as_list, as_number, as_object, as_text, as_whole, one_of, parse_file
-from hashemb.ctr.data import Kind, ReadReport
+from hashemb.ctr._replacing import replacing
+from hashemb.ctr.data import Format, Kind, ReadReport
 from hashemb.ctr.models import FactorizationMachine, FieldAwareFM, FieldWeightedFM, HashedModel
 from hashemb.ctr.training.negatives import Correction, NegativeSampling
 from hashemb.ctr.training.progressive import check_progress
@@ -40,7 +41,6 @@ __all__ = [
     "write_card",
 ]
 
-Format = Literal["auto", "criteo", "csv", "parquet", "libsvm", "libffm", "vw"]
 ModelKind = Literal["factorization_machine", "field_weighted_fm", "field_aware_fm"]
 
 MODEL_FILE = "model.json"
@@ -212,14 +212,8 @@ def write_card(directory: str | os.PathLike[str], card: ModelCard) -> None:
     """Replace the directory's `model.json`, atomically and durably. The caller must hold the `training_lock`."""
     card.hashemb_version = hashemb.__version__
     text = json.dumps(card_values(card), indent=1)
-    temporary = Path(directory, MODEL_FILE + ".new")
-    temporary.unlink(missing_ok=True)  # left by a killed writer; or a link, which must not be followed
-    with open(temporary, "x", encoding="utf-8") as file:
+    with replacing(Path(directory, MODEL_FILE)) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, Path(directory, MODEL_FILE))
-    _sync_directory(directory)
 
 
 def read_card(directory: str | os.PathLike[str]) -> ModelCard:
@@ -366,11 +360,3 @@ def training_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def _sync_directory(directory: str | os.PathLike[str]) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

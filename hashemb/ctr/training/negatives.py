@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hashemb.ctr._power_law import draws, splitmix
+from hashemb.ctr._types import Float32Array
 
 if TYPE_CHECKING:
     from hashemb.ctr.data import Batch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Correction", "NegativeSampling", "agreed_sampling"]
 
 Correction = Literal["predictions", "weights"]
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,17 @@ from hashemb.ctr.models import HashedModel
 from hashemb.ctr.training.model_dir import MODEL_FILE, ModelCard, ModelKind, build_model, load_model, write_card
 from hashemb.errors import HashembError
 
-__all__ = ["DEFAULTS", "DEFAULT_RATES", "MODELS", "ModelOptions", "build_optimizer", "open_or_create", "parse_count"]
+__all__ = [
+    "DEFAULTS",
+    "DEFAULT_RATES",
+    "MODELS",
+    "ModelOptions",
+    "build_optimizer",
+    "create_model",
+    "new_card",
+    "open_or_create",
+    "parse_count",
+]
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
              "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
@@ -160,7 +170,8 @@ def open_or_create(directory: str | os.PathLike[str], options: ModelOptions) -> 
     """
     path = Path(directory)
     if not path.exists():
-        return _create(path, options.filled())
+        filled = options.filled()
+        return create_model(path, filled, new_card(filled))
     if not (path / MODEL_FILE).exists():
         _adopt(path, options)
     model, card = load_model(path, mode="r+")
@@ -174,9 +185,9 @@ def open_or_create(directory: str | os.PathLike[str], options: ModelOptions) -> 
     return model, card
 
 
-def _create(path: Path, options: ModelOptions) -> tuple[HashedModel, ModelCard]:
+def create_model(path: Path, options: ModelOptions, card: ModelCard) -> tuple[HashedModel, ModelCard]:
+    """Create the model that `card` describes with `options`, whose defaults have been filled in."""
     given: dict[str, Any] = asdict(options)
-    card = _card(given["model"], given["rank"], options.num_fields)
     table = hashemb.create(
         path,
         num_embeddings=given["rows"],
@@ -189,6 +200,12 @@ def _create(path: Path, options: ModelOptions) -> tuple[HashedModel, ModelCard]:
     )
     write_card(path, card)
     return build_model(table, card), card
+
+
+def new_card(options: ModelOptions) -> ModelCard:
+    """Return the card of a new model with `options`, whose defaults have been filled in."""
+    given: dict[str, Any] = asdict(options)
+    return _card(given["model"], given["rank"], options.num_fields)
 
 
 def _card(model: str, rank: int, num_fields: int | None) -> ModelCard:

@@ -10,9 +10,9 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr.data import Reader, open_reader, read_ahead
+from hashemb.ctr.data import Format, Reader, open_reader, read_ahead
 from hashemb.ctr.models import HashedModel
-from hashemb.ctr.training.model_dir import Format, ModelCard
+from hashemb.ctr.training.model_dir import ModelCard
 from hashemb.ctr.training.negatives import NegativeSampling
 
 __all__ = ["ScoreBatch", "open_for_scoring", "score", "write_probabilities"]

@@ -8,22 +8,21 @@ two batches and resumed sees the same batches, and ends with the same bits, as a
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hashemb.ctr._maths import DistinctKeys
-from hashemb.ctr.data import BadLine, Batch, Reader, number_keys, open_reader, read_ahead
+from hashemb.ctr.data import BadLine, Batch, Reader, is_stream, number_keys, read_ahead
 from hashemb.ctr.models import HashedModel
 from hashemb.ctr.training.checkpoints import Checkpoints
 from hashemb.ctr.training.model_dir import ModelCard, SourcePosition, write_card
 from hashemb.ctr.training.progressive import ProgressiveValidator, ProgressRow, Schedule
+from hashemb.ctr.training.sources import Columns, check_paths, open_source, position_in
 
-__all__ = ["BadLines", "Columns", "TrainStep", "Trainer", "check_paths", "is_stream", "open_source"]
+__all__ = ["BadLines", "TrainStep", "Trainer"]
 
 _READ_AHEAD_EXAMPLES = 1 << 15
 
@@ -39,30 +38,6 @@ class BadLines:
         """Add the report of a reader that has finished."""
         self.count += reader.report.rows_bad
         self.first = (self.first + list(reader.report.bad_lines))[:20]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column options for the first file, as for `open_reader`; the model keeps the resulting schema."""
-
-    numeric: tuple[str, ...] = ()
-    categorical: tuple[str, ...] = ()
-    positive: str | None = None
-
-    def check_against(self, card: ModelCard) -> None:
-        """Raise a ValueError if `card` was made with other options."""
-        for option, names, kinds in (
-            ("numeric", self.numeric, ("count", "float")),
-            ("categorical", self.categorical, ("integer", "string")),
-        ):
-            for name in names:
-                if card.schema.get(name) not in kinds:
-                    made = f"reads it as {card.schema[name]}" if name in card.schema else "has no such field"
-                    raise ValueError(f"{option} {name!r}: the model {made}; leave the option out")
-        made_with = card.label_values or ("0", "1")
-        if self.positive is not None and self.positive != made_with[1]:
-            made = f"the model was made with {made_with[1]!r}"
-            raise ValueError(f"positive {self.positive!r}: {made}; leave the option out")
 
 
 @dataclass(frozen=True)
@@ -126,6 +101,8 @@ class Trainer:
         Column options for the first file of a new model.
     checkpoints : Checkpoints, optional
         Take a checkpoint with every save; the first is taken before anything is learned.
+    first : Reader, optional
+        The first file, already open at its beginning as the card of a new model specifies.
 
     Raises
     ------
@@ -156,6 +133,7 @@ class Trainer:
         save_seconds: float = 60.0,
         columns: Columns | None = None,
         checkpoints: Checkpoints | None = None,
+        first: Reader | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory, self.model, self.card = directory, model, card
@@ -167,9 +145,8 @@ class Trainer:
         self.examples = 0
         self.pass_number = 0
         self.validator: ProgressiveValidator | None = None
-        self.sources = {name: _position(card, name) for name in check_paths(paths)}
-        if passes > 1 and any(is_stream(path) for path in self.sources):
-            raise ValueError(f"standard input and pipes can be read once, not {passes} times")
+        self.sources = {name: position_in(card, name) for name in check_paths(paths, passes=passes)}
+        self._opened = {} if first is None else {next(iter(self.sources)): first}
         self.bytes_total = sum(
             position.size_bytes * max(0, passes - position.passes) for position in self.sources.values()
         )
@@ -251,7 +228,7 @@ class Trainer:
 
     def _learn_file(self, path: str, position: SourcePosition) -> Iterator[TrainStep]:
         assert self.validator is not None
-        reader = open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
+        reader = self._open(path, position)
         depth = max(2, _READ_AHEAD_EXAMPLES // self.card.batch_size)
         batches = read_ahead(reader, depth, at_leisure=number_keys(DistinctKeys()))
         try:
@@ -276,6 +253,13 @@ class Trainer:
                 self._reported.add(path)
                 self.bad_lines.add(reader)
             position.note_bad_lines(reader.report)
+
+    def _open(self, path: str, position: SourcePosition) -> Reader:
+        reader = self._opened.pop(path, None)
+        if reader is None:
+            return open_source(self.card, path, self.columns, start=position.rows, strict=self.strict)
+        reader.batch_size = self.card.batch_size
+        return reader
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Split a batch into the parts that are learned at once; after the first pass's warm-up it stays whole.
@@ -304,83 +288,6 @@ class Trainer:
                 position.passes, position.rows, position.rows_per_pass = position.passes + 1, 0, position.rows
 
 
-def open_source(
-    card: ModelCard, path: str, columns: Columns | None = None, *, start: int = 0, strict: bool = False
-) -> Reader:
-    """Open a labelled file as the card specifies.
-
-    The first file of a model determines, together with `columns`, how all later files are read.
-
-    Raises
-    ------
-    ValueError
-        The file has no known format, lacks a field that the model was trained on, has no labels or has labels with
-        more than two values; or `columns` contradicts the card.
-    """
-    columns = columns or Columns()
-    if card.schema:
-        columns.check_against(card)
-        columns = Columns()
-    reader = open_reader(
-        [path],
-        format=card.data_format,
-        label=card.label,
-        numeric=columns.numeric,
-        categorical=columns.categorical,
-        schema=card.schema or None,
-        positive=columns.positive,
-        label_values=card.label_values,
-        batch_size=card.batch_size,
-        strict=strict,
-        start=start,
-    )
-    if reader.schema and reader.label is None:
-        reader.close()
-        wanted = f"column {card.label!r}" if card.label else "label column"
-        raise ValueError(f"{path}: no {wanted} to learn from; it has the fields {', '.join(reader.schema)}")
-    if not card.schema:
-        card.schema, card.label, card.label_values = dict(reader.schema), reader.label, reader.label_values
-    return reader
-
-
-def check_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the paths as the card names them: absolute, except for standard input and pipes.
-
-    Raises
-    ------
-    ValueError
-        A path is given twice.
-    FileNotFoundError
-        A path does not exist.
-    """
-    names: list[str] = []
-    for path in paths:
-        name = os.fspath(path) if is_stream(path) else str(Path(path).absolute())
-        if name in names:
-            raise ValueError(f"{os.fspath(path)} is given twice; to learn it again, raise passes")
-        names.append(name)
-    return names
-
-
-def _position(card: ModelCard, path: str) -> SourcePosition:
-    """Return the position at which to resume the file."""
-    if is_stream(path):
-        return SourcePosition(0, "")
-    known = card.sources.get(path)
-    position = known.in_file(path) if known else None
-    if known and known.rows and position is None:
-        raise ValueError(
-            f"{path} is another file than the one whose first {known.rows:,} rows have been learned (that had "
-            f"{known.size_bytes:,} bytes): give the new one another name to learn it from its beginning"
-        )
-    return SourcePosition.of(path) if position is None else position
-
-
 def _first_pass_rows(progress: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = progress.get("rows" if progress.get("pass") == 1 else "first_pass_rows", [])
     return rows
-
-
-def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is standard input or a pipe, which can be read only once and has no position to resume."""
-    return os.fspath(path) == "-" or stat.S_ISFIFO(os.stat(path).st_mode)

@@ -29,8 +29,7 @@ __all__ = ["FrequentRows", "QuotientRemainder", "keys_for_rows", "most_frequent_
 Float32Array = npt.NDArray[np.float32]
 KeyArray = npt.NDArray[np.uint64]
 
-_FACTORS = (0xC4CEB9FE1A85EC53, 0xFF51AFD7ED558CCD)  # the multipliers of MurmurHash3's finaliser, last first
-_MAX_ROWS = 1 << 32  # the inverse below is exact in 64 bits up to here
+_MAX_ROWS = 1 << 32  # keys of this many rows are found without Python integers
 _SALT = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -54,12 +53,6 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
     ValueError
         The table has more rows or hashes, or a row is out of range.
 
-    Notes
-    -----
-    The table computes the row as ``mulhi64(fmix64(key ^ salt), n)``. The smallest mixed value of row r is
-    ``ceil(r 2**64 / n)``, and `fmix64` is a bijection, whose shifts and multiplications are inverted one by one. This
-    takes O(1) per row.
-
     Examples
     --------
     >>> import tempfile
@@ -73,17 +66,7 @@ def keys_for_rows(table: EmbeddingTable, rows: npt.ArrayLike) -> KeyArray:
             f"keys can be found for the rows of a table of at most 2**32 rows and 1 hash, this has {n} and "
             f"{table.num_hashes}"
         )
-    wanted = np.asarray(rows)
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < n:
-        raise ValueError(f"rows must be in [0, {n}), got {wanted.min()} to {wanted.max()}")
-    step, rest = divmod(1 << 64, n)
-    r = wanted.astype(np.uint64)
-    if n == 1:
-        return r  # every key maps to the only row
-    mixed = r * np.uint64(step) + (r * np.uint64(rest) + np.uint64(n - 1)) // np.uint64(n)
-    salt = reference.splitmix64(table.seed, np.zeros(1, np.uint64))[0]
-    keys: KeyArray = _unmix(mixed) ^ salt
-    return keys
+    return hashemb.keys_of_rows(table, rows)
 
 
 def most_frequent_keys(keys: npt.NDArray[Any], count: int) -> KeyArray:
@@ -306,12 +289,3 @@ def _halves(keys: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint32], npt.NDArray
 def _scaled(half: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.int64]:
     """Scale 32 bits to [0, count), as ``floor(half count / 2**32)``, for a count of at most 2**32."""
     return (half.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
-
-
-def _unmix(x: KeyArray) -> KeyArray:
-    """Apply the inverse of `reference.fmix64`."""
-    x = x ^ (x >> np.uint64(33))
-    for factor in _FACTORS:
-        x = x * np.uint64(pow(factor, -1, 1 << 64))
-        x = x ^ (x >> np.uint64(33))
-    return x

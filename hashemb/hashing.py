@@ -366,5 +366,14 @@ def keys_of_rows(table: EmbeddingTable, rows: Any) -> Keys:
         raise TypeError(f"rows must be integers, got dtype {wanted.dtype}")
     if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < n:
         raise ValueError(f"rows must be in [0, {n}), got {wanted.min()} to {wanted.max()}")
-    mixed = np.array([-(-(row << 64) // n) for row in wanted.ravel().tolist()], np.uint64).reshape(wanted.shape)
-    return unfmix64(mixed) ^ np.uint64(splitmix64(table.seed, 0))
+    return unfmix64(_smallest_mixed(wanted, n)) ^ np.uint64(splitmix64(table.seed, 0))
+
+
+def _smallest_mixed(rows: NDArray[Any], n: int) -> Keys:
+    """Return ``ceil(row * 2**64 / n)``, in 64-bit integers where the remainders allow it."""
+    step, rest = divmod(1 << 64, n)
+    if not 1 < n <= 1 << 32:
+        return np.array([-(-(row << 64) // n) for row in rows.ravel().tolist()], np.uint64).reshape(rows.shape)
+    r = rows.astype(np.uint64)
+    mixed: Keys = r * np.uint64(step) + (r * np.uint64(rest) + np.uint64(n - 1)) // np.uint64(n)
+    return mixed

@@ -6,16 +6,13 @@ on the number of touched rows.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hashemb.ctr._json_values import as_object, as_whole, parse_file
-from hashemb.ctr._power_law import splitmix
+import hashemb
 from hashemb.ctr._types import Int64Array, UInt64Array
 
 if TYPE_CHECKING:
@@ -26,9 +23,6 @@ __all__ = ["FieldCollisions", "KeyCensus", "RowNorms", "row_norms"]
 
 
 _PENDING_KEYS = 1 << 20
-_BLOCKS_OFFSET_BYTES = 4096  # docs/format.md: the data of every array file starts here
-_EPOCHS_PER_READ = 1 << 20
-_FMIX_INVERSES = (0x9CB4B2F8129337DB, 0x4F74430C22A54005)  # of MurmurHash3's multipliers, last first, modulo 2**64
 
 
 class FieldCollisions(NamedTuple):
@@ -134,75 +128,10 @@ class RowNorms(NamedTuple):
 
 
 def row_norms(table: EmbeddingTable, *, max_blocks: int = 1 << 14, max_rows: int = 1 << 16) -> RowNorms:
-    """Compute the norms of all touched rows, or of at most `max_rows` rows in at most `max_blocks` written blocks.
-
-    The samples of blocks and of rows are evenly spaced. The function reads the marks of written blocks and the chosen
-    blocks, by default at most 64 MiB of rows; blocks that were never written are holes in the files and are skipped.
-    """
-    block_rows = parse_file(Path(table.path, "meta.json"), "a table's metadata", _block_rows)
-    written = _written_blocks(table.path)
-    blocks = _evenly(written, max_blocks)
-    rows = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
-    rows = rows[rows < table.num_embeddings]
-    stored = table.weight[rows]
-    touched = np.flatnonzero(stored.view(f"u{stored.dtype.itemsize}").any(axis=1))
-    chosen = _evenly(touched, max_rows)
-    sampled = len(blocks) < len(written) or len(chosen) < len(touched)
+    """Compute the norms of all touched rows, or of an evenly spaced sample (see `hashemb.sample_rows`)."""
+    sample = hashemb.sample_rows(table, max_rows, max_blocks)
+    vectors = sample.values
     if table.num_hashes == 1:
-        vectors = table.lookup(_keys_of_rows(rows[chosen], table.num_embeddings, table.seed))
-    else:
-        vectors = _as_float32(stored[chosen])
+        vectors = table.lookup(hashemb.keys_of_rows(table, sample.rows))
     as_stored = table.num_hashes > 1 and table.optimizer.weight_decay > 0.0
-    return RowNorms(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), sampled, as_stored)
-
-
-def _block_rows(values: object) -> int:
-    return as_whole(as_object(values, "meta.json").get("block_rows"), "block_rows", 1, 4096)
-
-
-def _evenly(numbers: Int64Array, most: int) -> Int64Array:
-    """Return all numbers, or `most` evenly spaced ones."""
-    if len(numbers) <= most:
-        return numbers
-    return numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
-
-
-def _written_blocks(path: str | os.PathLike[str]) -> Int64Array:
-    """Return the numbers of the blocks ever written, in ascending order; holes in the file are skipped."""
-    found = [np.empty(0, np.int64)]
-    with open(Path(path, "blocks.npy"), "rb", buffering=0) as file:
-        for first, count in _data_ranges(file.fileno()):
-            for start in range(first, first + count, _EPOCHS_PER_READ):
-                file.seek(_BLOCKS_OFFSET_BYTES + 4 * start)
-                epochs = np.frombuffer(file.read(4 * min(_EPOCHS_PER_READ, first + count - start)), "<u4")
-                found.append(start + np.flatnonzero(epochs))
-    return np.concatenate(found)
-
-
-def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    """Yield (first epoch, number of epochs) for the parts of blocks.npy that are not holes."""
-    end, position = os.fstat(descriptor).st_size, _BLOCKS_OFFSET_BYTES
-    while position < end:
-        try:
-            begin = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: the rest of the file is a hole
-            return
-        position = os.lseek(descriptor, begin, os.SEEK_HOLE)
-        first = (begin - _BLOCKS_OFFSET_BYTES) // 4
-        yield first, (position - _BLOCKS_OFFSET_BYTES) // 4 - first
-
-
-def _keys_of_rows(rows: Int64Array, num_embeddings: int, seed: int) -> UInt64Array:
-    """Return a key for each row: the inverse of ``row = mulhi64(fmix64(key ^ salt), num_embeddings)``."""
-    mixed = np.array([-(-(row << 64) // num_embeddings) for row in rows.tolist()], np.uint64)
-    for inverse in _FMIX_INVERSES:
-        mixed ^= mixed >> np.uint64(33)
-        mixed *= np.uint64(inverse)
-    mixed ^= mixed >> np.uint64(33)
-    return mixed ^ np.uint64(next(splitmix(seed)))
-
-
-def _as_float32(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    if stored.dtype == np.uint16:  # bfloat16
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32)
+    return RowNorms(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), not sample.is_complete, as_stored)

@@ -1,5 +1,7 @@
-"""Look-ups and updates of embeddings, ours and the peers', on a grid of cases: the common part of lookup.py, update.py
-and pooled.py."""
+"""Look-ups and updates of embeddings, ours and the peers', on a grid of cases.
+
+This is the common part of lookup.py, update.py and pooled.py.
+"""
 
 from __future__ import annotations
 

@@ -27,8 +27,10 @@ SHAPES = ("T=F", "T=1", "shared")
 
 
 class Buffers:
-    """Weights and accumulator as flat torch tensors: filled from a table, or the table's own mapping with its huge
-    pages."""
+    """Weights and accumulator as flat torch tensors.
+
+    They are filled from a table, or are the table's own mapping with its huge pages.
+    """
 
     def __init__(self, table: hashemb.EmbeddingTable, case: Case, kind: str) -> None:
         import torch

@@ -32,7 +32,7 @@ Examples = tuple[torch.Tensor, np.ndarray]
 
 
 def numbered(data: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, Examples], int]:
-    """Number the keys: each key of the training file has a number, and all other keys share one."""
+    """Replace the keys by numbers: each key of the training file has one, and all other keys share one."""
     known = np.unique(data["train"][0])
     examples = {}
     for name, (keys, labels) in data.items():

@@ -38,11 +38,11 @@ class _Column(NamedTuple):
 
 
 def hash_keys(values: Any, field: str | None = None) -> Keys:
-    """Hash values to the 64-bit keys that `lookup` and `update` take.
+    r"""Hash values to the 64-bit keys that `lookup` and `update` take.
 
     A key is the low 64 bits of MurmurHash3 x64-128 of the value's bytes: UTF-8 for a string, 8 bytes of
     little-endian two's complement for an integer or a boolean, the bytes themselves for bytes, and the
-    reserved ``b"\\x00null"`` for a missing value (None, NaN among objects, NaT, NA, Arrow and polars nulls).
+    reserved ``b"\x00null"`` for a missing value (None, NaN among objects, NaT, NA, Arrow and polars nulls).
     Therefore 5 and "5" have different keys, and a value has the same key on every machine and in every container.
 
     Parameters

@@ -265,7 +265,8 @@ class Ledger:
     def check(self, path: Path, keys: Counts, done: Counts, cut_short: set[int], *, is_cut: bool) -> None:
         """Check that every counter is the sum of whole batches; those of `cut_short` writers may contain one more
         batch, in whole or in part. With `is_cut` the table is from a moment of the round, which the clocks tell,
-        otherwise from its end."""
+        otherwise from its end.
+        """
         found = counters(path, keys)
         counts = [int(n) for n in done]
         if is_cut:
@@ -289,7 +290,8 @@ class Ledger:
 def check_own_to_the_bit(root: Path, round_number: int, keys: Counts, done: Counts, cut_short: set[int]) -> None:
     """Check the weights and accumulators of `own` against its copy from before the round, `own-before`, on which the
     batches of every writer are replayed. Elements of an interrupted batch are as before it, as after it, or have new
-    state and the old weight."""
+    state and the old weight.
+    """
     with hashemb.open(root / "own-before", "r+") as replay, hashemb.open(root / "own") as own:
         for writer, count in enumerate(done.tolist()):
             mine = own.rows(np.append(keys[writer * NUM_KEYS : (writer + 1) * NUM_KEYS], keys[writer - NUM_WRITERS]))

@@ -161,7 +161,8 @@ class Disk:
 
     def _choose_bytes(self, inode: int, seed: int, rng: random.Random) -> bytes:
         """Choose the bytes of a file. Seeds 0 and 2 lose all that is not durable; 1 and 3 keep it (2 keeps the entries
-        of directories, 3 loses them)."""
+        of directories, 3 loses them).
+        """
         versions = self.versions[inode]
         if seed <= 3 or len(versions) == 1:
             return versions[0] if seed in (0, 2) else versions[-1]

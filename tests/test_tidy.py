@@ -60,7 +60,8 @@ def package_modules() -> Iterator[tuple[str, str]]:
 
 def python_modules(*, inner: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the Python modules; with `inner`, without the storage, `_packages` (which reads what the kernel reports
-    about the machine, but no table) and the modules on top of the public API."""
+    about the machine, but no table) and the modules on top of the public API.
+    """
     for name, text in package_modules():
         is_outer = name.split(".")[0] in tidy.OUTER_MODULES | tidy.STORAGE_MODULES | {"_packages"}
         if name not in tidy.CYTHON_MODULES and not (inner and is_outer):

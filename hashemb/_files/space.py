@@ -68,8 +68,10 @@ class Space:
                 self._reserve_block(name, blocks[i : i + 1], size)
 
     def _reserve_block(self, name: str, block: Array, size: int) -> None:
-        """Allocate space and fault one block in. If the page cache has 2 MiB folios, from this process or another, a
-        fault needs the space of the whole folio."""
+        """Allocate space and fault one block in.
+
+        If the page cache has 2 MiB folios, from this process or another, a fault needs the space of the whole folio.
+        """
         error = 0
         for unit_bytes in (mmap.PAGESIZE, HUGE_PAGE_BYTES):
             self.allocate(name, int(block[0]) * size, size, unit_bytes)

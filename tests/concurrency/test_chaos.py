@@ -1,6 +1,7 @@
 """Writers, readers, makers of snapshots, deltas and tables, and followers of deltas are killed at random moments, round
 after round on the same two tables. After each round, every row is in a state that is possible at the moment of a kill,
-and no process waits for a killed one."""
+and no process waits for a killed one.
+"""
 
 from __future__ import annotations
 

@@ -154,7 +154,8 @@ def test_blocks_saved_for_a_killed_snapshot_are_not_taken_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next owner holds the lock and has announced its snapshot, but has not begun: the mark in the control page is
-    still that of the killed one, and a writer that finds it must save nothing."""
+    still that of the killed one, and a writer that finds it must save nothing.
+    """
     keys, path, begin = np.arange(1000), tmp_path / "t", _sharing.begin_point
     with hashemb.create(path, num_embeddings=2**22, embedding_dim=4, **COUNTERS) as table:
         table.update(keys, np.ones((1000, 4), np.float32))

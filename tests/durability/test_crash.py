@@ -93,7 +93,8 @@ FIRST, SECOND = (OLD, GRADS[: OLD.size]), (NEW, GRADS)
 
 def check_new(disks, name, made, seeds, expected):
     """Check that the directory `made` is complete or absent, and present after its mark. Return how often it was
-    absent and present."""
+    absent and present.
+    """
     found = [0, 0]
     for mark, disk in disks(name, seeds):
         path = disk / made
@@ -163,7 +164,8 @@ def final():
 
 def applied(replica, delta):
     """Apply the delta to a replica, unless it is applied already. Return None if the replica has lost its history, as
-    a table does that was open when the machine restarted: it refuses all deltas and has to be copied again."""
+    a table does that was open when the machine restarted: it refuses all deltas and has to be copied again.
+    """
     try:
         with reopened(replica) as table:
             hashemb.apply_delta(table, delta)

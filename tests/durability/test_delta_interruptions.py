@@ -1,5 +1,6 @@
 """Deltas that are killed while being applied or exported, also with concurrent writers: in the end, deltas and tables
-are complete."""
+are complete.
+"""
 
 from __future__ import annotations
 

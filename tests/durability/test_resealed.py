@@ -73,7 +73,8 @@ def beginning(file: Path) -> bytes:
 
 def check(mutation: Mutation, copy: Path, *, write: bool = True) -> dict[str, str]:
     """Check that every way to read the copy promptly gives a documented outcome, and that a table that cannot be
-    opened is not written to."""
+    opened is not written to.
+    """
     before, start = tree(copy), time.process_time()
     found = outcomes(copy, write=write)
     taken = time.process_time() - start

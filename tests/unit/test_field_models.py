@@ -1,5 +1,6 @@
 """Common tests of all models: formula and gradient, both forms of a batch, values and weights, other processes, bad
-input."""
+input.
+"""
 
 from __future__ import annotations
 

@@ -199,7 +199,8 @@ def test_only_what_replacing_a_file_left_is_removed(tmp_path: Path) -> None:
 
 def test_the_umask_does_not_change_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The umask is global to the process: files created by other threads could become world-writable. A thread watches
-    it."""
+    it.
+    """
     stop, seen, real = threading.Event(), set(), os.umask
 
     def slow_umask(mask: int) -> int:

@@ -118,7 +118,7 @@ def test_rows_are_uniform_and_hashes_independent(tmp_path):
 
 
 def test_a_row_that_becomes_zero_is_not_an_untouched_row(tmp_path):
-    """w = init - init = 0 is stored as -0.0 in its first element, and reads as 0, not as init."""
+    """W = init - init = 0 is stored as -0.0 in its first element, and reads as 0, not as init."""
     for dtype in ("float32", "float16", "bfloat16"):
         options = {"num_embeddings": 10, "embedding_dim": 3, "dtype": dtype, "init": hashemb.Uniform(0.5)}
         with hashemb.create(tmp_path / dtype, optimizer=hashemb.SGD(lr=1.0), **options) as table:

@@ -274,7 +274,6 @@ def test_time_is_linear_in_the_number_of_fields(tmp_path: Path, name: str) -> No
 
 def test_time_to_recognise_a_format_is_linear() -> None:
     """Regression: a number that matched in several ways gave 2^n matches on a line of n features with a final fault."""
-
     few, many = (b"1 " + b"1:12 " * features + b"x\n" for features in (10, 22))
     assert seconds(lambda: _sparse_text.recognise(many), 1) < 50 * seconds(lambda: _sparse_text.recognise(few)) + 0.01
     assert _sparse_text.recognise(many) is None

@@ -163,7 +163,7 @@ def test_a_missing_extra_says_what_to_install() -> None:
     "error", [errors.NoSpaceError("no room", "weight.npy"), errors.MissingExtraError("pyarrow", "ctr")]
 )
 def test_errors_with_a_constructor_of_their_own_cross_processes(error: Exception) -> None:
-    """multiprocessing pickles the exceptions of a worker; a class that cannot be unpickled hangs the pool."""
+    """Multiprocessing pickles the exceptions of a worker; a class that cannot be unpickled hangs the pool."""
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)

@@ -43,7 +43,7 @@ def open_reader(
     strict: bool = False,
     start: int = 0,
 ) -> Reader:
-    """Open files of impressions for reading in batches.
+    r"""Open files of impressions for reading in batches.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def open_reader(
     --------
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp(), "clicks.csv")
-    >>> _ = path.write_text("click,user,site\\n1,7,a.com\\n0,8,\\nx,9,b.com\\n")
+    >>> _ = path.write_text("click,user,site\n1,7,a.com\n0,8,\nx,9,b.com\n")
     >>> with open_reader(path, batch_size=10) as reader:
     ...     for batch in reader:
     ...         print(batch.labels, batch.keys.shape, batch.keys.dtype)

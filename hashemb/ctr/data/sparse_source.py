@@ -1,5 +1,6 @@
-r"""Text formats with any number of features per line: libsvm (``y index:value``), libffm (``y field:index:value``) and
-Vowpal Wabbit (``y importance 'tag|namespace:scale feature:value``).
+r"""Text formats with any number of features per line: libsvm, libffm and Vowpal Wabbit.
+
+Their lines are ``y index:value``, ``y field:index:value`` and ``y importance 'tag|namespace:scale feature:value``.
 
 A feature's key is the hash of its index (an integer; libsvm, libffm) or of the bytes of its name (Vowpal Wabbit),
 salted by its field or namespace; libsvm has no fields, and no salt. Fields are numbered in order of appearance, and the

@@ -329,3 +329,26 @@ def test_public_names_are_pinned() -> None:
 def test_canary_public_names() -> None:
     assert missing_or_extra([*PUBLIC_NAMES, "helper"], PUBLIC_NAMES) == ["helper is new"]
     assert missing_or_extra(PUBLIC_NAMES[1:], PUBLIC_NAMES) == [f"{PUBLIC_NAMES[0]} is gone"]
+
+
+def rooms_and_modules() -> list[str]:
+    """Return the folders of the package, and the modules of its top folder."""
+    folders = [path.parent for path in PACKAGE.rglob("__init__.py")] + list(PACKAGE.rglob("csrc"))
+    modules = [*PACKAGE.glob("[!_]*.py"), *PACKAGE.glob("_[!_]*.py"), *PACKAGE.glob("*.pyx")]
+    folders.remove(PACKAGE)
+    return [f"{p.relative_to(ROOT).as_posix()}/" for p in folders] + [p.relative_to(ROOT).as_posix() for p in modules]
+
+
+@needs_source
+@pytest.mark.skipif(not (ROOT / "CONTRIBUTING.md").exists(), reason="no CONTRIBUTING.md here")
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert tidy.wrong_map(text, lambda path: (ROOT / path).exists(), rooms_and_modules()) == []
+
+
+def test_canary_map() -> None:
+    text = "## Where things are\n\n| `a/b.py`, `c.py` | x |\n| `d/` | y |\n| … `e.py` | z |\n\n## Rules\n| `no` | |\n"
+    here = ["a/b.py", "a/c.py", "d/", "d/e.py"]
+    assert tidy.wrong_map(text, here.__contains__, here) == []
+    assert len(tidy.wrong_map(text, here[1:].__contains__, here)) == 1
+    assert len(tidy.wrong_map(text, here.__contains__, [*here, "f/"])) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 450
@@ -371,3 +371,21 @@ def unfit_for_git(name: str, content: bytes) -> list[str]:
     if name.endswith((".so", ".o", ".a", ".pyc", ".whl", ".gz", ".zst", ".parquet", ".ipynb")):
         found.append(f"{name}: a build product, data or a notebook")
     return found
+
+
+def wrong_map(text: str, exists: Callable[[str], bool], wanted: list[str]) -> list[str]:
+    """Return complaints about CONTRIBUTING.md's table of paths that do not exist, and of `wanted` ones that it lacks.
+
+    A first cell names one or more paths, those after the first relative to its folder; after "…" they are relative to
+    the last folder named.
+    """
+    named, folder = [], ""
+    section = text.partition("## Where things are")[2].partition("\n## ")[0]
+    for cell in re.findall(r"^\| ((?:… )?`[^|]*) \|", section, re.MULTILINE):
+        paths = re.findall(r"`([^`]+)`", cell)
+        if not cell.startswith("…"):
+            folder = paths[0].rpartition("/")[0] + "/"
+            paths[0] = paths[0].removeprefix(folder)
+        named += [folder + path for path in paths]
+    found = [f"CONTRIBUTING.md names {path}, which does not exist" for path in named if not exists(path)]
+    return found + [f"CONTRIBUTING.md's map lacks {path}" for path in wanted if path not in named]

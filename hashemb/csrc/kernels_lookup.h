@@ -1,4 +1,4 @@
-/* Reading rows, compiled once per instruction set: the including file defines f.
+/* Reading rows: included once per instruction set (kernels.h).
  *
  * The code lets the compiler vectorise over a row (dim is a constant in the specialised copies) without changing
  * the order of additions. A weight row whose bytes are all zero has never been written, and is read as its initial

@@ -25,7 +25,7 @@ def extension(name: str, sources: list[str], folders: list[str]) -> Extension:
     return Extension(
         name,
         sources=[name.replace(".", "/") + ".pyx", *sources],
-        depends=[*glob("hashemb/*.pxd"), *(header for folder in folders for header in glob(folder + "*.[hi]*"))],
+        depends=[*glob("hashemb/*.pxd"), *(header for folder in folders for header in glob(folder + "*.h"))],
         include_dirs=[*folders, numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
         extra_compile_args=C_FLAGS,
@@ -40,10 +40,15 @@ extensions = [
     extension("hashemb._sharing", [CSRC + name for name in ("locks.c", "save.c", "sharing.c")], [CSRC]),
     extension(
         "hashemb._core",
-        [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "lookup.c", "pages.c", "update.c")],
+        [CSRC + name for name in ("ahead.c", "commit.c", "control.c", "kernels.c", "kernels_avx2.c", "kernels_avx512.c",
+                                  "kernels_baseline.c", "lookup.c", "pages.c", "update.c")],
         [CSRC],
     ),
-    extension("hashemb.ctr._maths", [CTR_CSRC + "maths.c"], [CTR_CSRC, CSRC]),
+    extension(
+        "hashemb.ctr._maths",
+        [CTR_CSRC + name for name in ("maths.c", "maths_avx2.c", "maths_avx512.c", "maths_baseline.c")],
+        [CTR_CSRC, CSRC],
+    ),
     extension("hashemb.ctr.data._tokens", [DATA_CSRC + "tokens_criteo.c", DATA_CSRC + "tokens_examples.c"],
               [DATA_CSRC, CSRC]),
 ]

@@ -19,7 +19,7 @@ from hashemb import ctr
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hashemb"
-SUFFIXES = {".py", ".pyx", ".pxd", ".c", ".h", ".inc"}
+SUFFIXES = {".py", ".pyx", ".pxd", ".c", ".h"}
 FOLDERS = ("hashemb", "tests", "bench", "examples")
 BUILD_FILES = ("setup.py", "pyproject.toml", "Makefile", ".ci/run")
 

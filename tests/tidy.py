@@ -138,7 +138,7 @@ def functions_too_long(name: str, text: str) -> list[str]:
 
 
 def function_lengths(name: str, text: str) -> list[tuple[str, int]]:
-    """Return (name, lines) for each function of a .py, .pyx, .pxd, .c, .h or .inc file."""
+    """Return (name, lines) for each function of a .py, .pyx, .pxd, .c or .h file."""
     if name.endswith(".py"):
         return list(_python_functions(text))
     if name.endswith((".pyx", ".pxd")):

@@ -1,6 +1,7 @@
 /* Look-ups and the small passes over a batch, divided among threads by key or bag. Nothing here writes to a table. */
-#include "numerics.h"
-#include "table.h"
+#include <string.h>
+
+#include "kernels.h"
 
 enum { KEYS_PER_THREAD = 4096, FIRST_LOOK_KEYS = 256 };
 
@@ -90,4 +91,24 @@ void he_rows(const he_table *t, const uint64_t *keys, int64_t n, int64_t *out) {
 
 int64_t he_first_not_finite(const float *values, int64_t n) {
     return he_kernels_active()->first_not_finite(values, 0, n);
+}
+
+int64_t he_offsets_copy(const int64_t *offsets, int64_t num_bags, int64_t num_keys, int64_t *out) {
+    int64_t falls = 0;
+    memcpy(out, offsets, (size_t)(num_bags + 1) * sizeof(*out));
+    if (out[0] != 0) return 0;
+    for (int64_t i = 0; i < num_bags; i++) falls |= out[i + 1] < out[i];
+    for (int64_t i = 0; falls && i < num_bags; i++)
+        if (out[i + 1] < out[i]) return i + 1;
+    return out[num_bags] == num_keys ? -1 : num_bags + 1;
+}
+
+void he_bag_scales(const he_batch *b, int64_t *bag_of, float *scales) {
+    for (int64_t bag = 0; bag < b->num_bags; bag++) {
+        float scale = he_bag_scale(b, bag);
+        for (int64_t i = b->offsets[bag]; i < b->offsets[bag + 1]; i++) {
+            bag_of[i] = bag;
+            if (scales) scales[i] = b->weights ? b->weights[i] * scale : scale;
+        }
+    }
 }

@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "portability.h"
+#include "numerics.h"
 
 #define MURMUR_C1 UINT64_C(0x87c37b91114253d5)
 #define MURMUR_C2 UINT64_C(0x4cf5ad432745937f)
@@ -19,16 +19,6 @@
 static inline uint64_t murmur_rotl64(uint64_t x, int bits)
 {
     return (x << bits) | (x >> (64 - bits));
-}
-
-/* The finaliser: a bijection of words in which every input bit flips every output bit half the time. */
-static inline uint64_t murmur_fmix64(uint64_t x)
-{
-    x ^= x >> 33;
-    x *= UINT64_C(0xff51afd7ed558ccd);
-    x ^= x >> 33;
-    x *= UINT64_C(0xc4ceb9fe1a85ec53);
-    return x ^ (x >> 33);
 }
 
 static inline uint64_t murmur_load64(const uint8_t *p)
@@ -81,7 +71,7 @@ static inline uint64_t murmur_finish(uint64_t h1, uint64_t h2, size_t length)
     h2 ^= length;
     h1 += h2;
     h2 += h1;
-    return murmur_fmix64(h1) + murmur_fmix64(h2);
+    return he_fmix64(h1) + he_fmix64(h2);
 }
 
 /* Hashes a value of fewer than 16 bytes, given as two zero-padded words. A zero word mixes to zero, so the

@@ -117,6 +117,9 @@ typedef struct {
     void (*apply)(const he_table *, const he_plan *, he_share *, const he_step *);
 } he_kernels;
 
+/* One file each; each file includes the same static functions (kernels.h). */
+extern const he_kernels he_kernels_baseline, he_kernels_avx2, he_kernels_avx512;
+
 const he_kernels *he_kernels_active(void); /* kernels.c: those of the chosen instruction set */
 
 /* lookup.c */

@@ -161,10 +161,10 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
 
 /* Returns the largest magnitude of n finite values. */
 static float largest(const float *values, int64_t n) {
-    float most = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < n; i++) most = HE_MAX(most, __builtin_fabsf(values[i]));
-    return most;
+    uint32_t most = 0; /* as bits, in which finite numbers have the same order, and for which every compiler vectorises */
+    HE_PRAGMA(omp simd reduction(max : most))
+    for (int64_t i = 0; i < n; i++) most = HE_MAX(most, he_bits(values[i]) & UINT32_C(0x7FFFFFFF));
+    return he_float(most);
 }
 
 /* Returns the first key whose finite gradient times its finite scale is not finite, or -1. */

@@ -1,10 +1,7 @@
-/* Compile the models' kernels for each instruction set, and distribute a batch over threads. */
-#include "maths.h"
-
+/* Distribute a batch over threads, find distinct keys, and add scores to histograms. */
 #include <math.h>
-#include <string.h>
 
-#include "numerics.h"
+#include "maths_example.h"
 #include "runtime.h"
 
 /* A thread takes about .3 us per example, and waking a thread takes about 10 us. A single thread sums gradients as it
@@ -12,68 +9,17 @@
  * four threads on. */
 enum { HM_FLOATS_PER_THREAD = 1 << 15, HM_FM_THREADS = 4 };
 
-HE_INLINE int64_t hm_padded(int64_t n) { return (n + HM_LANES - 1) / HM_LANES * HM_LANES; }
+const he_runtime *he_linked;
 
-/* 1 / (1 + exp(-z)) in double precision, without overflow; NaN for NaN. */
-HE_INLINE double hm_probability(double z) {
-    if (z != z) return z;
-    double e = he_exp(z < 0.0 ? z : -z);
-    return (z < 0.0 ? e : 1.0) / (1.0 + e);
-}
-
-/* One example of a batch. Its vectors are written to only if they are copies. */
-typedef struct {
-    float *vectors;
-    const int32_t *index;
-    const float *values;
-    const int32_t *fields;
-    int64_t n;
-} hm_example;
-
-HE_INLINE hm_example hm_example_at(const hm_batch *b, const hm_scratch *s, int64_t e) {
-    const int64_t first = b->offsets ? b->offsets[e] - b->offsets[0] : e * b->num_fields;
-    hm_example x;
-    x.n = b->offsets ? b->offsets[e + 1] - b->offsets[e] : b->num_fields;
-    x.vectors = b->index ? s->vectors + (s->has_batch ? first * b->dim : 0) : (float *)b->vectors + first * b->dim;
-    x.index = b->index ? b->index + first : NULL;
-    x.values = b->values ? b->values + first : NULL;
-    x.fields = b->offsets && b->fields ? b->fields + first : NULL;
-    return x;
-}
-
-HE_INLINE float hm_value(const hm_example *x, int64_t i) { return x->values ? x->values[i] : 1.0f; }
-HE_INLINE int64_t hm_field(const hm_example *x, int64_t i) { return x->fields ? x->fields[i] : i; }
-HE_INLINE int64_t hm_pair(int64_t f, int64_t g) { return f < g ? g * (g + 1) / 2 + f : f * (f + 1) / 2 + g; }
-
-#define HE_NAME(f) f##_baseline
-#include "maths_kernels.inc"
-#undef HE_NAME
-
+static const hm_kernels *const kernels[HE_NUM_ISAS] = {
+    &hm_kernels_baseline,
 #if HE_X86
-HE_BEGIN_TARGET(HE_AVX2)
-#define HE_NAME(f) f##_avx2
-#include "maths_kernels.inc"
-#undef HE_NAME
-HE_END_TARGET
-
-HE_BEGIN_TARGET(HE_AVX512)
-#define HE_NAME(f) f##_avx512
-#include "maths_kernels.inc"
-#undef HE_NAME
-HE_END_TARGET
-#endif
-
-static const hm_kernels variants[HE_NUM_ISAS] = {
-    {block_baseline, add_gradients_baseline},
-#if HE_X86
-    {block_avx2, add_gradients_avx2},
-    {block_avx512, add_gradients_avx512},
+    &hm_kernels_avx2,
+    &hm_kernels_avx512,
 #endif
 };
 
-const he_runtime *he_linked;
-
-static const hm_kernels *active(void) { return &variants[he_isa()]; }
+static const hm_kernels *active(void) { return kernels[he_isa()]; }
 
 /* ---- memory: the scratch of each thread, then the results of each block ---- */
 

@@ -55,6 +55,8 @@ typedef struct {
     void (*add_gradients)(const hm_batch *b, const hm_scratch *s); /* of all examples, if s holds the batch */
 } hm_kernels;
 
+extern const hm_kernels hm_kernels_baseline, hm_kernels_avx2, hm_kernels_avx512;
+
 /* Pair {f, g}, g <= f, of fields is number f (f + 1) / 2 + g, whatever the number of fields. */
 int64_t hm_num_pairs(const hm_batch *b);
 int64_t hm_memory_bytes(const hm_batch *b, int num_threads);

@@ -6,6 +6,7 @@ Each check of tidy.py has two tests: the repository passes it, and a canary, a s
 from __future__ import annotations
 
 import importlib
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -344,6 +345,16 @@ def rooms_and_modules() -> list[str]:
 def test_the_map_names_every_room() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert tidy.wrong_map(text, lambda path: (ROOT / path).exists(), rooms_and_modules()) == []
+
+
+@needs_source
+@pytest.mark.skipif(not (ROOT / "CONTRIBUTING.md").exists(), reason="no CONTRIBUTING.md here")
+def test_the_walk_leads_to_what_it_names() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stops = re.findall(r"\[`(?:\w+\.)?(\w+)`\]\((hashemb/[^)]+)\)", text)
+    assert len(stops) == 5
+    for name, path in stops:
+        assert re.search(rf"\b{name}\(", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
 
 
 def test_canary_map() -> None:

@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # The install is editable: a changed .py file needs no reinstall, but a changed source of an extension does.
 SOURCES := pyproject.toml setup.py $(wildcard hashemb/*.pyx hashemb/*.pxi hashemb/*.pxd hashemb/csrc/* hashemb/ctr/*.pyx hashemb/ctr/csrc/* hashemb/ctr/data/*.pyx hashemb/ctr/data/csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-ctr
@@ -23,8 +23,14 @@ lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist hashemb._core hashemb.ctr._maths hashemb.ctr.data._tokens
 
+# The pages of the Python interface are generated anew, so that none is left of a name that is gone.
+docs: $(VENV)/.stamp-docs
+	rm -rf docs/reference/generated build/docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -j 2 -d build/doctrees docs build/docs
+	@echo "the site is build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/reference/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f hashemb/_core.c hashemb/ctr/_maths.c hashemb/ctr/data/_tokens.c hashemb/*.so hashemb/ctr/*.so hashemb/ctr/data/*.so
 	find hashemb tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

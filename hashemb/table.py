@@ -154,8 +154,8 @@ class EmbeddingTable:
         open for writing it also reads the optimiser's state. A thread of this process advises the kernel to read the
         pages (`MADV_WILLNEED`), one page (4 KiB) per distinct row and file. The kernel may ignore the advice when
         memory is short; a call made while 64 earlier ones still wait for the disk is ignored too. Nothing is written.
-        Look-ups and updates have a read-ahead of their own (docs/performance.md). The pages read are small ones, even
-        in a table with huge pages.
+        Look-ups and updates have a read-ahead of their own (docs/explanation/performance.md). The pages read are small
+        ones, even in a table with huge pages.
 
         Examples
         --------

@@ -28,7 +28,7 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 _PENDING_KEYS = 1 << 20
-_BLOCKS_OFFSET_BYTES = 4096  # docs/format.md: the data of every array file starts here
+_BLOCKS_OFFSET_BYTES = 4096  # docs/reference/format.md: the data of every array file starts here
 _EPOCHS_PER_READ = 1 << 20
 _FMIX_INVERSES = (0x9CB4B2F8129337DB, 0x4F74430C22A54005)  # of MurmurHash3's multipliers, last first, modulo 2**64
 

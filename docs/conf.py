@@ -52,8 +52,17 @@ def skip_member(app: Any, what: str, name: str, obj: object, skip: bool, options
     return None if module.partition(".")[0] == "hashemb" else True
 
 
+def shorten_signature(
+    app: Any, what: str, name: str, obj: object, options: object, signature: str | None, returned: str | None
+) -> tuple[str, str] | None:
+    """Leave out the constructor of a class whose docstring has no parameters: other functions make its objects."""
+    documented = "Parameters\n" in (getattr(obj, "__doc__", None) or "")
+    return ("", "") if what == "class" and not documented else None
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", shorten_signature)
 
 
 html_theme = "pydata_sphinx_theme"

@@ -23,6 +23,7 @@ version = release = hashemb.__version__
 
 extensions = [
     "command_help",
+    "mathml",
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
@@ -34,7 +35,7 @@ default_role = "py:obj"  # `name` in a docstring links to the page of that name,
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
-myst_enable_extensions = ["deflist"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
@@ -65,6 +66,7 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", shorten_signature)
 
 
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = "hashemb"
 html_static_path = ["_static"]

@@ -7,6 +7,7 @@ complete everywhere.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
+importlib.import_module("hashemb.sklearn")  # before torch is mocked: SciPy and scikit-learn would take it for the real one
 autodoc_typehints = "none"  # the docstrings describe types
 autodoc_member_order = "groupwise"
 autosummary_generate = True
@@ -50,7 +52,8 @@ def skip_member(app: Any, what: str, name: str, obj: object, skip: bool, options
     """Leave out what a class inherits from other packages, and its fields, which its docstring describes."""
     function = getattr(obj, "fget", obj)
     module = getattr(function, "__module__", None) or ""
-    return None if module.partition(".")[0] == "hashemb" else True
+    is_hook = name in ("extra_repr", "get_extra_state", "set_extra_state")  # torch calls these, users do not
+    return None if module.partition(".")[0] == "hashemb" and not is_hook else True
 
 
 def shorten_signature(

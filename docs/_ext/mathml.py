@@ -16,7 +16,7 @@ def visit_inline(writer: Any, node: nodes.math) -> None:
 
 def visit_block(writer: Any, node: nodes.math_block) -> None:
     formula = tex2mathml(node.astext()).replace("<math ", '<math display="block" ', 1)
-    writer.body.append(f"<div>{formula}</div>\n")
+    writer.body.append(f'<div class="formula">{formula}</div>\n')
     raise nodes.SkipNode
 
 

@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CYTHON := $(wildcard hashemb/*.pyx hashemb/ctr/*.pyx hashemb/ctr/data/*.pyx)
 SOURCES := pyproject.toml setup.py $(CYTHON) $(wildcard hashemb/*.pxd hashemb/csrc/* hashemb/ctr/csrc/* hashemb/ctr/data/csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-ctr
@@ -24,8 +24,14 @@ lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist $(subst /,.,$(basename $(CYTHON)))
 
+# The pages of the Python interface are generated anew, so that none is left of a name that is gone.
+docs: $(VENV)/.stamp-docs
+	rm -rf docs/reference/generated build/docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -j 2 -d build/doctrees docs build/docs
+	@echo "the site is build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/reference/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(CYTHON:.pyx=.c) hashemb/*.so hashemb/ctr/*.so hashemb/ctr/data/*.so
 	find hashemb tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

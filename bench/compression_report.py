@@ -1,4 +1,4 @@
-"""``python -m bench.compression_report results.json``: write the tables and the figure of docs/compression.md.
+"""``python -m bench.compression_report results.json``: write the tables and the figure of docs/benchmarks/memory.md.
 
 Like `bench.report`, this replaces the text between two marks and leaves the rest of the page untouched.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.report import latest, machine_lines, replace_between_marks
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "compression.md"
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "memory.md"
 TITLES = {"Frappe": "Frappe, test AUC", "generated": "Generated stream, last quarter of one pass"}
 
 

@@ -1,6 +1,6 @@
-"""``python -m bench.report results.json [...]``: write the tables and figures of bench/README.md from results.
+"""``python -m bench.report results.json [...]``: write the tables and figures of docs/benchmarks/results.md.
 
-The tables replace the text between two marks in README.md; the rest is left untouched. If several files contain the
+The tables replace the text between two marks of that page; the rest is left untouched. If several files contain the
 same case, the last one counts.
 """
 
@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "results.md"
 BEGIN, END = "<!-- results: written by bench.report -->", "<!-- end of results -->"
 DEFAULTS = {"fields": 26, "bag": 1, "dtype": "float32", "distribution": "uniform", "batch": 4096}
 TITLES = {
@@ -33,15 +33,15 @@ TITLES = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=pathlib.Path)
-    parser.add_argument("--readme", type=pathlib.Path, default=HERE / "README.md")
+    parser.add_argument("--page", "--readme", type=pathlib.Path, default=PAGE)
     parser.add_argument("--no-pictures", action="store_true")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
     results = latest(with_place(result, report) for report in reports for result in report["results"])
     text = "\n".join([*machine_lines(reports), *tables(results)])
-    replace_between_marks(options.readme, text)
+    replace_between_marks(options.page, text)
     if not options.no_pictures:
-        draw(results, options.readme.parent)
+        draw(results, options.page.parent)
 
 
 def with_place(result: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

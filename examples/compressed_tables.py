@@ -7,7 +7,7 @@ A table by itself offers one hash, several hashes and 16-bit rows. This module a
 
 Both provide the three members of an `EmbeddingTable` that a model uses, `embedding_dim`, `lookup` and `update`, so a
 model accepts one in place of its table. All learned state stays in the table, where every process that attaches to it
-sees it. docs/compression.md compares the two.
+sees it. docs/benchmarks/memory.md compares the two.
 """
 
 from __future__ import annotations

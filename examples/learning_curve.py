@@ -1,6 +1,6 @@
 """Measure how close a factorisation machine comes to the best possible log loss on a stream with known probabilities.
 
-    python examples/learning_curve.py [--impressions 8000000] [--svg docs/learning-curve.svg]
+    python examples/learning_curve.py [--impressions 8000000] [--svg docs/explanation/learning-curve.svg]
 
 The stream (`hashemb.ctr.synthetic.ImpressionStream`) never ends or repeats, and provides the click probability of each
 impression. The evaluation therefore needs neither a held-out set nor labels: the expected log loss of a prediction p

@@ -5,7 +5,7 @@ its values. Types and lengths are thus checked before anything is hashed, and a 
 written straight into its place in the result. pandas, polars and pyarrow are never imported here: their objects
 are recognised by class, and Arrow data is read through the Arrow C data interface.
 
-The bytes that represent each value are fixed; see docs/hashing.md.
+The bytes that represent each value are fixed; see docs/explanation/hashing.md.
 """
 
 from __future__ import annotations

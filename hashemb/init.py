@@ -1,7 +1,7 @@
 """Initialisers: the values that a row has until it is first written.
 
 An initial value is a pure function of (seed, row, column). It is computed where it is needed and never stored; see
-docs/hashing.md for the generator. With ``num_hashes = k`` each row is scaled by ``1 / sqrt(k)``, so that a
+docs/explanation/hashing.md for the generator. With ``num_hashes = k`` each row is scaled by ``1 / sqrt(k)``, so that a
 key's vector has the variance given here.
 """
 

@@ -131,7 +131,7 @@ class EmbeddingTable:
 
         Notes
         -----
-        This is useful for tables larger than memory; docs/performance.md has the details. It advises the kernel
+        This is useful for tables larger than memory; see docs/explanation/performance.md. It advises the kernel
         (`MADV_WILLNEED`), which may ignore it, as does a call made while 64 earlier ones still wait for the disk. In a
         table open for writing the optimiser's state is read too.
 

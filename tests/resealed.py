@@ -10,8 +10,8 @@ as JSON.
         if mutation.apply(copy):
             assert set(outcomes(copy).values()) <= DOCUMENTED, mutation
 
-`directory` is a table, a snapshot, or any directory with *.delta files. The module relies on docs/format.md, and uses
-the package only for the layout of the control page.
+`directory` is a table, a snapshot, or any directory with *.delta files. The module relies on docs/reference/format.md,
+and uses the package only for the layout of the control page.
 """
 
 from __future__ import annotations

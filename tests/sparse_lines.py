@@ -1,5 +1,5 @@
 """The slow twin of the libsvm, libffm and Vowpal Wabbit tokeniser: one line at a time, in plain Python, by the rules of
-docs/ctr.md. A line is an example, an error or a comment.
+docs/reference/data-files.md. A line is an example, an error or a comment.
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ import hashemb
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hashemb.__file__).parent
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.is_file()]
+DOCS = ROOT / "docs"
+#: Every page with links, and those whose Python blocks run: decisions are notes of their day, and stay as they are.
+LINKED = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = [path for path in LINKED if path.is_file() and DOCS / "decisions" not in path.parents]
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 MODULES = [".".join(("hashemb", *path.with_suffix("").parts)).removesuffix(".__init__") for path in FILES]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -47,7 +50,7 @@ def run_page(name: str, page: str) -> int:
 def broken_links(page: str, folder: Path) -> list[str]:
     """Return relative links of a page that lead nowhere, or into the package, which release tests have elsewhere."""
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)", page)
-    return [link for link in links if link.startswith("../hashemb/") or not (folder / link).exists()]
+    return [link for link in links if re.match(r"(\.\./)+hashemb/", link) or not (folder / link).exists()]
 
 
 def is_missing_extra(error: BaseException) -> bool:
@@ -62,18 +65,22 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
 @pytest.mark.usefixtures("empty_directory")
 def test_page_runs(path: Path) -> None:
     try:
-        run_page(path.name, path.read_text(encoding="utf-8"))
+        run_page(page_name(path), path.read_text(encoding="utf-8"))
     except ImportError as error:
         if not is_missing_extra(error):
             raise
-        pytest.skip(f"{path.name} needs a package that is not installed: {error}")
+        pytest.skip(f"{page_name(path)} needs a package that is not installed: {error}")
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in LINKED if path.is_file()], ids=page_name)
 def test_links_lead_somewhere(path: Path) -> None:
     assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
 
@@ -84,8 +91,10 @@ def test_canary_links(tmp_path: Path) -> None:
     assert broken_links(page, tmp_path) == ["gone.md", "../hashemb/__init__.py"]
 
 
-def test_the_readme_holds_a_program() -> None:
-    assert python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_every_section_is_found_and_has_programs() -> None:
+    """The pages are in folders; a folder that is not searched would have no program here."""
+    found = {page_name(path).rpartition("/")[0] for path in PAGES if python_blocks(path.read_text(encoding="utf-8"))}
+    assert found >= {"", "docs", "docs/start", "docs/howto", "docs/reference", "docs/explanation"}
 
 
 @pytest.mark.parametrize("module", MODULES)

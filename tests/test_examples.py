@@ -195,7 +195,10 @@ def test_pieces_have_the_rows_of_their_field(monkeypatch: pytest.MonkeyPatch, tm
 @needs_script
 @pytest.mark.slow
 def test_frappe_deep() -> None:
-    """The figures of docs/torch.md hold. BARS reports .9842 for DeepFM and .9845 for DCN-V2, with redrawn negatives."""
+    """The figures of docs/benchmarks/frappe.md hold.
+
+    BARS reports .9842 for DeepFM and .9845 for DCN-V2, with redrawn negatives.
+    """
     printed = with_torch("frappe_deep.py")
     least = {"DeepFM": 0.982, "DCNv2": 0.982, "DeepFM-redrawn": 0.9842, "DCNv2-redrawn": 0.9845, "DCNv2-small": 0.983}
     for name, least_auc in least.items():

@@ -1,8 +1,8 @@
 """Format 1: conversion between bytes and metadata by pure functions. `directory.py` and `table_files.py` do the I/O.
 
 A table is a directory of plain `.npy` files, a `meta.json` that never changes and a `control` page that does.
-See docs/format.md. Invariants: array data starts at byte 4096; everything is little-endian; a file's size follows
-from `meta.json` alone.
+See docs/reference/format.md. Invariants: array data starts at byte 4096; everything is little-endian; a file's size
+follows from `meta.json` alone.
 """
 
 from __future__ import annotations

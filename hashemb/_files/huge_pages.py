@@ -1,7 +1,7 @@
 """Huge pages for a table's files: the decision to ask the kernel for them, the request, and their number.
 
-All requests are advice: where the kernel ignores them, a table works as it does without. docs/performance.md describes
-what is requested and why; decisions/0006 has the measurements.
+All requests are advice: where the kernel ignores them, a table works as it does without.
+docs/explanation/performance.md describes what is requested and why; decisions/0006 has the measurements.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Space:
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
-            if code == errno.EOPNOTSUPP:  # this file system cannot reserve space: see docs/durability.md
+            if code == errno.EOPNOTSUPP:  # this file system cannot reserve space: see docs/explanation/durability.md
                 return
             with space_errors(self._filename(name)):
                 raise OSError(code, os.strerror(code), self._filename(name))

@@ -1,7 +1,7 @@
 """Delta files: their header and layout, and reading and writing them in groups of blocks.
 
-The layout is in docs/format.md. Invariants: every byte of a file is covered by a check; data is checked before it is
-returned; memory use stays within a group of blocks.
+The layout is in docs/reference/format.md. Invariants: every byte of a file is covered by a check; data is checked
+before it is returned; memory use stays within a group of blocks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 It is the oracle of the tests (the fast table must equal it bit for bit), the documentation of every formula, and
 a way to check a table where the extension cannot be built. It never imports the extension and shares no code with
-it. It uses only NumPy's float32 and float64 +, -, *, / and sqrt, which IEEE 754 makes the same everywhere.
+it. It uses only NumPy's float32 and float64 ``+``, ``-``, ``*``, ``/`` and ``sqrt``, which IEEE 754 makes the same
+everywhere.
 
 >>> import numpy as np
 >>> from hashemb import reference

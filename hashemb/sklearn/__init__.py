@@ -1,6 +1,6 @@
 """scikit-learn classifiers that keep their weights in a hashed table; they need no encoder and no vocabulary.
 
-They need the extra: ``pip install 'hashemb[ctr]'``. docs/sklearn.md has examples.
+They need the extra: ``pip install 'hashemb[ctr]'``. docs/start/sklearn.md has examples.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ __all__ = ["HashedClassifier"]
 
 
 #: The steps are larger than for streams of clicks (`options.DEFAULT_RATES`) but smaller than is best for small data:
-#: docs/sklearn.md has the measurements.
+#: docs/start/sklearn.md has the measurements.
 _ADAGRAD = {"lr": 0.05, "initial_accumulator": 1.0}
 _PREDICTED_TOGETHER = 16384  # examples per look-up; bounds the memory of a prediction
 
@@ -137,9 +137,9 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
         Notes
         -----
         A table at a path is trained in place: other processes that have it open see each batch at once, and several
-        processes may train it at the same time (docs/concurrency.md). An existing table is trained further, whichever
-        program created it. Calls with consecutive pieces whose lengths are multiples of `batch_size` give the same bits
-        as one ``fit`` on all the data with ``max_iter=1, shuffle=False``.
+        processes may train it at the same time (docs/explanation/concurrency.md). An existing table is trained further,
+        whichever program created it. Calls with consecutive pieces whose lengths are multiples of `batch_size` give the
+        same bits as one ``fit`` on all the data with ``max_iter=1, shuffle=False``.
         """
         training = self._training(max_iter=1, shuffle=False, early_stopping=False)
         going_on = self._attach()

@@ -1,6 +1,6 @@
 """PyTorch modules whose parameters are the rows of a table: autograd computes gradients, the table applies the updates.
 
-The modules need the extra: ``pip install 'hashemb[torch]'``. See docs/torch.md.
+The modules need the extra: ``pip install 'hashemb[torch]'``. See docs/start/torch.md.
 """
 
 from hashemb.errors import MissingExtraError

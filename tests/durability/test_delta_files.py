@@ -138,7 +138,7 @@ def test_what_is_no_delta(replica: hashemb.EmbeddingTable, tmp_path: Path) -> No
 
 
 def test_the_layout_in_the_documentation(delta: bytes) -> None:
-    """Parse a file by hand as specified in docs/format.md, without the reader of the package."""
+    """Parse a file by hand as specified in docs/reference/format.md, without the reader of the package."""
     content = header_of(delta)
     n, arrays = content["num_blocks"], content["arrays"]
     assert delta[:8] == b"hashembD"

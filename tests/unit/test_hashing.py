@@ -354,5 +354,6 @@ def test_no_library_is_imported():
 
 def test_the_examples_run():
     assert doctest.testmod(hashemb.hashing, raise_on_error=True).attempted > 0
-    page = doctest.testfile(str(ROOT / "docs" / "hashing.md"), module_relative=False, raise_on_error=True)
+    path = ROOT / "docs" / "explanation" / "hashing.md"
+    page = doctest.testfile(str(path), module_relative=False, raise_on_error=True)
     assert page.attempted > 0

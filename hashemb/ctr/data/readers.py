@@ -59,7 +59,7 @@ def open_reader(
         column if its first values are all 0/1 or false/true; without any of these, `Batch.labels` is None.
     numeric, categorical : sequence of str
         Integer columns to bucketize as counts, as in Criteo's data, and columns to read as ids. The kind of other
-        integer columns is inferred from their first values (see docs/ctr.md); most are ids.
+        integer columns is inferred from their first values (see docs/reference/data-files.md); most are ids.
     schema : mapping of str to {"string", "integer", "count", "float"}, optional
         Fields to read, in this order, and their kinds; other columns are ignored, and the label may be missing. Pass
         the `Reader.schema` that a model was trained with to get the same keys from any file. By default all

@@ -53,7 +53,8 @@ _PAIR_RANK = 2
 TRUE_RANK = _PAIR_RANK * len(_PAIRS)
 
 # Standard deviations on the logit scale. With these values the true probabilities have an AUC of .82 to .84, a logistic
-# regression reaches about .71, and a factorisation machine can close most of the gap (docs/ctr.md has measurements).
+# regression reaches about .71, and a factorisation machine can close most of the gap (docs/explanation/generator.md has
+# measurements).
 _INTEGER_EFFECT = 0.15
 _CATEGORY_EFFECT = 0.2
 _PAIR_EFFECT = 0.55

@@ -259,7 +259,7 @@ def _choose(options: ModelOptions, examples: int | None) -> tuple[ModelOptions, 
     """Choose logistic regression with a high learning rate for a small table, unless other options are given.
 
     On six of seven small tables its AUC was within .01 of scikit-learn's logistic regression on the same keys,
-    while factors fitted the noise (docs/cli.md); they overfit less after 5 passes than after 10.
+    while factors fitted the noise (docs/howto/train.md); they overfit less after 5 passes than after 10.
     """
     if examples is None:
         return options, LOG_PACE

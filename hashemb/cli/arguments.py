@@ -60,7 +60,7 @@ def column_names(texts: list[str] | None) -> tuple[str, ...]:
 
 Files = Annotated[
     list[Path],
-    typer.Argument(help="Criteo TSV, CSV, Parquet, libsvm, libffm or VW text; .gz, .zst, .bz2 are read as they are."),
+    typer.Argument(help="Criteo TSV, CSV, Parquet, libsvm, libffm or VW text; may be .gz, .zst or .bz2."),
 ]
 Table = Annotated[Path, typer.Option("--table", "-t", help="Directory of the model.")]
 COUNT = parser(parse_count)
@@ -73,7 +73,7 @@ DataFormat = Annotated[
         help=f"{', '.join(get_args(Format)[1:])}. [default: by name and contents]",
     ),
 ]
-Label = Annotated[str | None, typer.Option(help="Label column. [default: the reader's choice]")]
+Label = Annotated[str | None, typer.Option(help="Label column. [default: inferred]")]
 
 OptimizerName = Annotated[
     str | None,
@@ -96,14 +96,14 @@ NegativeCorrection = Annotated[
     typer.Option(
         parser=parser(one_of(*get_args(Correction))),
         metavar="NAME",
-        help=f"What corrects for it: {' or '.join(get_args(Correction))}. [new model: predictions]",
+        help=f"How the rate is corrected for: {' or '.join(get_args(Correction))}. [new model: predictions]",
     ),
 ]
 LabelDelay = Annotated[
-    int, typer.Option(min=0, help="Examples after which a label is known, and learned. They are scored at once.")
+    int, typer.Option(min=0, help="Examples after which a label is known and learned. Scoring is not delayed.")
 ]
 NewTable = Annotated[
-    Path | None, typer.Option("--table", "-t", help="Directory of the model. [default: NAME.model, after the file]")
+    Path | None, typer.Option("--table", "-t", help="Directory of the model. [default: NAME.model, by the first file]")
 ]
 ModelName = Annotated[
     str | None,
@@ -117,7 +117,7 @@ Rank = Annotated[
     int | None, typer.Option(min=0, help="Latent factors; 0: logistic regression. [new model: 15; ffm 4]")
 ]
 NumFields = Annotated[
-    int | None, typer.Option(min=1, help="Of fwfm and ffm. [new model: as many as the first file has]")
+    int | None, typer.Option(min=1, help="Fields, for fwfm and ffm. [new model: as many as the first file has]")
 ]
 Rows = Annotated[
     int | None, typer.Option(parser=COUNT, metavar="COUNT", help="Rows: 4194304, 2^22, 4Mi. [new model: 2^22]")
@@ -128,11 +128,12 @@ LearningRate = Annotated[
 ]
 WeightDecay = Annotated[float | None, typer.Option(help=f"Decoupled decay. {_default('weight_decay')}")]
 InitialAccumulator = Annotated[
-    float | None, typer.Option(help="What Adagrad's accumulators start at. [new model: 5; rank 0 2; row-wise, small 1]")
+    float | None,
+    typer.Option(help="Initial value of Adagrad's accumulators. [new model: 5; rank 0 2; row-wise, small 1]"),
 ]
-InitScale = Annotated[float | None, typer.Option(help=f"Rows start in ±this. {_default('init_scale')}")]
+InitScale = Annotated[float | None, typer.Option(help=f"Initial rows are uniform in ±this. {_default('init_scale')}")]
 NumHashes = Annotated[int | None, typer.Option(min=1, help=f"Rows per key. {_default('num_hashes')}")]
-Seed = Annotated[int | None, typer.Option(min=0, help=f"Of hashing and initial rows. {_default('seed')}")]
+Seed = Annotated[int | None, typer.Option(min=0, help=f"Seed of hashing and of initial rows. {_default('seed')}")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -141,15 +142,15 @@ BatchSize = Annotated[
 ]
 Passes = Annotated[
     int | None,
-    typer.Option(min=1, help="Times to learn each file, earlier runs included. [new model: 1; 10 if small]"),
+    typer.Option(min=1, help="Passes over each file, including earlier runs. [new model: 1; 10 if small]"),
 ]
 Positive = Annotated[
-    str | None, typer.Option(metavar="VALUE", help="Label that means 1. [of two values, the one that sorts second]")
+    str | None, typer.Option(metavar="VALUE", help="Label that means 1. [default: of two, the one that sorts second]")
 ]
 Numeric = Annotated[
-    list[str] | None, typer.Option(metavar="NAMES", help="Columns whose integers measure something: a,b.")
+    list[str] | None, typer.Option(metavar="NAMES", help="Columns of integers that are quantities: a,b.")
 ]
-Categorical = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="Columns whose numbers are ids: a,b.")]
+Categorical = Annotated[list[str] | None, typer.Option(metavar="NAMES", help="Columns of numbers that are ids: a,b.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")]
 Progress = Annotated[
     Any,
@@ -159,8 +160,8 @@ Progress = Annotated[
 ]
 SaveEvery = Annotated[float, typer.Option(min=0.0, help="Seconds between saves while training.")]
 Snapshots = Annotated[
-    Path | None, typer.Option(help="Snapshot to this directory with every save: a kill loses and repeats nothing.")
+    Path | None, typer.Option(help="Directory for a snapshot with every save: a kill loses and repeats nothing.")
 ]
 Deltas = Annotated[
-    Path | None, typer.Option(help="With --snapshots: deltas for `hashemb follow`, to this directory.")
+    Path | None, typer.Option(help="Directory for deltas, for `hashemb follow`. Requires --snapshots.")
 ]

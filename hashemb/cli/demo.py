@@ -245,18 +245,18 @@ def _checkpoint_step(served: Serving) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in served.snapshots.glob("step-*")), default=0)
 
 
-def _wait_for(condition: Callable[[], bool], who: str, limit_s: float = 300.0) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, limit_s: float = 300.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:
-            raise HashembError(f"{who} did nothing for {limit_s:.0f} s")
+            raise HashembError(f"{what} did nothing for {limit_s:.0f} s")
         time.sleep(0.01)
 
 
-def _run(command: list[str], who: str) -> None:
+def _run(command: list[str], what: str) -> None:
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
-        raise HashembError(f"{who} failed: {child.stderr.strip()}")
+        raise HashembError(f"{what} failed: {child.stderr.strip()}")
 
 
 def _score_table(paths: DemoPaths, table: Path) -> Float32Array:

@@ -114,7 +114,7 @@ def train(
     An existing model keeps the options it was created with. Ctrl-C finishes the batch and saves.
     """
     if deltas is not None and snapshots is None:
-        raise typer.BadParameter("--deltas needs --snapshots: a server must not be ahead of what a kill leaves")
+        raise typer.BadParameter("--deltas requires --snapshots: a server must not get updates that a kill would undo")
     options = TrainOptions(
         files=files, table=table, data_format=data_format, label=label, batch_size=batch_size, passes=passes,
         strict=strict, schedule=progress, negative_rate=negative_rate, negative_correction=negative_correction,
@@ -153,7 +153,7 @@ def predict(
     data_format: DataFormat = None,
     label: Label = None,
     skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave bad lines out of the output instead of stopping at one.")
+        bool, typer.Option("--skip-bad-lines", help="Skip bad lines instead of stopping at the first.")
     ] = False,
 ) -> None:
     """Print the probability of each example, one per line. The table is only read, so training may continue."""
@@ -185,7 +185,7 @@ def _predict(files: list[Path], table: Path, output: Path | None, **reading: Any
 
 @app.command()
 def demo(
-    dir: Annotated[Path, typer.Option(help="Where everything goes; a second run reuses the data.")] = Path("demo"),
+    dir: Annotated[Path, typer.Option(help="Directory for all files; a second run reuses the data.")] = Path("demo"),
     impressions: Annotated[
         Any, typer.Option(parser=COUNT, metavar="COUNT", help="Impressions to generate. [default: 1,000,000]")
     ] = None,

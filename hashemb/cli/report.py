@@ -22,13 +22,13 @@ __all__ = ["report"]
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the model.")],
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Labelled data to score. [default: figures kept while learning]")
+        list[Path] | None, typer.Argument(help="Labelled data to score. [default: metrics recorded in training]")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Page to write. [default: RUN.html]")
     ] = None,
     user: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Field that says whose impression it is: adds the GAUC.")
+        str | None, typer.Option(metavar="FIELD", help="Field that identifies the user; adds the GAUC.")
     ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="Another model, for AUC against memory. Repeatable.")
@@ -37,7 +37,8 @@ def report(
     label: Label = None,
 ) -> None:
     """Write a page about a model: learning curve, calibration, collisions, norms, AUC against memory."""
-    require("matplotlib", "report")
+    for package in ("matplotlib", "jinja2"):  # needed later: fail before anything is scored
+        require(package, "report")
     target = output or run.absolute().with_name(run.absolute().name + ".html")
     console = require("rich.console").Console(stderr=True)
     with progress_bar(console, "scoring", None) as advance:

@@ -97,16 +97,16 @@ def _say_where_we_start(trainer: Trainer, console: Console) -> None:
         say(console, f"Labels are learned {trainer.label_delay:,.0f} examples after they are scored.")
     for path, position in trainer.sources.items():
         if position.rows:
-            say(console, f"Going on with {path} at row {position.rows + 1:,}")
+            say(console, f"Resuming {path} at row {position.rows + 1:,}")
 
 
 def _say_pass(number: int, console: Console) -> None:
     if number > _PASSES_SHOWN:
         if number == _PASSES_SHOWN + 1:
-            say(console, "Later passes, by their last rows:")
+            say(console, "Later passes, the last row of each:")
         return
     if number > 1:
-        say(console, f"Pass {number}: these examples have been learned before; not unseen data.")
+        say(console, f"Pass {number}: these examples have been learned before, so they are not unseen data.")
     say(console, row_header())
 
 

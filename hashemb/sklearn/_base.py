@@ -170,7 +170,7 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
             listed = {"categorical": self.categorical_features, "numeric": self.numeric_features}
             layout, examples = Layout.of(X, **listed)
         if layout.kinds is None and not self._takes_sparse:
-            raise TypeError(f"{name} tells columns apart: it takes tables and arrays, no sparse matrices")
+            raise TypeError(f"{name} distinguishes columns: it takes tables and arrays, no sparse matrices")
         check_lengths(len(examples), len(targets), layout.num_columns)
         weights = check_weights(sample_weight, len(targets))
         if drop and weights is not None and not weights.all():
@@ -237,8 +237,8 @@ class HashedClassifier(ClassifierMixin, BaseEstimator, metaclass=ABCMeta):
             card.as_json()  # fail now, not after hours of training
             if os.path.lexists(path):
                 raise FileExistsError(
-                    f"{path}: there is something here already, and fit begins from scratch: name another path, go on "
-                    "with it (partial_fit or warm_start=True), or remove it"
+                    f"{path}: this path exists already, and fit starts from scratch: choose another path, train "
+                    "further (partial_fit or warm_start=True), or remove it"
                 )
         return KeptTable.create(options, beside=path)
 

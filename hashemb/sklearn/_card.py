@@ -133,7 +133,7 @@ def _parse_classes(card: dict[str, Any]) -> npt.NDArray[Any]:
     if len(values) != 2 or not all(isinstance(value, (str, int, float)) for value in values) or len(texts) == 1:
         raise ValueError(f"classes must be two labels of one type, found {shown(values)}")
     if not _DTYPE.fullmatch(dtype) or (dtype[1] in "UO") < bool(texts):
-        raise ValueError(f"classes_dtype {shown(dtype)} is not of the labels {shown(values)}")
+        raise ValueError(f"classes_dtype {shown(dtype)} does not fit the labels {shown(values)}")
     try:
         classes = np.array(values, dtype=np.dtype(dtype))
     except (TypeError, OverflowError) as error:

@@ -57,4 +57,4 @@ def _advice(format: str, text: str) -> str:
         return "a quote that is never closed?"
     if format == "parquet":
         return "damaged, or it ends early: copy or write it again"
-    return "damaged, or in another format? format= says which"
+    return "damaged, or in another format: specify it with format="

@@ -86,5 +86,5 @@ def _sniff(name: str, head: bytes) -> Format:
         return "csv"
     raise ValueError(
         f"{name}: neither Criteo lines nor CSV with a header, nor libsvm, libffm or Vowpal Wabbit text; "
-        "say which with format="
+        "specify the format with format="
     )

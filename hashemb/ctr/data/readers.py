@@ -114,7 +114,7 @@ def open_reader(
         raise ValueError(f"start must be at least 0, got {start}")
     if schema is not None and (numeric or categorical):
         option = "numeric" if numeric else "categorical"
-        raise ValueError(f"give {option}= or schema=, not both: a schema says which fields are counts")
+        raise ValueError(f"give {option}= or schema=, not both: a schema specifies which fields are counts")
     both = sorted(set(numeric) & set(categorical))
     if both:
         raise ValueError(f"{both[0]!r} is named as numeric and as categorical")

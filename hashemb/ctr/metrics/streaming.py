@@ -67,7 +67,7 @@ class StreamingMetrics:
         sums = add_scores(y, p, w, self._histogram, squares, logit_limit=_LOGIT_LIMIT, eps=_EPS)
         if sums is None:
             checked(y, p, w)
-            raise AssertionError("scores were refused that are in order")
+            raise AssertionError("valid scores were refused")
         self._squares = squares
         self._sum_loss += sums[0]
         self._sum_probabilities += sums[1]

@@ -137,7 +137,7 @@ def _check_values(values: Any, shape: tuple[int, ...]) -> Float32Array:
 def _check_fields(fields: Any, num_keys: int, num_fields: int | None) -> npt.NDArray[np.int32] | None:
     if fields is None:
         if num_fields is not None:
-            raise ValueError("this model tells fields apart: with offsets it needs fields, one number per key")
+            raise ValueError("this model distinguishes fields: with offsets it needs fields, one number per key")
         return None
     found = np.asarray(fields)
     if found.shape != (num_keys,):

@@ -120,7 +120,7 @@ def _metrics(facts: RunFacts) -> Parts:
         columns["while learning"] = (facts.learning, None)
         yield Text(f"While learning, each example was scored before it was learned (pass {facts.passes}).")
         if facts.passes > 1:
-            yield Text("In that pass the examples had been learned before: its figures are not of unseen data.")
+            yield Text("In that pass the examples had been learned before: its metrics are not those of unseen data.")
     if not columns:
         yield Text("The model has learned nothing yet, and no data was given to score.")
         return
@@ -146,7 +146,7 @@ def _figures(metrics: StreamingMetrics, gauc: float | None) -> Iterator[tuple[st
 def _curve(facts: RunFacts) -> Parts:
     rows = [row for row in facts.curve if row.logloss == row.logloss]
     if not rows:
-        yield Text("No row of the progressive table is kept with this model.")
+        yield Text("The model has no rows of progressive validation.")
         return
     first, last = rows[0], rows[-1]
     yield Figure(
@@ -236,7 +236,7 @@ def _memory(facts: RunFacts) -> Parts:
             f"{best.name}, {best.auc:.4f} with {format_bytes(best.disk_bytes)}.",
         )
     else:
-        yield Text("With other models to compare it with (--compare), a picture stands here.")
+        yield Text("Name other models with --compare to plot AUC against memory.")
     cells = [
         (p.name, f"{p.num_embeddings:,} × {p.embedding_dim}", p.dtype, format_bytes(p.disk_bytes),
          _number(p.auc, 5), _number(p.logloss, 6))
@@ -247,7 +247,7 @@ def _memory(facts: RunFacts) -> Parts:
 
 def _data(facts: RunFacts) -> Parts:
     if not facts.sources:
-        yield Text("No files are known: nothing learned yet, or only standard input and pipes.")
+        yield Text("The model has learned no files yet, or only standard input and pipes.")
         return
     cells = [
         (path, f"{s.passes}", f"{s.rows or s.rows_per_pass:,}", f"{s.bad_rows:,}", format_bytes(s.size_bytes))

@@ -131,7 +131,7 @@ def _parse_state(values: Any) -> _State:
     curve = LearningCurve.from_json(state.get("rows", []))
     learned = max((row.examples for row in curve), default=0)
     if learned > metrics.examples:
-        raise ValueError(f"the last of rows stands at {learned:,} examples, the metrics are of {metrics.examples:,}")
+        raise ValueError(f"the last row is at {learned:,} examples, but the metrics cover {metrics.examples:,}")
     examples = as_whole(state.get("examples", metrics.examples), "examples")
     return _State(metrics, at_last_row, curve, examples, as_whole(state.get("waiting", 0), "waiting", 0, examples))
 

@@ -82,9 +82,7 @@ def without_rates(steps: Sequence[TrainStep]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("stop_after", [1, 3, 10, 11, 14])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, stop_after: int, passes: int) -> None:
-    """Everything is equal bit for bit: weights, accumulators, decay, step, metrics, progressive table. File a has 10.3
-    batches.
-    """
+    """Weights, accumulators, decay, step, metrics and progressive table have equal bits. File a has 10.3 batches."""
     files = [write_clicks(tmp_path / "a.csv", 0, 515, bad=(3, 170)), write_clicks(tmp_path / "b.csv", 600, 801)]
     unbroken = train(tmp_path / "unbroken", files, passes=passes)
     steps = train(tmp_path / "broken", files, passes=passes, stop_after=stop_after)

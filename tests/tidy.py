@@ -49,7 +49,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     | {"_files.space"},
     "_files.saving": {"errors", "_open_file", "_sharing"}
     | {f"_files.{name}" for name in ("format", "directory", "locks", "arrays")},
-    "_files.recovery": {"_files.format", "_files.directory", "_files.blocks"},
+    "_files.recovery": {"_files.format", "_files.directory", "_files.arrays", "_files.blocks"},
     "_files.seats": {"errors", "_sharing", "_files.directory"},
     "_files.writers": {"errors", "_core", "_sharing", "_files.directory", "_files.locks", "_files.arrays"}
     | {"_files.space", "_files.saving", "_files.recovery", "_files.seats"},
@@ -58,8 +58,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_files.binding": {"_core", "_files.format", "_files.locks", "_files.table_files"},
     "_points.problems": set(),
     "_points.half": {"_files"},
-    "_points.snapshot": {"errors", "_sharing", "_files"},
-    "_points.delta_file": {"errors", "_rules", "_open_file", "_files"},
+    "_points.snapshot": {"errors", "_sharing", "_files", "_points.problems"},
+    "_points.delta_file": {"errors", "_rules", "_open_file", "_files", "_points.problems"},
     "_points.delta": {"errors", "optim", "_rules", "_sharing", "_files"}
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},

@@ -7,6 +7,7 @@ array files by blocks.
 """
 
 from hashemb._files import blocks, building, directory, format
+from hashemb._files.arrays import Array
 from hashemb._files.binding import bind_core
 from hashemb._files.blocks import Bytes, Numbers
 from hashemb._files.building import (
@@ -68,6 +69,7 @@ __all__ = [
     "SEATS_FILE",
     "SMALL_FILE_BYTES",
     "STORAGE_DTYPES",
+    "Array",
     "Bytes",
     "Directory",
     "FileSpec",

@@ -12,15 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hashemb._files import blocks as _blocks
+from hashemb._files.arrays import Array
 from hashemb._files.directory import boot_id
 from hashemb._files.format import TableMeta, seal_control
 
 __all__ = ["mark_blocks_with_data", "previous_end", "reserve_marked_blocks", "seal", "unseal"]
-
-Array = npt.NDArray[Any]
 
 
 def previous_end(control: Array) -> str | None:

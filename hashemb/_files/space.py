@@ -10,20 +10,15 @@ import ctypes
 import errno
 import mmap
 import os
-from typing import Any
-
-import numpy.typing as npt
 
 from hashemb import _core
 from hashemb._files import blocks as _blocks
-from hashemb._files.arrays import HUGE_PAGE_BYTES
+from hashemb._files.arrays import HUGE_PAGE_BYTES, Array
 from hashemb._files.directory import space_errors
 from hashemb._files.format import DATA_OFFSET_BYTES, TableMeta
 from hashemb._open_file import OpenFile
 
 __all__ = ["Space", "block_bytes"]
-
-Array = npt.NDArray[Any]
 
 _FALLOC_KEEP_SIZE = 1
 _libc = ctypes.CDLL(None, use_errno=True)

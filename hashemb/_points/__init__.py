@@ -3,8 +3,8 @@
 from hashemb._points.delta import DeltaInfo, Since, apply_to, check_delta, delta_info, export_to
 from hashemb._points.delta_file import DeltaReader
 from hashemb._points.half import widen
-from hashemb._points.problems import Problem, Report
-from hashemb._points.scan import Covered, Limits, Progress, Scan, Sink, UnreadableError
+from hashemb._points.problems import Problem, Progress, Report
+from hashemb._points.scan import Covered, Limits, Scan, Sink, UnreadableError
 from hashemb._points.snapshot import interrupted_delta, take_snapshot
 
 __all__ = [

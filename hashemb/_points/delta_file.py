@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -32,6 +32,7 @@ from hashemb._files import (
 )
 from hashemb._files import blocks as _blocks
 from hashemb._open_file import OpenFile
+from hashemb._points.problems import Progress
 from hashemb._rules import (
     BOOL,
     COUNTER,
@@ -73,7 +74,6 @@ DELTA_RULES: dict[str, Rule | Whole] = {
     "data_bytes": COUNTER,
 }
 
-Progress = Callable[[int, int], None]
 Group = tuple[_blocks.Numbers, dict[str, _blocks.Bytes]]
 
 

@@ -5,14 +5,10 @@ The kernels round stochastically, which suits training; weights for serving are 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from hashemb._files import STORAGE_DTYPES
-
-Array = npt.NDArray[Any]
+from hashemb._files import STORAGE_DTYPES, Array
 
 _NEGATIVE_ZERO = {"float32": 0x80000000, "float16": 0x8000, "bfloat16": 0x8000}
 

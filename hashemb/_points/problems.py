@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-__all__ = ["Problem", "Report"]
+__all__ = ["Problem", "Progress", "Report"]
+
+Progress = Callable[[int, int], None]  # (blocks done, total)
 
 MAX_LISTED = 10  # listed problems of one kind in one file
 

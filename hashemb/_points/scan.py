@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from hashemb._files import DATA_OFFSET_BYTES, Bytes, Numbers, TableMeta, data_extents
 from hashemb._files import blocks as _blocks
-from hashemb._points.problems import Report
+from hashemb._points.problems import Progress, Report
 
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
-Progress = Callable[[int, int], None]
 
 
 class Sink(Protocol):

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +46,7 @@ from hashemb._files import (
     write_history,
 )
 from hashemb._files import blocks as _blocks
+from hashemb._points.problems import Progress
 from hashemb.errors import DeltaError
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "whole_history",
 ]
 
-Progress = Callable[[int, int], None]
 
 _STRIPES_PER_CALL = 16  # between two reports of progress, and between two checks for interrupts
 

@@ -40,7 +40,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
-importlib.import_module("hashemb.sklearn")  # before torch is mocked: SciPy and scikit-learn would take it for the real one
+importlib.import_module("hashemb.sklearn")  # before torch is mocked, which SciPy would take for the real one
 autodoc_typehints = "none"  # the docstrings describe types
 autodoc_member_order = "groupwise"
 autosummary_generate = True

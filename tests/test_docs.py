@@ -97,6 +97,18 @@ def test_every_section_is_found_and_has_programs() -> None:
     assert found >= {"", "docs", "docs/start", "docs/howto", "docs/reference", "docs/explanation"}
 
 
+@pytest.mark.parametrize("module", ["hashemb", "hashemb.errors", "hashemb.ctr", "hashemb.sklearn", "hashemb.torch"])
+def test_the_reference_lists_every_public_name(module: str) -> None:
+    try:
+        public = set(importlib.import_module(module).__all__) - {"__version__", "errors", "reference"}
+    except ImportError as error:
+        if not is_missing_extra(error):
+            raise
+        pytest.skip(f"{module} needs a package that is not installed: {error}")
+    page = (DOCS / "reference" / "api" / f"{module.removeprefix('hashemb.')}.rst").read_text(encoding="utf-8")
+    assert public - set(re.findall(r"^   (\w+)$", page, re.MULTILINE)) == set()
+
+
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.usefixtures("empty_directory")
 def test_doctests_of(module: str) -> None:

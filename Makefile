@@ -7,7 +7,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # The install is editable: a changed .py file needs no reinstall, but a changed source of an extension does.
 CYTHON := $(wildcard hashemb/*.pyx hashemb/ctr/*.pyx hashemb/ctr/data/*.pyx)
-SOURCES := pyproject.toml setup.py $(CYTHON) $(wildcard hashemb/*.pxd hashemb/csrc/* hashemb/ctr/csrc/* hashemb/ctr/data/csrc/*)
+C_FILES := $(wildcard hashemb/csrc/* hashemb/ctr/csrc/* hashemb/ctr/data/csrc/*)
+SOURCES := pyproject.toml setup.py $(CYTHON) $(C_FILES) $(wildcard hashemb/*.pxd)
 
 .PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
@@ -20,6 +21,8 @@ test: $(VENV)/.stamp-test
 
 lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint $(CYTHON) $(wildcard hashemb/*.pxd)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 		--allowlist .ci/stubtest-allowlist --ignore-unused-allowlist $(subst /,.,$(basename $(CYTHON)))

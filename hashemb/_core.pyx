@@ -6,8 +6,6 @@ to the dtype, shape and order named here; only what could cause access outside a
 
 import mmap
 
-import numpy as np
-
 from hashemb.errors import NoSpaceError
 
 cimport cython
@@ -158,7 +156,7 @@ cdef class Core:
         """
         if in_flight is not None and in_flight.size != HE_MAX_THREADS * 8:
             raise ValueError(f"{HE_MAX_THREADS} lines of 8 words expected, got {in_flight.size} words")
-        self.table.in_flight = NULL if in_flight is None else <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, "in_flight")
+        self.table.in_flight = <uint64_t *>data_of(in_flight, cnp.NPY_UINT64, "in_flight")
         self.in_flight, self.lock_fd = in_flight, lock_fd
 
     def after_fork(self):
@@ -187,7 +185,8 @@ cdef class Core:
         with nogil:
             error = he_secure_reads(&self.table, b, of_rows)
         if error == EFAULT:
-            raise NoSpaceError(f"no space left on the tmpfs, on which reading a row never written takes {PAGE_BYTES} bytes")
+            raise NoSpaceError(
+                f"no space left on the tmpfs, on which reading a row never written takes {PAGE_BYTES} bytes")
         return raise_errno(error)
 
     def lookup(self, cnp.ndarray keys not None, cnp.ndarray out not None, offsets=None, weights=None, int pooling=0):
@@ -286,8 +285,8 @@ cdef class Core:
         cdef he_plan *p = plan.plan
         if he_plan_init(&self.table, p):
             raise ValueError(
-                f"an update of {p.num_occurrences} rows (keys * num_hashes) of a table of {self.table.num_rows} rows is too "
-                "large for one call: divide the batch"
+                f"an update of {p.num_occurrences} rows (keys * num_hashes) of a table of {self.table.num_rows} rows "
+                "is too large for one call: divide the batch"
             )
         cdef int64_t needed = sizeof(he_plan) + he_plan_bytes(&self.table, p)
         if needed <= plan.memory_bytes:

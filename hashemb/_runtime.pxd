@@ -1,4 +1,4 @@
-"""What the other compiled modules of the package take from _runtime: a C interface of the project's own, not shipped."""
+"""What the other compiled modules take from _runtime: a C interface of the project's own, not shipped."""
 
 from libc.stdint cimport int32_t, int64_t
 

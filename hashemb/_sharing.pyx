@@ -116,8 +116,8 @@ cdef class Calls:
         """Raise `TableBusyError` if this thread itself holds the lock that it would wait for."""
         if HELD.get((self.identity, place)) == this_thread():
             raise TableBusyError(
-                f"{self.path}: {call}() was called by a signal handler or callback, in the middle of a call that has the "
-                "table to itself: let that call return first")
+                f"{self.path}: {call}() was called by a signal handler or callback, in the middle of a call that has "
+                "the table to itself: let that call return first")
         return 0
 
     def __enter__(self):
@@ -179,8 +179,8 @@ cdef class Closing:
         cdef Calls calls = self.calls
         if calls.closer == this_thread() or this_thread() in calls.threads:
             raise TableBusyError(
-                f"{calls.path}: close() was called by a signal handler or callback, in the middle of another call of the same "
-                "thread: let that call return first")
+                f"{calls.path}: close() was called by a signal handler or callback, in the middle of another call of "
+                "the same thread: let that call return first")
         while calls.closer:
             with nogil:
                 usleep(WAIT_US)
@@ -306,8 +306,8 @@ def begin_point(cnp.ndarray control not None, int lock_fd):
             PyErr_CheckSignals()
     if error == ERANGE:
         raise HashembError(
-            f"all {he_epoch(page)} epochs of the table are used up: no snapshot or delta of it can be taken any more; look-ups "
-            "and updates still work")
+            f"all {he_epoch(page)} epochs of the table are used up: no snapshot or delta of it can be taken any more; "
+            "look-ups and updates still work")
     raise_errno(error)
     return copy.tobytes()
 

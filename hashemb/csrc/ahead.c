@@ -1,8 +1,8 @@
 /* Fault-ahead: where rows are not in memory, the kernel is asked for all pages of a chunk before any is touched.
  *
  * A thread waits while its page fault is served, so it keeps only one read in flight; disks need dozens. Pages are
- * requested by MADV_WILLNEED, in bulk by process_madvise, one chunk of rows ahead of the one being processed. All requests
- * are advice: if one fails, the page faults do the work; nothing is written, and no result depends on them.
+ * requested by MADV_WILLNEED, in bulk by process_madvise, one chunk of rows ahead of the one being processed. All
+ * requests are advice: if one fails, the page faults do the work; nothing is written, and no result depends on them.
  *
  * The decision to ask is measured, not guessed: the kernel counts what a thread has read from disks (ru_inblock). While
  * nothing is read, one call in 64 checks that count, and the others cost a branch. */
@@ -27,13 +27,13 @@
 #define SYS_process_madvise 440
 #endif
 
-enum { MAX_RANGES = 1024 };          /* of one process_madvise: UIO_MAXIOV */
-enum { FILTER_BITS = 12 };           /* 4096 of the pages just asked for are remembered */
-enum { CHUNK_BYTES = 1 << 24 };      /* of pages asked for ahead, by each thread: far more than a disk's queue */
-enum { MAX_WAIT = 63 };              /* calls between two checks while nothing is read */
-enum { WORTH_ONE_IN = 64 };          /* rows read: if fewer, asking for pages that are in memory costs more than it saves */
-enum { QUIET_CHUNKS = 8 };           /* chunks asked for in vain before asking ends */
-enum { MAX_QUEUED = 64 };            /* waiting prefetch calls: with more, the disk lags so far that they are useless */
+enum { MAX_RANGES = 1024 };     /* of one process_madvise: UIO_MAXIOV */
+enum { FILTER_BITS = 12 };      /* 4096 of the pages just asked for are remembered */
+enum { CHUNK_BYTES = 1 << 24 }; /* of pages asked for ahead, by each thread: far more than a disk's queue */
+enum { MAX_WAIT = 63 };         /* calls between two checks while nothing is read */
+enum { WORTH_ONE_IN = 64 };     /* rows read: if fewer, asking for pages that are in memory costs more than it saves */
+enum { QUIET_CHUNKS = 8 };      /* chunks asked for in vain before asking ends */
+enum { MAX_QUEUED = 64 };       /* waiting prefetch calls: with more, the disk lags so far that they are useless */
 
 /* ---- asking ---- */
 
@@ -52,8 +52,8 @@ static void ask(const struct iovec *ranges, int64_t n) {
     if (self >= 0) close(self);
 }
 
-/* Page ranges to pass to the kernel, or to collect in `kept`, which grows. The filter drops most repeats, which come from
- * the hot rows of a batch and from rows that share a page. */
+/* Page ranges to pass to the kernel, or to collect in `kept`, which grows. The filter drops most repeats, which come
+ * from the hot rows of a batch and from rows that share a page. */
 typedef struct {
     uintptr_t page;
     int64_t count, kept_count, kept_room;

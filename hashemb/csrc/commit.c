@@ -1,9 +1,10 @@
 /* Commits a planned batch to the table in one call: no lock, gate or incomplete state outlives the call.
  *
- * Python may run a signal handler between any two bytecodes, and the handler may use the table again or raise. Work that
- * needs Python (opening the files of a snapshot, allocating space on a disk that is nearly full, long waits) is therefore
- * requested by the status that he_commit returns after releasing everything, and the caller commits again. The table's
- * mutex is never held while waiting for the gate: the gate may be kept closed by the thread that owns the mutex. */
+ * Python may run a signal handler between any two bytecodes, and the handler may use the table again or raise. Work
+ * that needs Python (opening the files of a snapshot, allocating space on a disk that is nearly full, long waits) is
+ * therefore requested by the status that he_commit returns after releasing everything, and the caller commits again.
+ * The table's mutex is never held while waiting for the gate: the gate may be kept closed by the thread that owns the
+ * mutex. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -102,7 +103,8 @@ static int prepare(const he_table *t, he_control *c, he_plan *p, const he_commit
     if (HE_UNLIKELY(p->epoch != epoch)) find_stale(t, p, epoch);
     gather_stale(t, p);
     if (HE_LIKELY(p->num_stale == 0)) return 0;
-    if (p->num_fresh && !o->has_room && (o->asks_for_room || he_make_room(t, p->fresh, p->num_fresh))) return HE_NEEDS_ROOM;
+    if (p->num_fresh && !o->has_room && (o->asks_for_room || he_make_room(t, p->fresh, p->num_fresh)))
+        return HE_NEEDS_ROOM;
     he_shared->mark_blocks(saving, t->blocks, p->stale, p->num_stale, epoch);
     return 0;
 }

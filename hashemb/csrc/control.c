@@ -3,8 +3,9 @@
 
 #include "numerics.h"
 
-_Static_assert(offsetof(he_control, step) == 16 && offsetof(he_control, lr) == 32 && offsetof(he_control, clean) == 48 &&
-                   offsetof(he_control, saving) == 64 && offsetof(he_control, gate_closing) == 88,
+_Static_assert(offsetof(he_control, step) == 16 && offsetof(he_control, lr) == 32 &&
+                   offsetof(he_control, clean) == 48 && offsetof(he_control, saving) == 64 &&
+                   offsetof(he_control, gate_closing) == 88,
                "the control page is a file format");
 
 static double load_double(const double *p) { return he_double(__atomic_load_n((const uint64_t *)p, __ATOMIC_ACQUIRE)); }

@@ -1,12 +1,12 @@
 /* Applying a planned update: included once per instruction set (kernels.h), after kernels_merge.h.
  *
- * A row is read, stepped and written once. A row that would be stored as all zero bytes, which means "never written", is
- * stored with -0.0 as its first element. */
+ * A row is read, stepped and written once. A row that would be stored as all zero bytes, which means "never written",
+ * is stored with -0.0 as its first element. */
 
 /* ---- optimisers: w and g are dim floats, s0 and s1 the row's state ---- */
 
-HE_INLINE void step_adagrad(const he_table *t, float lr, const int64_t dim, const float *restrict g,
-                                     float *restrict w, float *restrict a) {
+HE_INLINE void step_adagrad(const he_table *t, float lr, const int64_t dim, const float *restrict g, float *restrict w,
+                            float *restrict a) {
     HE_SIMD
     for (int64_t j = 0; j < dim; j++) {
         float total = a[j] + g[j] * g[j];
@@ -19,13 +19,15 @@ HE_INLINE void step_adagrad(const he_table *t, float lr, const int64_t dim, cons
 HE_INLINE float mean_square(const float *g, const int64_t dim) {
     float lane[16] = {0};
     int64_t j = 0;
-    for (; j + 16 <= dim; j += 16)
+    for (; j + 16 <= dim; j += 16) {
         HE_SIMD
         for (int l = 0; l < 16; l++) lane[l] += g[j + l] * g[j + l];
+    }
     for (int l = 0; j + l < dim; l++) lane[l] += g[j + l] * g[j + l];
-    for (int width = 8; width > 0; width /= 2)
+    for (int width = 8; width > 0; width /= 2) {
         HE_SIMD
         for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    }
     return lane[0] / (float)dim;
 }
 
@@ -42,7 +44,7 @@ HE_INLINE void step_sgd(float lr, const int64_t dim, const float *restrict g, fl
 }
 
 HE_INLINE void step_ftrl(const he_table *t, float alpha, int written, const int64_t dim, const float *restrict g,
-                                  float *restrict w, float *restrict z, float *restrict n) {
+                         float *restrict w, float *restrict z, float *restrict n) {
     HE_SIMD
     for (int64_t j = 0; j < dim; j++) {
         /* The z of a new row is the value that gives the initial weight. */
@@ -62,13 +64,14 @@ HE_INLINE void step_ftrl(const he_table *t, float alpha, int written, const int6
 
 /* Stores a row that begins with 0. It is out of line, or compilers would check all of every row before storing it. */
 HE_COLD void store_from_zero(float *restrict dst, const float *restrict w, int64_t dim) {
-    dst[0] = any_bits((const char *)w, dim, HE_FLOAT32) ? 0.0f : -0.0f; /* or others would read the row as never written */
+    /* With +0 others would read a row of zeros as never written. */
+    dst[0] = any_bits((const char *)w, dim, HE_FLOAT32) ? 0.0f : -0.0f;
     HE_SIMD
     for (int64_t j = 1; j < dim; j++) dst[j] = w[j];
 }
 
 HE_INLINE void store_row(const he_table *t, uint64_t row, uint64_t step, const int64_t dim, const int dtype,
-                                  const float *w) {
+                         const float *w) {
     char *stored = t->weight + row * (uint64_t)(dim * (dtype == HE_FLOAT32 ? 4 : 2));
     if (dtype == HE_FLOAT32) {
         float *dst = (float *)stored;
@@ -92,7 +95,7 @@ HE_INLINE void store_row(const he_table *t, uint64_t row, uint64_t step, const i
 
 /* Reads, steps and writes one row; g is its summed gradient. Returns whether this is the row's first update. */
 HE_INLINE int update_row(const he_table *t, const he_step *s, uint64_t row, const int64_t dim, const int dtype,
-                                  const int optimizer, const float *g, float *w) {
+                         const int optimizer, const float *g, float *w) {
     int written = load_row(t, row, dim, dtype, w);
     if (t->paid) {
         decay_row(t, row, s->decay_total, dim, w);
@@ -127,8 +130,8 @@ HE_INLINE int copy_grad(const float *restrict grad, float scale, const int64_t d
 }
 
 /* Returns where row u's gradient is, and the scale that it still needs. */
-HE_INLINE const float *gradient(const he_table *t, const he_plan *p, const he_share *share, int64_t u, const int64_t dim,
-                                         float *scale) {
+HE_INLINE const float *gradient(const he_table *t, const he_plan *p, const he_share *share, int64_t u,
+                                const int64_t dim, float *scale) {
     const uint64_t source = share->sources[u];
     int64_t key;
     *scale = 1.0f;
@@ -151,7 +154,7 @@ HE_COLD void store_head_from_zero(float *restrict dst, const float *restrict hea
  * gradient stays in registers, and the row is stepped in place. Its head comes last: until then it begins with the old
  * value. Returns whether the gradient is not finite. */
 HE_INLINE int update_in_place(const he_table *t, const he_step *s, uint64_t row, const int64_t dim, const int optimizer,
-                                       const float *grad, float scale, uint64_t *in_flight) {
+                              const float *grad, float scale, uint64_t *in_flight) {
     float g[HE_IN_PLACE_DIM], head[HE_HEAD];
     float *w = (float *)t->weight + row * (uint64_t)dim;
     if (HE_UNLIKELY(copy_grad(grad, scale, dim, g))) return 1;
@@ -177,7 +180,7 @@ HE_INLINE int update_in_place(const he_table *t, const he_step *s, uint64_t row,
 }
 
 HE_INLINE void prefetch_row(const he_table *t, const he_plan *p, const he_share *share, int64_t u, const int64_t dim,
-                                     const int dtype, const int optimizer) {
+                            const int dtype, const int optimizer) {
     const uint64_t row = share->rows[u], source = share->sources[u];
     const int64_t row_bytes = dim * (dtype == HE_FLOAT32 ? 4 : 2);
     int64_t key;
@@ -191,7 +194,7 @@ HE_INLINE void prefetch_row(const he_table *t, const he_plan *p, const he_share 
 }
 
 HE_INLINE void apply_rows(const he_table *t, const he_plan *p, he_share *share, const he_step *s, const int64_t dim,
-                                   const int dtype, const int optimizer) {
+                          const int dtype, const int optimizer) {
     const int64_t n = share->num_rows, ahead = HE_MAX(2, HE_UPDATE_AHEAD / ((dim + 15) / 16));
     float *w = share->scratch + dim;
     uint64_t rows_touched = 0, rows_refused = 0; /* local, as shares are adjacent in memory */
@@ -225,18 +228,19 @@ HE_INLINE void apply_rows(const he_table *t, const he_plan *p, he_share *share, 
 /* ---- specialised copies: float32 rows of the usual dimensions, with either Adagrad, have their own functions ---- */
 
 #define HE_DIMS(HE_DIM) HE_DIM(1) HE_DIM(8) HE_DIM(16) HE_DIM(32) HE_DIM(64)
-#define HE_APPLY_COPY(d)                                                                                               \
-    HE_COLD void apply_adagrad_##d(const he_table *t, const he_plan *p, he_share *share, const he_step *s) {  \
+#define HE_APPLY_COPY(d)                                                                                     \
+    HE_COLD void apply_adagrad_##d(const he_table *t, const he_plan *p, he_share *share, const he_step *s) { \
         apply_rows(t, p, share, s, d, HE_FLOAT32, HE_ADAGRAD);                                               \
-    }                                                                                                                 \
-    HE_COLD void apply_rowwise_##d(const he_table *t, const he_plan *p, he_share *share, const he_step *s) {  \
+    }                                                                                                        \
+    HE_COLD void apply_rowwise_##d(const he_table *t, const he_plan *p, he_share *share, const he_step *s) { \
         apply_rows(t, p, share, s, d, HE_FLOAT32, HE_ROWWISE_ADAGRAD);                                       \
     }
 HE_DIMS(HE_APPLY_COPY)
 #undef HE_APPLY_COPY
 
 static void apply_adagrad(const he_table *t, const he_plan *p, he_share *share, const he_step *s) {
-#define HE_CASE(d) case d: apply_adagrad_##d(t, p, share, s); return;
+#define HE_CASE(d) \
+    case d: apply_adagrad_##d(t, p, share, s); return;
     switch (t->dim) {
         HE_DIMS(HE_CASE)
         default: apply_rows(t, p, share, s, t->dim, HE_FLOAT32, HE_ADAGRAD);
@@ -245,7 +249,8 @@ static void apply_adagrad(const he_table *t, const he_plan *p, he_share *share, 
 }
 
 static void apply_rowwise(const he_table *t, const he_plan *p, he_share *share, const he_step *s) {
-#define HE_CASE(d) case d: apply_rowwise_##d(t, p, share, s); return;
+#define HE_CASE(d) \
+    case d: apply_rowwise_##d(t, p, share, s); return;
     switch (t->dim) {
         HE_DIMS(HE_CASE)
         default: apply_rows(t, p, share, s, t->dim, HE_FLOAT32, HE_ROWWISE_ADAGRAD);

@@ -43,7 +43,9 @@ HE_INLINE int load_row(const he_table *t, uint64_t row, const int64_t dim, const
     HE_SIMD
     for (int64_t j = 0; j < dim; j++) {
         if (dtype == HE_FLOAT32) out[j] = ((const float *)stored)[j];
-        else out[j] = dtype == HE_FLOAT16 ? he_from_f16(((const uint16_t *)stored)[j]) : he_from_bf16(((const uint16_t *)stored)[j]);
+        else
+            out[j] = dtype == HE_FLOAT16 ? he_from_f16(((const uint16_t *)stored)[j])
+                                         : he_from_bf16(((const uint16_t *)stored)[j]);
     }
     return 1;
 }
@@ -54,15 +56,15 @@ HE_COLD void decay_row(const he_table *t, uint64_t row, double decay_total, int6
     for (int64_t j = 0; j < dim; j++) out[j] *= factor;
 }
 
-HE_INLINE void read_row(const he_table *t, uint64_t row, const int64_t dim, const int dtype,
-                                 double decay_total, float *out) {
+HE_INLINE void read_row(const he_table *t, uint64_t row, const int64_t dim, const int dtype, double decay_total,
+                        float *out) {
     load_row(t, row, dim, dtype, out);
     if (t->paid) decay_row(t, row, decay_total, dim, out);
 }
 
 /* Reads a key's vector: the sum of its k = num_hashes rows, first to last. tmp holds dim floats. */
 HE_INLINE void read_key(const he_table *t, const uint64_t *rows, const int64_t k, const int64_t dim, const int dtype,
-                                 double decay_total, float *restrict tmp, float *restrict out) {
+                        double decay_total, float *restrict tmp, float *restrict out) {
     read_row(t, rows[0], dim, dtype, decay_total, out);
     for (int64_t h = 1; h < k; h++) {
         read_row(t, rows[h], dim, dtype, decay_total, tmp);
@@ -87,7 +89,7 @@ typedef struct {
 } stream;
 
 HE_INLINE void stream_fetch(const he_table *t, stream *s, int64_t i, const int64_t k, const int64_t dim,
-                                     const int dtype) {
+                            const int dtype) {
     const int64_t row_bytes = dim * (dtype == HE_FLOAT32 ? 4 : 2);
     uint64_t *rows = s->rows + (int64_t)((uint64_t)i % HE_RING) * k;
     for (int64_t h = 0; h < k; h++) {
@@ -97,8 +99,8 @@ HE_INLINE void stream_fetch(const he_table *t, stream *s, int64_t i, const int64
     }
 }
 
-HE_INLINE void stream_start(const he_table *t, stream *s, const uint64_t *keys, int64_t num_keys,
-                                     const int64_t k, const int64_t dim, const int dtype) {
+HE_INLINE void stream_start(const he_table *t, stream *s, const uint64_t *keys, int64_t num_keys, const int64_t k,
+                            const int64_t dim, const int dtype) {
     s->keys = keys;
     s->end = num_keys;
     s->ahead = keys_ahead(t, k);
@@ -106,8 +108,8 @@ HE_INLINE void stream_start(const he_table *t, stream *s, const uint64_t *keys, 
 }
 
 /* Returns the rows of key i; must be called for i = 0, 1, 2 … */
-HE_INLINE const uint64_t *stream_key(const he_table *t, stream *s, int64_t i, const int64_t k,
-                                              const int64_t dim, const int dtype) {
+HE_INLINE const uint64_t *stream_key(const he_table *t, stream *s, int64_t i, const int64_t k, const int64_t dim,
+                                     const int dtype) {
     if (i + s->ahead < s->end) stream_fetch(t, s, i + s->ahead, k, dim, dtype);
     return s->rows + (int64_t)((uint64_t)i % HE_RING) * k;
 }
@@ -116,7 +118,7 @@ HE_INLINE const uint64_t *stream_key(const he_table *t, stream *s, int64_t i, co
 
 /* tmp holds dim floats. */
 HE_INLINE void lookup_keys(const he_table *t, const uint64_t *keys, int64_t n, double decay_total, float *tmp,
-                                    float *out, const int64_t k, const int64_t dim, const int dtype) {
+                           float *out, const int64_t k, const int64_t dim, const int dtype) {
     stream s;
     stream_start(t, &s, keys, n, k, dim, dtype);
     for (int64_t i = 0; i < n; i++) {
@@ -127,7 +129,7 @@ HE_INLINE void lookup_keys(const he_table *t, const uint64_t *keys, int64_t n, d
 
 /* Does the same for one hash and no decay, the usual case, with everything that the loop needs in registers. */
 HE_INLINE void lookup_plain(const he_table *t, const uint64_t *keys, int64_t n, float *out, const int64_t dim,
-                                     const int dtype) {
+                            const int dtype) {
     const uint64_t salt = t->salts[0], num_rows = t->num_rows;
     const int64_t row_bytes = dim * (dtype == HE_FLOAT32 ? 4 : 2), ahead = keys_ahead(t, 1);
     const char *weight = t->weight;
@@ -145,12 +147,13 @@ HE_INLINE void lookup_plain(const he_table *t, const uint64_t *keys, int64_t n, 
 /* ---- one vector per bag: sum of weight * vector in batch order from +0, times the bag's scale ---- */
 
 HE_INLINE void add_key(float weight, int weighted, const float *restrict v, int64_t dim, float *restrict acc) {
-    if (weighted)
+    if (weighted) {
         HE_SIMD
         for (int64_t j = 0; j < dim; j++) acc[j] += weight * v[j];
-    else
+    } else {
         HE_SIMD
         for (int64_t j = 0; j < dim; j++) acc[j] += v[j];
+    }
 }
 
 HE_COLD void scale_bag(const he_batch *b, int64_t bag, int64_t dim, float *acc) {
@@ -162,7 +165,7 @@ HE_COLD void scale_bag(const he_batch *b, int64_t bag, int64_t dim, float *acc) 
 
 /* scratch holds 2 * dim floats. */
 HE_INLINE void pool_keys(const he_table *t, const he_batch *b, int64_t bag, int64_t bag_end, double decay_total,
-                                  float *scratch, float *out, const int64_t k, const int64_t dim, const int dtype) {
+                         float *scratch, float *out, const int64_t k, const int64_t dim, const int dtype) {
     const int64_t begin = b->offsets[bag], end = b->offsets[bag_end];
     float *tmp = scratch, *v = scratch + dim;
     stream s;
@@ -179,14 +182,14 @@ HE_INLINE void pool_keys(const he_table *t, const he_batch *b, int64_t bag, int6
 /* ---- specialised copies: float32 rows of the usual dimensions, with one hash, have their own functions ---- */
 
 #define HE_DIMS(HE_DIM) HE_DIM(1) HE_DIM(4) HE_DIM(8) HE_DIM(16) HE_DIM(32) HE_DIM(64) HE_DIM(128)
-#define HE_LOOKUP_COPY(d)                                                                                              \
-    HE_COLD void lookup_plain_##d(const he_table *t, const uint64_t *keys, int64_t n, float *out) {           \
-        lookup_plain(t, keys, n, out, d, HE_FLOAT32);                                                        \
+#define HE_LOOKUP_COPY(d)                                                                           \
+    HE_COLD void lookup_plain_##d(const he_table *t, const uint64_t *keys, int64_t n, float *out) { \
+        lookup_plain(t, keys, n, out, d, HE_FLOAT32);                                               \
     }
 #define HE_POOL_COPY(d)                                                                                                \
-    HE_COLD void pool_keys_##d(const he_table *t, const he_batch *b, int64_t bag, int64_t bag_end,            \
-                                        double decay_total, float *scratch, float *out) {                             \
-        pool_keys(t, b, bag, bag_end, decay_total, scratch, out, 1, d, HE_FLOAT32);                          \
+    HE_COLD void pool_keys_##d(const he_table *t, const he_batch *b, int64_t bag, int64_t bag_end, double decay_total, \
+                               float *scratch, float *out) {                                                           \
+        pool_keys(t, b, bag, bag_end, decay_total, scratch, out, 1, d, HE_FLOAT32);                                    \
     }
 HE_DIMS(HE_LOOKUP_COPY)
 HE_DIMS(HE_POOL_COPY)
@@ -194,36 +197,38 @@ HE_DIMS(HE_POOL_COPY)
 #undef HE_POOL_COPY
 
 /* tmp holds dim floats. */
-static void lookup(const he_table *t, const uint64_t *keys, int64_t begin, int64_t end, double decay_total,
-                            float *tmp, float *out) {
+static void lookup(const he_table *t, const uint64_t *keys, int64_t begin, int64_t end, double decay_total, float *tmp,
+                   float *out) {
     const int64_t k = t->num_hashes, n = end - begin, dim = t->dim;
     const int plain = k == 1 && !t->paid;
     keys += begin;
     out += begin * dim;
-#define HE_CASE(d) case d: lookup_plain_##d(t, keys, n, out); return;
+#define HE_CASE(d) \
+    case d: lookup_plain_##d(t, keys, n, out); return;
     if (n <= 0) return;
     if (t->dtype == HE_FLOAT16) lookup_keys(t, keys, n, decay_total, tmp, out, k, dim, HE_FLOAT16);
     else if (t->dtype == HE_BFLOAT16 && plain) lookup_plain(t, keys, n, out, dim, HE_BFLOAT16);
     else if (t->dtype == HE_BFLOAT16) lookup_keys(t, keys, n, decay_total, tmp, out, k, dim, HE_BFLOAT16);
     else switch (plain ? dim : 0) {
-        HE_DIMS(HE_CASE)
-        default: lookup_keys(t, keys, n, decay_total, tmp, out, k, dim, HE_FLOAT32);
-    }
+            HE_DIMS(HE_CASE)
+            default: lookup_keys(t, keys, n, decay_total, tmp, out, k, dim, HE_FLOAT32);
+        }
 #undef HE_CASE
 }
 
 /* scratch holds 2 * dim floats. */
 static void lookup_pooled(const he_table *t, const he_batch *b, int64_t bag, int64_t bag_end, double decay_total,
-                                   float *scratch, float *out) {
+                          float *scratch, float *out) {
     const int64_t k = t->num_hashes, dim = t->dim;
-#define HE_CASE(d) case d: pool_keys_##d(t, b, bag, bag_end, decay_total, scratch, out); return;
+#define HE_CASE(d) \
+    case d: pool_keys_##d(t, b, bag, bag_end, decay_total, scratch, out); return;
     if (bag >= bag_end) return;
     if (t->dtype == HE_FLOAT16) pool_keys(t, b, bag, bag_end, decay_total, scratch, out, k, dim, HE_FLOAT16);
     else if (t->dtype == HE_BFLOAT16) pool_keys(t, b, bag, bag_end, decay_total, scratch, out, k, dim, HE_BFLOAT16);
     else switch (k == 1 ? dim : 0) {
-        HE_DIMS(HE_CASE)
-        default: pool_keys(t, b, bag, bag_end, decay_total, scratch, out, k, dim, HE_FLOAT32);
-    }
+            HE_DIMS(HE_CASE)
+            default: pool_keys(t, b, bag, bag_end, decay_total, scratch, out, k, dim, HE_FLOAT32);
+        }
 #undef HE_CASE
 }
 #undef HE_DIMS
@@ -238,16 +243,18 @@ static void hash_rows(const he_table *t, const uint64_t *keys, int64_t begin, in
 
 /* Updates, by lane, the largest exponent field with those of the 64 values at `piece`. */
 HE_INLINE void max_exponents(const float *piece, uint32_t exponent, uint32_t lane[16]) {
-    for (int j = 0; j < 64; j += 16)
+    for (int j = 0; j < 64; j += 16) {
         HE_SIMD
         for (int l = 0; l < 16; l++) {
             const uint32_t bits = he_bits(piece[j + l]) & exponent;
             lane[l] = HE_MAX(lane[l], bits);
         }
+    }
 }
 
-/* Returns the index of the first NaN or infinity (exponent of all ones) in values [begin, end), or -1. The loop is bound
- * by memory, so four quarters are read in parallel, each prefetched; a batch with a bad value is read again to find it. */
+/* Returns the index of the first NaN or infinity (exponent of all ones) in values [begin, end), or -1. The loop is
+ * bound by memory, so four quarters are read in parallel, each prefetched; a batch with a bad value is read again to
+ * find it. */
 static int64_t first_not_finite(const float *values, int64_t begin, int64_t end) {
     const uint32_t exponent = UINT32_C(0x7F800000);
     const int64_t quarter = (end - begin) / 256 * 64, ahead = 256;

@@ -10,12 +10,13 @@ HE_INLINE const float *grad_of(const he_plan *p, int64_t k, uint64_t occurrence,
 
 /* Computes sum = grad * scale, or sum += grad * scale. */
 HE_INLINE void add_grad(const float *restrict grad, float scale, int first, int64_t dim, float *restrict sum) {
-    if (first)
+    if (first) {
         HE_SIMD
         for (int64_t j = 0; j < dim; j++) sum[j] = grad[j] * scale;
-    else
+    } else {
         HE_SIMD
         for (int64_t j = 0; j < dim; j++) sum[j] += grad[j] * scale;
+    }
 }
 
 HE_INLINE void add_occurrence(const he_plan *p, int64_t k, uint64_t occurrence, int first, int64_t dim, float *sum) {
@@ -35,7 +36,7 @@ HE_COLD void check_sums(he_share *s, int64_t first, int64_t end, int64_t dim) {
 /* repeats[-i], for i = 0, 1, …, is the index of the distinct row << 32 | occurrence. Returns the number of rows
  * summed so far. */
 HE_COLD int64_t sum_repeats(const he_table *t, const he_plan *p, he_share *s, const uint64_t *repeats, int64_t n,
-                                     int64_t num_sums) {
+                            int64_t num_sums) {
     const int64_t k = t->num_hashes, dim = t->dim, ahead = 8, first = num_sums;
     for (int64_t i = 0; i < n; i++) {
         if (i + ahead < n) {
@@ -57,7 +58,7 @@ HE_COLD int64_t sum_repeats(const he_table *t, const he_plan *p, he_share *s, co
  * The set uses open addressing with at most a quarter of the slots taken; a slot holds the index of a row, from 1.
  * The share itself is written once, at the end, as shares are adjacent in memory. */
 HE_INLINE int64_t distinct_rows(const he_table *t, const he_plan *p, he_share *s, uint64_t first_row, int64_t begin,
-                                         int64_t end, uint32_t *slots, uint64_t *repeats, uint32_t epoch) {
+                                int64_t end, uint32_t *slots, uint64_t *repeats, uint32_t epoch) {
     const int bits = p->occurrence_bits, shift = t->block_shift;
     const int slot_bits = 64 - __builtin_clzll((uint64_t)(end - begin) * 4 - 1);
     const uint64_t occurrence_mask = (UINT64_C(1) << bits) - 1, slot_mask = (UINT64_C(1) << slot_bits) - 1;
@@ -91,8 +92,8 @@ HE_INLINE int64_t distinct_rows(const he_table *t, const he_plan *p, he_share *s
 
 /* Does the same for rows of one float: gradients are so small that all are summed at once, without branching on new
  * rows. */
-HE_INLINE void sum_floats(const he_table *t, const he_plan *p, he_share *s, uint64_t first_row, int64_t begin, int64_t end,
-                                   uint32_t *slots, uint32_t epoch) {
+HE_INLINE void sum_floats(const he_table *t, const he_plan *p, he_share *s, uint64_t first_row, int64_t begin,
+                          int64_t end, uint32_t *slots, uint32_t epoch) {
     const int bits = p->occurrence_bits, shift = t->block_shift;
     const int slot_bits = 64 - __builtin_clzll((uint64_t)(end - begin) * 4 - 1);
     const uint64_t occurrence_mask = (UINT64_C(1) << bits) - 1, slot_mask = (UINT64_C(1) << slot_bits) - 1;
@@ -128,12 +129,13 @@ HE_INLINE void sum_floats(const he_table *t, const he_plan *p, he_share *s, uint
     s->num_stale += num_stale;
 }
 
-/* Distinct rows overwrite the share's part of p->rows, and their sources that of p->entries, as no pass reads those parts
- * any more. In p->spare, stale blocks grow from the front and a bucket's repeats from the back: together they are at most
- * as many as the entries merged so far. */
+/* Distinct rows overwrite the share's part of p->rows, and their sources that of p->entries, as no pass reads those
+ * parts any more. In p->spare, stale blocks grow from the front and a bucket's repeats from the back: together they are
+ * at most as many as the entries merged so far. */
 static void merge(const he_table *t, he_plan *p, int share, uint32_t epoch) {
     he_share *s = &p->shares[share];
-    const int64_t first_bucket = p->num_buckets * share / p->num_threads, last = p->num_buckets * (share + 1) / p->num_threads;
+    const int64_t first_bucket = p->num_buckets * share / p->num_threads,
+                  last = p->num_buckets * (share + 1) / p->num_threads;
     const int64_t begin = p->bucket_begin[first_bucket], end = p->bucket_begin[last];
     int64_t num_sums = 0;
     s->rows = p->rows + begin;

@@ -1,5 +1,5 @@
-/* Byte-range locks between processes, on the file `lock`. They belong to the open file description (Linux OFD locks), so
- * two tables opened in one process exclude each other as well, and the kernel drops them when their holder dies. */
+/* Byte-range locks between processes, on the file `lock`. They belong to the open file description (Linux OFD locks),
+ * so two tables opened in one process exclude each other as well, and the kernel drops them when their holder dies. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -27,7 +27,8 @@ int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
     return error == EAGAIN ? he_lock(fd, kind, begin, length, 1) : error;
 }
 
-/* Used in the middle of a batch, which cannot be abandoned: waits through signals and through a lack of lock records. */
+/* Used in the middle of a batch, which cannot be abandoned: waits through signals and through a lack of lock records.
+ */
 void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
     const struct timespec pause = {0, 1000000};
     int error;
@@ -36,7 +37,8 @@ void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
 }
 
 /* A batch holds the gate shared from its first mark to its last row. A process that wants it exclusively sets a flag in
- * the control page and holds the turnstile meanwhile: otherwise overlapping batches would keep the gate shared for ever.
+ * the control page and holds the turnstile meanwhile: otherwise overlapping batches would keep the gate shared for
+ * ever.
  *
  * This function never waits: it returns HE_GATE_CLOSED, on which the caller releases everything and calls he_gate_look;
  * `waited` records that this has been done. */

@@ -13,9 +13,7 @@ typedef struct {
     int num_threads, watch;
 } job;
 
-static int64_t share_begin(int64_t n, int i, int num_threads) {
-    return (int64_t)((__int128)n * i / num_threads);
-}
+static int64_t share_begin(int64_t n, int i, int num_threads) { return (int64_t)((__int128)n * i / num_threads); }
 
 /* Returns the first bag that starts at or after `key`. */
 static int64_t bag_at(const he_batch *b, int64_t key) {
@@ -68,7 +66,8 @@ static void lookup_share(void *arg, int i) {
     const int64_t n = j->b->num_keys;
     const int last = i + 1 == j->num_threads;
     const int64_t begin = i == 0 ? 0 : chunk_end(j->b, 0, share_begin(n, i, j->num_threads), j->b->num_bags);
-    const int64_t end = last ? j->b->num_bags : chunk_end(j->b, 0, share_begin(n, i + 1, j->num_threads), j->b->num_bags);
+    const int64_t end = last ? j->b->num_bags
+                             : chunk_end(j->b, 0, share_begin(n, i + 1, j->num_threads), j->b->num_bags);
     (j->watch ? lookup_watchfully : lookup_bags)(j, begin, end, j->scratch + i * he_lookup_scratch(j->t));
 }
 

@@ -33,10 +33,26 @@ HE_INLINE uint64_t he_row(uint64_t key, uint64_t salt, uint64_t num_rows) {
     return he_mulhi64(he_fmix64(key ^ salt), num_rows);
 }
 
-HE_INLINE uint32_t he_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-HE_INLINE float he_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-HE_INLINE double he_double(uint64_t u) { double x; memcpy(&x, &u, 8); return x; }
-HE_INLINE uint64_t he_bits64(double x) { uint64_t u; memcpy(&u, &x, 8); return u; }
+HE_INLINE uint32_t he_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+HE_INLINE float he_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+HE_INLINE double he_double(uint64_t u) {
+    double x;
+    memcpy(&x, &u, 8);
+    return x;
+}
+HE_INLINE uint64_t he_bits64(double x) {
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return u;
+}
 
 /* Natural logarithm of a normal x > 0: the algorithm of FDLIBM's e_log.c (Sun Microsystems, 1993). */
 HE_INLINE double he_log(double x) {
@@ -69,12 +85,15 @@ HE_INLINE double he_exp(double x) {
     double r = hi - lo, t = r * r;
     double c = r - t * (1.66666666666666019037e-01 +
                         t * (-2.77777777770155933842e-03 +
-                             t * (6.61375632143793436117e-05 + t * (-1.65339022054652515390e-06 + t * 4.13813679705723846039e-08))));
+                             t * (6.61375632143793436117e-05 +
+                                  t * (-1.65339022054652515390e-06 + t * 4.13813679705723846039e-08))));
     double y = 1.0 - ((lo - (r * c) / (2.0 - c)) - hi);
     return y * he_double((uint64_t)(k + 1023) << 52);
 }
 
-/* Quantile of the normal distribution for p in (0, 1): Wichura's AS 241 (PPND16), Applied Statistics 37 (1988). */
+/* Quantile of the normal distribution for p in (0, 1): Wichura's AS 241 (PPND16), Applied Statistics 37 (1988).
+ * (clang-format would break its polynomials at each power.) */
+/* clang-format off */
 HE_INLINE double he_normal_quantile(double p) {
     double q = p - 0.5;
     if (q >= -0.425 && q <= 0.425) {
@@ -108,6 +127,7 @@ HE_INLINE double he_normal_quantile(double p) {
     }
     return q < 0.0 ? -z : z;
 }
+/* clang-format on */
 
 /* ---- half-precision storage: widening is exact, narrowing rounds stochastically with the given random bits ---- */
 

@@ -1,7 +1,8 @@
 /* Ensures, before anything is written or read, that the pages about to be touched are accessible.
  *
- * A store to a hole of a file on a full disk raises SIGBUS, and so does a load from a hole on a full tmpfs. MADV_POPULATE_*
- * (Linux 5.14) takes the same fault on request and reports an error; it also saves the fault at the access. */
+ * A store to a hole of a file on a full disk raises SIGBUS, and so does a load from a hole on a full tmpfs.
+ * MADV_POPULATE_* (Linux 5.14) takes the same fault on request and reports an error; it also saves the fault at the
+ * access. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
@@ -17,7 +18,8 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { MARGIN_BYTES = 16 << 20 }; /* space that others may take on a tmpfs between this check and the batch's last read */
+/* Space that others may take on a tmpfs between this check and the batch's last read. */
+enum { MARGIN_BYTES = 16 << 20 };
 
 static int populate(uintptr_t begin, uintptr_t end, int how) {
     while (madvise((void *)begin, end - begin, how))
@@ -26,13 +28,15 @@ static int populate(uintptr_t begin, uintptr_t end, int how) {
 }
 
 /* Blocks are ascending; those with adjoining pages are populated together. */
-int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes, int64_t total_bytes) {
+int he_populate_blocks(char *base, const uint64_t *blocks, int64_t num_blocks, int64_t block_bytes,
+                       int64_t total_bytes) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t begin = 0, end = 0;
     for (int64_t i = 0; i < num_blocks; i++) {
         int64_t first = (int64_t)blocks[i] * block_bytes;
         uintptr_t low = ((uintptr_t)base + (uintptr_t)first) & ~(page - 1);
-        uintptr_t high = ((uintptr_t)base + (uintptr_t)HE_MIN(first + block_bytes, total_bytes) + page - 1) & ~(page - 1);
+        uintptr_t high = ((uintptr_t)base + (uintptr_t)HE_MIN(first + block_bytes, total_bytes) + page - 1) &
+                         ~(page - 1);
         if (low <= end && low >= begin) {
             end = HE_MAX(end, high);
             continue;
@@ -66,7 +70,8 @@ static int has_room(int fd, uint64_t num_pages) {
 
 /* `last` is the end of the previous call's range: neighbours in one page are populated once. */
 static int make_readable(const void *data, int64_t num_bytes, uintptr_t page, uintptr_t *last) {
-    const uintptr_t begin = (uintptr_t)data & ~(page - 1), end = ((uintptr_t)data + (uintptr_t)num_bytes + page - 1) & ~(page - 1);
+    const uintptr_t begin = (uintptr_t)data & ~(page - 1),
+                    end = ((uintptr_t)data + (uintptr_t)num_bytes + page - 1) & ~(page - 1);
     if (end == *last) return 0;
     *last = end;
     return populate(begin, end, MADV_POPULATE_READ);

@@ -20,9 +20,11 @@ typedef struct {
     uint64_t generation;
 } pool_t;
 
-#define POOL_EMPTY                                                                                        \
-    {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, \
-     NULL, NULL, 0, 0, 0, 0, 0}
+#define POOL_EMPTY                        \
+    {.in_use = PTHREAD_MUTEX_INITIALIZER, \
+     .lock = PTHREAD_MUTEX_INITIALIZER,   \
+     .work = PTHREAD_COND_INITIALIZER,    \
+     .done = PTHREAD_COND_INITIALIZER}
 
 enum { SPINS = 150 }; /* a pause takes some 50 ns on x86 since Skylake, less elsewhere */
 

@@ -33,8 +33,8 @@ enum { HE_LINE_BYTES = 64 };
  * "Fast random integer generation in an interval"). The hash must span all 64 bits. */
 HE_INLINE uint64_t he_mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 
-/* Prefetches into the caches: FAR into the second level, which handles more concurrent misses than the first; WRITE as a
- * line that this core owns. */
+/* Prefetches into the caches: FAR into the second level, which handles more concurrent misses than the first; WRITE as
+ * a line that this core owns. */
 enum { HE_NEAR, HE_FAR, HE_WRITE };
 HE_INLINE void he_prefetch(const void *p, const int kind) {
     if (kind == HE_WRITE) __builtin_prefetch(p, 1, 3);

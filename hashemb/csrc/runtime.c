@@ -1,5 +1,5 @@
-/* The choice of instruction set: the best one that this CPU supports, unless HASHEMB_ISA or he_isa_force selects another.
- * All of them give the same bits. */
+/* The choice of instruction set: the best one that this CPU supports, unless HASHEMB_ISA or he_isa_force selects
+ * another. All of them give the same bits. */
 #include "runtime.h"
 
 #include <string.h>
@@ -13,8 +13,9 @@ static int supported(int isa) {
     __builtin_cpu_init();
     if (isa == HE_ISA_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     if (isa == HE_ISA_AVX512)
-        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
 #endif
     return isa == HE_ISA_BASELINE;
 }

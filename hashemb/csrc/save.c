@@ -1,17 +1,17 @@
 /* Copy before first write: the content of a table at a point in time is saved to the files of a snapshot while writers
  * continue.
  *
- * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer that gets to a block
- * first does not copy it: it appends the old content of each row that it is about to change to a log, once, as recorded
- * by a bit per row (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are being
- * changed is copied as it is; the log has the old rows, and the owner writes them back when all is copied.
+ * The owner of the snapshot copies blocks, some at a time, under byte-range locks on them. A writer that gets to a
+ * block first does not copy it: it appends the old content of each row that it is about to change to a log, once, as
+ * recorded by a bit per row (a block is dozens of rows, and a large batch touches most blocks). A block whose rows are
+ * being changed is copied as it is; the log has the old rows, and the owner writes them back when all is copied.
  *
- * Invariants: a row is changed only after its writer has seen its bit set, and bits are set under the lock, after the old
- * content is in the log or in the copy. A process that dies in between leaves rows that have no bit and are unchanged,
- * and they are saved again. No process locks more than a stripe of blocks at a time, and the owner moves downwards while
- * writers move upwards, so that they meet once. A block first written in a later epoch, or one that the snapshot does not
- * need, gets all its bits set when it is marked. The files are written by system calls, for which a full disk is an errno
- * and not a signal. */
+ * Invariants: a row is changed only after its writer has seen its bit set, and bits are set under the lock, after the
+ * old content is in the log or in the copy. A process that dies in between leaves rows that have no bit and are
+ * unchanged, and they are saved again. No process locks more than a stripe of blocks at a time, and the owner moves
+ * downwards while writers move upwards, so that they meet once. A block first written in a later epoch, or one that the
+ * snapshot does not need, gets all its bits set when it is marked. The files are written by system calls, for which a
+ * full disk is an errno and not a signal. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -36,11 +36,14 @@ static int transfer(int fd, char *data, int64_t n, int64_t at, int writing) {
     return 0;
 }
 
-static int write_all(int fd, const char *data, int64_t n, int64_t at) { return transfer(fd, (char *)(uintptr_t)data, n, at, 1); }
+static int write_all(int fd, const char *data, int64_t n, int64_t at) {
+    return transfer(fd, (char *)(uintptr_t)data, n, at, 1);
+}
 
 static int read_all(int fd, char *data, int64_t n, int64_t at) { return transfer(fd, data, n, at, 0); }
 
-int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes, char *out) {
+int he_read_units(int fd, const int64_t *units, int64_t n, int64_t size, int64_t offset, int64_t file_bytes,
+                  char *out) {
     int error = 0;
     for (int64_t i = 0, end; i < n && error == 0; i = end) {
         end = i + 1;
@@ -174,8 +177,8 @@ static void mark(uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t ep
     for (int64_t i = 0; i < n; i++) __atomic_store_n(&marks[blocks[i]], epoch, __ATOMIC_RELEASE);
 }
 
-/* Marks blocks (ascending) with `epoch`, for a writer about to change rows in them; their old epochs are saved first if a
- * snapshot is in progress (s is not NULL). If one cannot be saved, the snapshot fails and the writer continues. */
+/* Marks blocks (ascending) with `epoch`, for a writer about to change rows in them; their old epochs are saved first if
+ * a snapshot is in progress (s is not NULL). If one cannot be saved, the snapshot fails and the writer continues. */
 static void mark_some(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch) {
     int64_t i = 0;
     for (int64_t end; s && i < n; i = end) {
@@ -291,7 +294,8 @@ static int copy_blocks(const he_saving *s, int64_t begin, int64_t end) {
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end) {
     const int64_t first = begin * HE_STRIPE_BLOCKS, last = HE_MIN(end * HE_STRIPE_BLOCKS, s->num_blocks);
     int error = 0;
-    for (int64_t at = (last - 1) / HE_BLOCKS_PER_COPY * HE_BLOCKS_PER_COPY; at >= first && !error; at -= HE_BLOCKS_PER_COPY) {
+    for (int64_t at = (last - 1) / HE_BLOCKS_PER_COPY * HE_BLOCKS_PER_COPY; at >= first && !error;
+         at -= HE_BLOCKS_PER_COPY) {
         const int64_t stop = HE_MIN(at + HE_BLOCKS_PER_COPY, last);
         if ((error = lock_blocks(s, at, stop))) break;
         error = copy_blocks(s, at, stop);

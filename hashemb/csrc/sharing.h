@@ -1,8 +1,8 @@
 /* Sharing of a table between threads and processes: the control page, byte-range locks, the mutex of an open table, and
  * saving for a snapshot.
  *
- * The extension _sharing has this code. The core receives a pointer to he_process_sharing when it is loaded and stores it
- * in he_shared; the functions in he_sharing are all that it calls. */
+ * The extension _sharing has this code. The core receives a pointer to he_process_sharing when it is loaded and stores
+ * it in he_shared; the functions in he_sharing are all that it calls. */
 #ifndef HASHEMB_SHARING_H
 #define HASHEMB_SHARING_H
 
@@ -16,7 +16,8 @@ typedef struct {
     uint64_t step, epoch;
     double lr, decay_total;
     uint64_t clean, rows_touched;
-    uint64_t saving, save_failed, save_errno; /* the epoch that a snapshot in progress saves; the one that failed, and why */
+    uint64_t saving;                  /* the epoch that a snapshot in progress saves */
+    uint64_t save_failed, save_errno; /* the epoch of the one that failed, and why */
     uint64_t gate_closing;
 } he_control;
 
@@ -41,30 +42,29 @@ enum {
 
 /* The request of a snapshot in progress: save blocks of these files written after epoch `since`, up to `until`. See
  * save.c. */
-enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256,
-       HE_BLOCKS_PER_COPY = 64 };
+enum { HE_MAX_FILES = 4, HE_STRIPE_BLOCKS = 1024, HE_ROWS_PER_LOG = 256, HE_BLOCKS_PER_COPY = 64 };
 typedef struct {
     int32_t num_files, lock_fd, target_blocks_fd, target_fds[HE_MAX_FILES], bits_fd, log_fd, block_shift;
     const char *data[HE_MAX_FILES]; /* the table's arrays, and the bytes of a row in each */
     int64_t row_bytes[HE_MAX_FILES];
-    int64_t data_offset;            /* offset of the arrays in the target's files */
+    int64_t data_offset; /* offset of the arrays in the target's files */
     const uint32_t *blocks;
     int64_t num_blocks, num_rows;
-    he_control *control;            /* the table's control page, which records a failure */
+    he_control *control; /* the table's control page, which records a failure */
     uint32_t since, until;
-    uint64_t *bits;                 /* per row, set if it is saved or need not be */
-    char *buffer;                   /* HE_ROWS_PER_LOG log entries: a row's number, and the row in each file */
+    uint64_t *bits; /* per row, set if it is saved or need not be */
+    char *buffer;   /* HE_ROWS_PER_LOG log entries: a row's number, and the row in each file */
 } he_saving;
 
 /* Places in the file `lock`. They are always taken in this order: snapshot, turnstile, gate, blocks (one range at a
  * time), entry, rows (ascending). A process that holds a later one never waits for an earlier one. */
-#define HE_LOCK_WRITERS INT64_C(0)  /* shared: the process has the table open for writing */
-#define HE_LOCK_GATE INT64_C(1)     /* shared: the process has a batch in flight */
+#define HE_LOCK_WRITERS INT64_C(0) /* shared: the process has the table open for writing */
+#define HE_LOCK_GATE INT64_C(1)    /* shared: the process has a batch in flight */
 #define HE_LOCK_TURNSTILE INT64_C(2)
 #define HE_LOCK_SNAPSHOT INT64_C(3) /* exclusive: the process takes a snapshot or delta, or applies a delta */
 #define HE_LOCK_BLOCKS (INT64_C(1) << 32)
 #define HE_LOCK_ROWS (INT64_C(1) << 62)
-#define HE_LOCK_SEATS INT64_C(1024) /* exclusive: the process uses a page of the file `inflight` */
+#define HE_LOCK_SEATS INT64_C(1024)      /* exclusive: the process uses a page of the file `inflight` */
 #define HE_LOCK_ENTRY (HE_LOCK_ROWS - 1) /* exclusive: the process has the next exact batch to lock rows */
 
 /* ---- what the core takes ---- */
@@ -108,9 +108,9 @@ void he_batches_leave(he_batches *b);
 int he_batches_dirty(const he_batches *b);
 void he_batches_set_dirty(he_batches *b, int value);
 
-/* save.c; each returns 0 or an errno. he_read_units reads units of `size` bytes, ascending, of the array at `offset` in a
- * file to `out`, one after the other. If the array ends within the last unit, the rest of `out` is unchanged; if the file
- * ends before, the result is EIO. */
+/* save.c; each returns 0 or an errno. he_read_units reads units of `size` bytes, ascending, of the array at `offset` in
+ * a file to `out`, one after the other. If the array ends within the last unit, the rest of `out` is unchanged; if the
+ * file ends before, the result is EIO. */
 void he_mark_blocks(const he_saving *s, uint32_t *marks, const uint64_t *blocks, int64_t n, uint32_t epoch);
 int he_save_rows(const he_saving *s, const uint64_t *rows, int64_t n, uint64_t *scratch);
 int he_copy_stripes(const he_saving *s, int64_t begin, int64_t end);

@@ -63,7 +63,8 @@ static char *lay_out(const he_table *t, he_plan *p, char *at) {
     p->slots = take(&at, n * HE_SLOTS_PER_ENTRY * 4);
     p->bucket_begin = take(&at, (p->num_buckets + 1) * 8);
     p->counts = take(&at, p->num_threads * p->num_buckets * 8);
-    for (int i = 0; i < p->num_threads; i++) p->shares[i].scratch = (float *)((char *)take(&at, HE_LINE_BYTES + 2 * row) + HE_LINE_BYTES);
+    for (int i = 0; i < p->num_threads; i++)
+        p->shares[i].scratch = (float *)((char *)take(&at, HE_LINE_BYTES + 2 * row) + HE_LINE_BYTES);
     p->sums = take(&at, he_sums_before(n, t->dim) * (int64_t)sizeof(float));
     return at;
 }
@@ -74,8 +75,8 @@ int64_t he_plan_bytes(const he_table *t, const he_plan *p) {
     return lay_out(t, &measured, start) - start + HE_LINE_BYTES;
 }
 
-/* Divides scratch memory of he_plan_bytes bytes and, for bags, copies and checks offsets and fills in each key's bag and
- * scale. */
+/* Divides scratch memory of he_plan_bytes bytes and, for bags, copies and checks offsets and fills in each key's bag
+ * and scale. */
 int64_t he_plan_layout(const he_table *t, he_plan *p, char *memory) {
     lay_out(t, p, (char *)(((uintptr_t)memory + HE_LINE_BYTES - 1) & ~(uintptr_t)(HE_LINE_BYTES - 1)));
     if (!p->offsets) return -1;
@@ -100,7 +101,8 @@ static void count_share(void *arg, int i) {
     const he_table *t = j->t;
     he_plan *p = j->p;
     const int64_t k = t->num_hashes, values = p->batch.num_bags * t->dim;
-    const int64_t begin = split(p->batch.num_keys, i, p->num_threads), end = split(p->batch.num_keys, i + 1, p->num_threads);
+    const int64_t begin = split(p->batch.num_keys, i, p->num_threads),
+                  end = split(p->batch.num_keys, i + 1, p->num_threads);
     const int shift = p->bucket_shift;
     int64_t *counts = p->counts + i * p->num_buckets;
     p->shares[i].bad_value = he_kernels_active()->first_not_finite(p->grads, split(values, i, p->num_threads),
@@ -159,9 +161,9 @@ int64_t he_update_plan(const he_table *t, he_plan *p, uint32_t epoch) {
     return -1;
 }
 
-/* Returns the largest magnitude of n finite values. */
+/* Returns the largest magnitude of n finite values, whose bits have the same order; compilers vectorise only that. */
 static float largest(const float *values, int64_t n) {
-    uint32_t most = 0; /* as bits, in which finite numbers have the same order, and for which every compiler vectorises */
+    uint32_t most = 0;
     HE_PRAGMA(omp simd reduction(max : most))
     for (int64_t i = 0; i < n; i++) most = HE_MAX(most, he_bits(values[i]) & UINT32_C(0x7FFFFFFF));
     return he_float(most);
@@ -191,7 +193,8 @@ static uint64_t apply_rows(const job *j, he_share *whole, int64_t from, int64_t 
 }
 
 /* Does the same after asking for the pages of rows [*asked, ahead), if rows are being read from disk. */
-static uint64_t apply_watchfully(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead, int64_t *asked) {
+static uint64_t apply_watchfully(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead,
+                                 int64_t *asked) {
     int64_t mark;
     const int asking = he_ahead_begin(j->t, &mark);
     if (asking) {
@@ -218,8 +221,8 @@ static void apply_share(void *arg, int i) {
     share->rows_touched = touched;
 }
 
-/* Sets where each thread notes the row that it writes: in the table's file, so that a killed process leaves a note, or in
- * the plan. */
+/* Sets where each thread notes the row that it writes: in the table's file, so that a killed process leaves a note, or
+ * in the plan. */
 static void begin_shares(const he_table *t, he_plan *p) {
     const int64_t words = HE_LINE_BYTES / 8;
     for (int i = 0; i < p->num_threads; i++) {
@@ -249,11 +252,11 @@ int he_update_apply(const he_table *t, he_control *c, he_plan *p, const he_step 
 
 /* ---- applying exactly: no update of another process is lost, and all are in the order of their steps ----
  *
- * A batch moves through the table upwards, each thread through its part, holding locks on the rows from its position. Its
- * step begins when it has locked all rows below the last thread's part, and the beginning of that part; the last thread
- * takes the next span before it releases one. No batch can therefore overtake another, however many threads each has, and
- * the result is that of applying the batches one after the other. With one thread, a batch needs only the first span to
- * start: the batches of several processes follow each other through the table. */
+ * A batch moves through the table upwards, each thread through its part, holding locks on the rows from its position.
+ * Its step begins when it has locked all rows below the last thread's part, and the beginning of that part; the last
+ * thread takes the next span before it releases one. No batch can therefore overtake another, however many threads each
+ * has, and the result is that of applying the batches one after the other. With one thread, a batch needs only the
+ * first span to start: the batches of several processes follow each other through the table. */
 
 /* Returns the first row of a share's part of the table. Part 0 begins at row 0, and the last part has no end. */
 static int64_t share_begin(const he_plan *p, int i) {

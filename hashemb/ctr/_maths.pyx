@@ -39,7 +39,8 @@ cdef extern from "maths.h" nogil:
     int64_t hm_memory_bytes(const hm_batch *b, int num_threads) noexcept
     void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients) noexcept
     int64_t hm_slots(int64_t n) noexcept
-    int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots, int *bits) noexcept
+    int64_t hm_distinct(const uint64_t *keys, int64_t n, uint64_t *distinct, int32_t *index, uint32_t *slots,
+                        int *bits) noexcept
     int hm_index_fits(const int32_t *index, int64_t n, int64_t num_vectors) noexcept
     int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_keys) noexcept
 
@@ -104,9 +105,9 @@ cdef class Maths:
         self.residual = 0.0
         self.pair_gradients[:] = 0.0
 
-    def run(self, cnp.ndarray vectors not None, cnp.ndarray out not None, *, float bias, int num_fields=0, pair_weights=None,
-            offsets=None, values=None, fields=None, index=None, labels=None, weights=None, gradients=None, bint logits=False,
-            int num_threads=1):
+    def run(self, cnp.ndarray vectors not None, cnp.ndarray out not None, *, float bias, int num_fields=0,
+            pair_weights=None, offsets=None, values=None, fields=None, index=None, labels=None, weights=None,
+            gradients=None, bint logits=False, int num_threads=1):
         """Write the probability (or logit) of each example to `out`; with labels, add to the gradients of the vectors.
 
         Parameters
@@ -151,7 +152,8 @@ cdef class Maths:
         b.labels = <const float *>data_of(labels, cnp.NPY_FLOAT32, "labels", n)
         b.weights = <const float *>data_of(weights, cnp.NPY_FLOAT32, "weights", n)
         b.gradients = <float *>data_of(gradients, cnp.NPY_FLOAT32, "gradients", num_vectors * b.dim)
-        b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, "pair_weights", b.num_fields * b.num_fields)
+        b.pair_weights = <const float *>data_of(pair_weights, cnp.NPY_FLOAT32, "pair_weights",
+                                                b.num_fields * b.num_fields)
         self.check(&b, num_vectors)
         num_threads = max(1, min(num_threads, HE_MAX_THREADS))
         reserve(&self.memory, &self.memory_bytes, hm_memory_bytes(&b, num_threads), "the maths of this batch")

@@ -25,9 +25,7 @@ static const hm_kernels *active(void) { return kernels[he_isa()]; }
 
 static int64_t num_blocks(const hm_batch *b) { return (b->num_examples + HM_BLOCK - 1) / HM_BLOCK; }
 
-int64_t hm_num_pairs(const hm_batch *b) {
-    return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0;
-}
+int64_t hm_num_pairs(const hm_batch *b) { return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0; }
 
 static int threads_for(const hm_batch *b, int num_threads) {
     const int64_t floats = b->num_examples * HE_MAX(b->max_keys, 1) * b->dim;
@@ -45,7 +43,8 @@ static int64_t scratch_floats(const hm_batch *b) {
  * batch. */
 static int64_t copied_floats(const hm_batch *b, int num_threads) {
     if (!b->index) return 0;
-    return hm_padded(b->labels && num_threads > 1 ? b->num_keys * b->dim : num_threads * hm_padded(b->max_keys * b->dim));
+    return hm_padded(b->labels && num_threads > 1 ? b->num_keys * b->dim
+                                                  : num_threads * hm_padded(b->max_keys * b->dim));
 }
 
 int64_t hm_memory_bytes(const hm_batch *b, int num_threads) {
@@ -162,7 +161,8 @@ static int is_score(double y, double p, double w) {
     return (y == 0.0 || y == 1.0) && p >= 0.0 && p <= 1.0 && w >= 0.0 && w < HUGE_VAL;
 }
 
-int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights, int64_t n) {
+int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights,
+                      int64_t n) {
     const double per_logit = (double)s->num_bins / (2.0 * s->logit_limit), last = (double)(s->num_bins - 1);
     for (int64_t i = 0; i < n; i++)
         if (!is_score(labels[i], probabilities[i], weights ? weights[i] : 1.0)) return i;

@@ -24,12 +24,12 @@ typedef struct {
     int64_t max_keys; /* maximum number of keys of an example */
     const float *vectors;
     const int32_t *index; /* the number of each key's vector; NULL: key i has vector i */
-    float *gradients; /* gradients of the vectors, which are added to if there are labels */
+    float *gradients;     /* gradients of the vectors, which are added to if there are labels */
     const int64_t *offsets;
-    const float *values; /* x of each key; NULL: 1 */
-    const int32_t *fields; /* field of each key, if there are offsets and the model is not HM_FM */
+    const float *values;           /* x of each key; NULL: 1 */
+    const int32_t *fields;         /* field of each key, if there are offsets and the model is not HM_FM */
     const float *labels, *weights; /* weights may be NULL: 1 */
-    const float *pair_weights; /* HM_FWFM: (num_fields, num_fields), symmetric */
+    const float *pair_weights;     /* HM_FWFM: (num_fields, num_fields), symmetric */
     float bias;
     float *out; /* a probability or logit for each example; a logit that is not finite is written unchanged */
 } hm_batch;
@@ -40,8 +40,8 @@ typedef struct {
     float *vectors;
     int32_t has_batch;
     float *rows, *others; /* max_keys padded rows each */
-    float *sums, *lanes; /* one padded row each */
-    float *pairs; /* a padded row for each pair of fields */
+    float *sums, *lanes;  /* one padded row each */
+    float *pairs;         /* a padded row for each pair of fields */
 } hm_scratch;
 
 /* Gradients of the parameters that all examples share, summed over one block. */
@@ -71,14 +71,15 @@ int64_t hm_max_keys(const int64_t *offsets, int64_t num_examples, int64_t num_ke
 /* The histogram of StreamingMetrics: bins of the logit, num_bins for label 0, then as many for label 1. */
 typedef struct {
     int64_t num_bins;
-    double logit_limit, eps; /* probabilities are clipped to [eps, 1 - eps] */
+    double logit_limit, eps;     /* probabilities are clipped to [eps, 1 - eps] */
     double *histogram, *squares; /* sums of weights, and of their squares unless NULL */
-    double loss, probabilities; /* weighted sums */
+    double loss, probabilities;  /* weighted sums */
 } hm_scores;
 
 /* Add n scores; weights may be NULL. Return -1, or the index of the first score with an invalid label, probability or
  * weight; in that case nothing has been added. */
-int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights, int64_t n);
+int64_t hm_add_scores(hm_scores *s, const double *labels, const double *probabilities, const double *weights,
+                      int64_t n);
 /* Return whether all elements are in [0, limit). */
 int hm_index_fits(const int32_t *index, int64_t n, int64_t limit);
 

@@ -17,9 +17,10 @@ HE_INLINE void load_rows(const hm_example *x, int64_t dim, int64_t stride, float
         const float value = hm_value(x, i);
         const int64_t width = fits(x, i, dim, stride) ? stride : dim;
         int64_t j = 0;
-        for (; j + HM_LANES <= width; j += HM_LANES)
+        for (; j + HM_LANES <= width; j += HM_LANES) {
             HE_SIMD
             for (int l = 0; l < HM_LANES; l++) rows[i * stride + j + l] = value * v[j + l];
+        }
         for (; j < width; j++) rows[i * stride + j] = value * v[j];
     }
 }
@@ -29,12 +30,14 @@ HE_INLINE float fold(float *lanes, int64_t dim) {
     const int64_t stride = hm_padded(dim);
     lanes[0] = 0.0f;
     for (int64_t j = dim; j < stride; j++) lanes[j] = 0.0f;
-    for (int64_t j = HM_LANES; j < stride; j += HM_LANES)
+    for (int64_t j = HM_LANES; j < stride; j += HM_LANES) {
         HE_SIMD
         for (int l = 0; l < HM_LANES; l++) lanes[l] += lanes[j + l];
-    for (int width = HM_LANES / 2; width > 0; width /= 2)
+    }
+    for (int width = HM_LANES / 2; width > 0; width /= 2) {
         HE_SIMD
         for (int l = 0; l < width; l++) lanes[l] += lanes[l + width];
+    }
     return lanes[0];
 }
 
@@ -95,15 +98,18 @@ HE_INLINE void linear_gradients(const hm_example *x, int64_t dim, float residual
 
 /* ---- factorisation machine: <w, x> + 1/2 sum_i <y_i, s - y_i>, s = sum_i y_i ---- */
 
-HE_INLINE float fm_logit(const float *rows, int64_t n, int64_t dim, int64_t stride, float *restrict sums, float *restrict lanes) {
+HE_INLINE float fm_logit(const float *rows, int64_t n, int64_t dim, int64_t stride, float *restrict sums,
+                         float *restrict lanes) {
     for (int64_t t = 0; t < stride; t += HM_LANES) {
         float s[HM_LANES] = {0}, a[HM_LANES] = {0};
-        for (int64_t i = 0; i < n; i++)
+        for (int64_t i = 0; i < n; i++) {
             HE_SIMD
             for (int l = 0; l < HM_LANES; l++) s[l] += rows[i * stride + t + l];
-        for (int64_t i = 0; i < n; i++)
+        }
+        for (int64_t i = 0; i < n; i++) {
             HE_SIMD
             for (int l = 0; l < HM_LANES; l++) a[l] += rows[i * stride + t + l] * (s[l] - rows[i * stride + t + l]);
+        }
         memcpy(sums + t, s, sizeof(s));
         memcpy(lanes + t, a, sizeof(a));
     }
@@ -112,15 +118,16 @@ HE_INLINE float fm_logit(const float *rows, int64_t n, int64_t dim, int64_t stri
 
 /* g_i = residual x_i (s - y_i). `rows` may be the vectors themselves. */
 HE_INLINE void fm_gradients(const hm_example *x, const float *rows, const float *sums, int64_t dim, int64_t stride,
-                                     float residual) {
+                            float residual) {
     for (int64_t i = 0; i < x->n; i++) {
         float *g = x->vectors + i * dim;
         const float scale = residual * hm_value(x, i), *y = rows + i * stride;
         const int64_t width = fits(x, i, dim, stride) ? stride : dim;
         int64_t j = 0;
-        for (; j + HM_LANES <= width; j += HM_LANES)
+        for (; j + HM_LANES <= width; j += HM_LANES) {
             HE_SIMD
             for (int l = 0; l < HM_LANES; l++) g[j + l] = scale * (sums[j + l] - y[j + l]);
+        }
         for (; j < width; j++) g[j] = scale * (sums[j] - y[j]);
         g[0] = scale;
     }
@@ -181,9 +188,10 @@ HE_INLINE void fwfm_gradients(const hm_example *x, const hm_scratch *s, int64_t 
 /* Add c <v_i[F(j)], v_j[F(i)]> for all j > i, element by element from `first` on, to the lanes; each i has a separate
  * sum. */
 HE_INLINE void ffm_meet(const hm_batch *b, const hm_example *x, int64_t i, int64_t first, const int64_t rank,
-                                 float *lanes) {
+                        float *lanes) {
     const int64_t width = HE_MIN(rank - first, HM_LANES);
-    const float *vi = x->vectors + i * b->dim + 1 + first, *vj = vi + b->dim + hm_field(x, i) * rank, value = hm_value(x, i);
+    const float *vi = x->vectors + i * b->dim + 1 + first, *vj = vi + b->dim + hm_field(x, i) * rank,
+                value = hm_value(x, i);
     float sum[HM_LANES] = {0};
     for (int64_t j = i + 1; j < x->n; j++, vj += b->dim) {
         const float *vi_of = vi + hm_field(x, j) * rank, c = value * hm_value(x, j);
@@ -240,7 +248,8 @@ HE_INLINE void ffm_sum(const hm_batch *b, const hm_example *x, float *gradients,
 /* ---- any model ---- */
 
 /* If `stride` is 0, the vectors themselves are whole rows. */
-HE_INLINE float example_logit(const hm_batch *b, const hm_example *x, const hm_scratch *s, int64_t stride, int64_t rank) {
+HE_INLINE float example_logit(const hm_batch *b, const hm_example *x, const hm_scratch *s, int64_t stride,
+                              int64_t rank) {
     if (b->dim == 1) return linear_logit(x, 1);
     if (b->kind == HM_FFM) return ffm_logit(b, x, s->lanes, rank);
     if (!stride) return fm_logit(x->vectors, x->n, b->dim, b->dim, s->sums, s->lanes);
@@ -249,8 +258,8 @@ HE_INLINE float example_logit(const hm_batch *b, const hm_example *x, const hm_s
     return fwfm_logit(b, x, s, stride);
 }
 
-HE_INLINE void example_gradients(const hm_batch *b, const hm_example *x, const hm_scratch *s, int64_t stride, int64_t rank,
-                                  float residual) {
+HE_INLINE void example_gradients(const hm_batch *b, const hm_example *x, const hm_scratch *s, int64_t stride,
+                                 int64_t rank, float residual) {
     if (b->dim == 1) {
         linear_gradients(x, 1, residual);
     } else if (b->kind == HM_FM) {
@@ -266,7 +275,7 @@ HE_INLINE void example_gradients(const hm_batch *b, const hm_example *x, const h
 }
 
 HE_INLINE void run_examples(const hm_batch *b, const hm_scratch *s, int64_t begin, int64_t end, int64_t rank,
-                                 hm_shared *shared) {
+                            hm_shared *shared) {
     const int64_t stride = b->kind == HM_FM && !b->values && b->dim % HM_LANES == 0 ? 0 : hm_padded(b->dim);
     double total = 0.0;
     for (int64_t e = begin; e < end; e++) {
@@ -290,9 +299,9 @@ static void run_block(const hm_batch *b, const hm_scratch *s, int64_t block, hm_
     memset(s->pairs, 0, (size_t)(pairs * stride) * sizeof(float));
     if (b->kind != HM_FFM) run_examples(b, s, begin, end, 0, shared);
     else switch ((b->dim - 1) / HE_MAX(b->num_fields, 1)) {
-        case 4: run_examples(b, s, begin, end, 4, shared); break;
-        case 8: run_examples(b, s, begin, end, 8, shared); break;
-        default: run_examples(b, s, begin, end, (b->dim - 1) / HE_MAX(b->num_fields, 1), shared);
-    }
+            case 4: run_examples(b, s, begin, end, 4, shared); break;
+            case 8: run_examples(b, s, begin, end, 8, shared); break;
+            default: run_examples(b, s, begin, end, (b->dim - 1) / HE_MAX(b->num_fields, 1), shared);
+        }
     for (int64_t p = 0; p < pairs; p++) shared->pairs[p] = fold(s->pairs + p * stride, b->dim);
 }

@@ -195,7 +195,7 @@ cdef class FieldTable:
         """Move the fields to 2^bits slots."""
         cdef int64_t slot, old_slots = 0 if self._arrays is None else len(self._arrays[0])
         cdef tok_fields old = self.c
-        cdef object kept = self._arrays  # keeps the memory that `old` points to
+        cdef object _kept = self._arrays  # keeps the memory that `old` points to
         cdef int64_t slots = 1 << bits
         self._arrays = (np.zeros(slots, np.uint64), np.full(slots, -1, np.int32), np.zeros(slots, np.uint32),
                         np.empty((slots, 3), np.int64))

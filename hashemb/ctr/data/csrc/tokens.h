@@ -12,7 +12,12 @@ int64_t tok_count_lines(const uint8_t *text, int64_t size);
 
 /* ---- Criteo ---- */
 
-enum { TOK_INTEGERS = 13, TOK_CATEGORIES = 26, TOK_COLUMNS = TOK_INTEGERS + TOK_CATEGORIES, TOK_MAX_LINE_BYTES = 1 << 16 };
+enum {
+    TOK_INTEGERS = 13,
+    TOK_CATEGORIES = 26,
+    TOK_COLUMNS = TOK_INTEGERS + TOK_CATEGORIES,
+    TOK_MAX_LINE_BYTES = 1 << 16
+};
 
 /* The output of a column: nothing (out < 0), or a key at that position of the row. */
 typedef struct {
@@ -76,9 +81,9 @@ typedef struct {
 typedef struct {
     uint64_t *hashes;
     int32_t *numbers;
-    uint32_t *seeds;  /* by number */
-    tok_name *names;  /* of the last `num_new` fields, whose seeds are not set yet */
-    uint64_t secret;  /* odd and random, so that no file can choose names that collide */
+    uint32_t *seeds; /* by number */
+    tok_name *names; /* of the last `num_new` fields, whose seeds are not set yet */
+    uint64_t secret; /* odd and random, so that no file can choose names that collide */
     int shift;
     int64_t count, num_new, room;
 } tok_fields;
@@ -102,11 +107,11 @@ typedef struct {
     int64_t *offsets;        /* offsets[rows] is where the next row begins */
     uint64_t *keys;
     float *values;
-    int32_t *fields;         /* NULL for libsvm, which has none */
+    int32_t *fields; /* NULL for libsvm, which has none */
     tok_fault *faults;
     int64_t rows, num_faults;
-    int64_t line, begin;     /* where to resume: the first line that is not parsed yet */
-    tok_fault stopped;       /* code TOK_NEW_FIELD: the first name for which there was no room */
+    int64_t line, begin; /* where to resume: the first line that is not parsed yet */
+    tok_fault stopped;   /* code TOK_NEW_FIELD: the first name for which there was no room */
 } tok_examples;
 
 /* Parse the lines from examples->begin on, up to the end of the text or to a line with new fields, from which only the

@@ -56,17 +56,28 @@ def skip_member(app: Any, what: str, name: str, obj: object, skip: bool, options
     return None if module.partition(".")[0] == "hashemb" and not is_hook else True
 
 
-def shorten_signature(
+#: Classes whose objects are returned by functions: users read their attributes, and do not call the constructor.
+RETURNED = {
+    "hashemb": ["DeltaInfo", "EmbeddingTable", "FollowStatus", "Problem", "SnapshotInfo", "TableInfo", "TableStats"],
+    "hashemb.ctr": ["Batch", "Reader"],
+    "hashemb.ctr.data": ["BadLine", "CountBuckets", "ReadReport"],
+    "hashemb.ctr.metrics": ["CalibrationBin"],
+    "hashemb.ctr.synthetic": ["Impressions"],
+    "hashemb.ctr.training": ["ProgressRow", "TrainStep"],
+}
+
+
+def hide_constructor(
     app: Any, what: str, name: str, obj: object, options: object, signature: str | None, returned: str | None
 ) -> tuple[str, str] | None:
-    """Leave out the constructor of a class whose docstring has no parameters: other functions make its objects."""
-    documented = "Parameters\n" in (getattr(obj, "__doc__", None) or "")
-    return ("", "") if what == "class" and not documented else None
+    """Show no arguments for the classes in `RETURNED`."""
+    module, _, class_name = name.rpartition(".")
+    return ("", "") if what == "class" and class_name in RETURNED.get(module, []) else None
 
 
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_member)
-    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-process-signature", hide_constructor)
 
 
 html_math_renderer = "mathml"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from hashemb._files import TableFiles
 from hashemb._points import widen
-
-if TYPE_CHECKING:
-    from hashemb.table import EmbeddingTable
 
 __all__ = ["RowSample", "TableStats", "collision_rate", "estimate_distinct_keys", "sample_rows"]
 
@@ -122,7 +120,16 @@ class RowSample(NamedTuple):
     is_complete: bool
 
 
-def sample_rows(table: EmbeddingTable, max_rows: int = 1 << 16, max_blocks: int = 1 << 14) -> RowSample:
+class _Table(Protocol):
+    """What `sample_rows` needs of an `EmbeddingTable`, whose module is above this one."""
+
+    num_embeddings: int
+    dtype: str
+
+    def _open_files(self) -> TableFiles: ...
+
+
+def sample_rows(table: _Table, max_rows: int = 1 << 16, max_blocks: int = 1 << 14) -> RowSample:
     """Return an evenly spaced sample of the rows that have been written, or all of them if there are few.
 
     Parameters

@@ -63,7 +63,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_points.delta": {"errors", "optim", "_rules", "_sharing", "_files"}
     | {"_points.half", "_points.delta_file", "_points.snapshot"},
     "_points.scan": {"errors", "_files", "_points.problems"},
-    "stats": {"_points", "table"},
+    "stats": {"_files", "_points"},
     "_arguments": {"errors", "optim", "init", "_rules", "_version", "_files"},
     "table": {"errors", "optim", "init", "stats", "hashing", "_arguments", "_core", "_files", "_points"},
     "replica": {"errors", "optim", "table", "_arguments", "_files", "_points"},

@@ -25,8 +25,6 @@ static const hm_kernels *active(void) { return kernels[he_isa()]; }
 
 static int64_t num_blocks(const hm_batch *b) { return (b->num_examples + HM_BLOCK - 1) / HM_BLOCK; }
 
-int64_t hm_num_pairs(const hm_batch *b) { return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0; }
-
 static int threads_for(const hm_batch *b, int num_threads) {
     const int64_t floats = b->num_examples * HE_MAX(b->max_keys, 1) * b->dim;
     const int64_t useful = HE_MIN(floats / HM_FLOATS_PER_THREAD, num_blocks(b));

@@ -58,7 +58,10 @@ typedef struct {
 extern const hm_kernels hm_kernels_baseline, hm_kernels_avx2, hm_kernels_avx512;
 
 /* Pair {f, g}, g <= f, of fields is number f (f + 1) / 2 + g, whatever the number of fields. */
-int64_t hm_num_pairs(const hm_batch *b);
+static inline int64_t hm_num_pairs(const hm_batch *b) {
+    return b->kind == HM_FWFM ? b->num_fields * (b->num_fields + 1) / 2 : 0;
+}
+
 int64_t hm_memory_bytes(const hm_batch *b, int num_threads);
 void hm_run(const hm_batch *b, int num_threads, char *memory, double *residual, double *pair_gradients);
 /* Number the distinct keys among n keys from 0 in order of appearance: key i has number index[i], and distinct[number]

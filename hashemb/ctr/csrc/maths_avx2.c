@@ -8,5 +8,5 @@ HE_BEGIN_TARGET(HE_AVX2)
 
 HE_END_TARGET
 
-const hm_kernels hm_kernels_avx2 = {run_block, add_gradients};
+const hm_kernels hm_kernels_avx2 = {run_block, add_batch};
 #endif

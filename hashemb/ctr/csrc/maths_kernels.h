@@ -77,7 +77,7 @@ HE_INLINE void scatter_gradients(const hm_batch *b, const hm_example *x) {
     }
 }
 
-static void add_gradients(const hm_batch *b, const hm_scratch *s) {
+static void add_batch(const hm_batch *b, const hm_scratch *s) {
     for (int64_t e = 0; e < b->num_examples; e++) {
         const hm_example x = hm_example_at(b, s, e);
         scatter_gradients(b, &x);

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sides=options.sides,
     )
     report: dict[str, Any] = {"machine": machine(settings.directory), "settings": settings.__dict__, "results": []}
-    print(json.dumps(report["machine"], indent=1))
+    show_facts(report["machine"])
     for name in options.names or (against.NAMES if options.against else BENCHES):
         began = time.perf_counter()
         disk = options.dir or tempfile.gettempdir()
@@ -79,10 +79,25 @@ def save(report: dict[str, Any], target: str | None) -> None:
             json.dump(report, file, indent=1)
 
 
+def show_facts(facts: dict[str, Any], indent: int = 0) -> None:
+    """Print names and values, one per line."""
+    width = max(map(len, facts), default=0) + 2
+    for name, value in facts.items():
+        print(f"{'':{indent}}{name:<{width}}{_on_one_line(value)}")
+
+
+def _on_one_line(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    parts = [f"{k} ({_on_one_line(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in value.items()]
+    return ", ".join(parts)
+
+
 def show(result: Result) -> None:
     """Print one table per result: nanoseconds per unit, and the ratio of each side's time to ours."""
     point = " ".join(f"{k}={v}" for k, v in result.case.items())
-    print(f"\n{result.bench}: {point}\n  {result.checks}")
+    print(f"\n{result.bench}: {point}")
+    show_facts(result.checks, indent=2)
     print(f"  {'':30}{'ns per ' + result.unit:^26}{'time of the side / ours':^28}  median ns by phase")
     print(f"  {'side':30}{'median':>13}{'min':>13}{'median':>8}{'minima':>8}{'cpu':>8}")
     for side in result.sides:

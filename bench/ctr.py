@@ -139,7 +139,7 @@ def quality(rows: Rows, chosen: Sequence[Side], settings: Settings, data: str) -
             entries = [scored(side, rows, count, setting) for setting in tried]
             best = min(entries, key=lambda entry: entry["logloss"])
             found.append({"data": data, **best, "tried": [(e["setting"], e["logloss"]) for e in entries]})
-            print(f"  {data} {best}", flush=True)
+            print(f"  {data} " + ", ".join(f"{name} {value}" for name, value in best.items()), flush=True)
     check_formats(found)
     return found
 

@@ -76,7 +76,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
 #: The modules that touch files and mappings.
 STORAGE_MODULES = {"_files", "_points", "replica", "verify", "restore"}
 #: Modules that use only what every program may use: the public names, and the modules that contain only values.
-OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "ray", "__main__"}
+OUTER_MODULES = {"cli", "ctr", "torch", "sklearn", "__main__"}
 PUBLIC_MODULES = {"errors", "init", "optim", "reference", "stats"}
 #: The slow twin of the maths of ctr takes its exponential from the slow twin of the core's.
 MAY_ALSO_IMPORT = {
@@ -287,7 +287,8 @@ def reaches_past_a_face(module: str, text: str) -> list[str]:
             continue
         if part and source.removeprefix("hashemb.") not in BEHIND_NO_FACE:
             found.append(f"hashemb.{module} imports {source}, and not from hashemb.ctr.{target}")
-        if module.startswith("ctr.") and module not in {"ctr.__init__", *OLD_NAMES} and target not in CTR_ROOMS.get(room, set()):
+        is_room = module.startswith("ctr.") and module not in {"ctr.__init__", *OLD_NAMES}
+        if is_room and target not in CTR_ROOMS.get(room, set()):
             found.append(f"hashemb.{module} imports ctr.{target}, which is not below it")
     return found
 

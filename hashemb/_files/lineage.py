@@ -146,9 +146,6 @@ class History:
     def of(self, table: str) -> History:
         return replace(self, table=table)
 
-    def while_applying(self, id: str) -> History:
-        return replace(self, applying=id)
-
     def encode(self) -> bytes:
         points = [asdict(point) for point in self.points]
         return dump_checked(

@@ -16,6 +16,7 @@ import hashemb
 from bench.harness import Mismatch
 from hashemb import reference
 from hashemb._random import unfmix64
+from hashemb.reference.numerics import from_bfloat16
 
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -140,7 +141,7 @@ def table_bytes(case: Case) -> int:
 def as_float32(rows: npt.NDArray[Any], dtype: str) -> Floats:
     """Return stored rows as float32; bfloat16 is stored as uint16."""
     if dtype == "bfloat16":
-        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return from_bfloat16(rows)
     return rows.astype(np.float32)
 
 

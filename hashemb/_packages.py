@@ -15,7 +15,7 @@ from hashemb import _runtime
 from hashemb._version import __version__
 from hashemb.errors import MissingExtraError
 
-__all__ = ["require", "show_versions"]
+__all__ = ["is_a", "require", "show_versions"]
 
 _REQUIRED = ("numpy", "scipy", "mmh3")
 _EXTRAS = ("pandas", "polars", "pyarrow", "scikit-learn", "torch", "ray", "typer", "rich")
@@ -28,6 +28,11 @@ def require(module: str, extra: str = "ctr") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(module.partition(".")[0], extra) from error
+
+
+def is_a(value: Any, package: str, *names: str) -> bool:
+    """Return whether a class of `value` has one of these names in the package, which need not be imported."""
+    return any(c.__name__ in names and c.__module__.partition(".")[0] == package for c in type(value).__mro__)
 
 
 def show_versions() -> None:

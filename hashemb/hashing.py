@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashemb import _hashing
+from hashemb._packages import is_a
 from hashemb._random import splitmix64, unfmix64
 
 if TYPE_CHECKING:
@@ -151,11 +152,6 @@ def _unhashable(what: str) -> str:
     )
 
 
-def _is_a(value: Any, package: str, *names: str) -> bool:
-    """Return whether a class of `value` has one of these names in the package, which need not be imported."""
-    return any(c.__name__ in names and c.__module__.partition(".")[0] == package for c in type(value).__mro__)
-
-
 def _column(values: Any) -> _Column:
     if isinstance(values, np.ndarray):
         return _array(values)
@@ -165,7 +161,7 @@ def _column(values: Any) -> _Column:
         return _objects((values,), ())
     if isinstance(values, Mapping) or _table_items(values) is not None:
         raise TypeError(f"hash_keys takes one column, got a {type(values).__name__}: use hash_fields")
-    if _is_a(values, "pandas", "Series", "Index", "ExtensionArray"):
+    if is_a(values, "pandas", "Series", "Index", "ExtensionArray"):
         return _pandas(values)
     if hasattr(values, "__arrow_c_array__") or hasattr(values, "__arrow_c_stream__"):
         return _arrow(values)
@@ -239,10 +235,10 @@ def _categorical(codes: NDArray[Any], categories: _Column) -> _Column:
 def _pandas(values: Any) -> _Column:
     """Return the column of a Series, an Index or an extension array."""
     dtype, array = values.dtype, getattr(values, "array", values)
-    if _is_a(dtype, "pandas", "CategoricalDtype"):
+    if is_a(dtype, "pandas", "CategoricalDtype"):
         used = array if len(array.categories) <= len(array) else array.remove_unused_categories()
         return _categorical(used.codes, _column(used.categories))
-    if _is_a(dtype, "pandas", "ArrowDtype") or str(getattr(dtype, "storage", "")).startswith("pyarrow"):
+    if is_a(dtype, "pandas", "ArrowDtype") or str(getattr(dtype, "storage", "")).startswith("pyarrow"):
         return _column(array.__arrow_array__())
     if dtype.kind in "fcmM":
         raise TypeError(_unhashable(f"{dtype} values"))
@@ -268,7 +264,7 @@ def _write_arrow(values: Any, unsupported: str, seed: int, out: Keys) -> None:
     try:
         _hashing.hash_arrow_stream(values.__arrow_c_stream__(None), seed, out, unsupported)
     except OSError:
-        if not _is_a(getattr(values, "dtype", None), "polars", "Categorical", "Enum"):
+        if not is_a(getattr(values, "dtype", None), "polars", "Categorical", "Enum"):
             raise
         # polars before 1.34 fails to export these; as strings they have the same keys.
         _hashing.hash_arrow_stream(values.cast(str).__arrow_c_stream__(None), seed, out, unsupported)
@@ -278,11 +274,11 @@ def _table_items(columns: Any) -> Iterable[tuple[Any, Any]] | None:
     """Return the names and columns of a table, or None for anything else."""
     if isinstance(columns, Mapping):
         return columns.items()
-    if _is_a(columns, "pandas", "DataFrame"):
+    if is_a(columns, "pandas", "DataFrame"):
         return zip(columns.columns, (series for _, series in columns.items()), strict=True)
-    if _is_a(columns, "polars", "DataFrame"):
+    if is_a(columns, "polars", "DataFrame"):
         return zip(columns.columns, columns.get_columns(), strict=True)
-    if _is_a(columns, "pyarrow", "Table", "RecordBatch"):
+    if is_a(columns, "pyarrow", "Table", "RecordBatch"):
         return zip(columns.schema.names, columns.columns, strict=True)
     return None
 

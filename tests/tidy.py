@@ -35,7 +35,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "reference.table": {"errors", "optim", "init", "reference"},
     "reference.__init__": {"reference"},
     "_packages": {"_version", "_runtime", "errors"},
-    "hashing": {"errors", "_hashing", "_random", "table"},
+    "hashing": {"errors", "_hashing", "_packages", "_random", "table"},
     "_files.sealed": {"errors", "_rules"},
     "_files.format": {"errors", "optim", "init", "_rules", "_random", "_files.sealed"},
     "_files.lineage": {"errors", "_rules", "_files.sealed", "_files.format"},

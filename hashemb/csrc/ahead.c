@@ -93,7 +93,7 @@ static void flush(asker *a) {
 static void add(asker *a, const void *begin, int64_t bytes) {
     const uintptr_t low = (uintptr_t)begin & ~(a->page - 1);
     const uintptr_t high = ((uintptr_t)begin + (uintptr_t)bytes + a->page - 1) & ~(a->page - 1);
-    uintptr_t *seen = &a->seen[(low / a->page * UINT64_C(0x9E3779B97F4A7C15)) >> (64 - FILTER_BITS)];
+    uintptr_t *seen = &a->seen[(low / a->page * HE_GOLDEN) >> (64 - FILTER_BITS)];
     if (*seen == high) return; /* `high` identifies both pages of a row that crosses a page boundary */
     *seen = high;
     if (a->count == MAX_RANGES) flush(a);

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hashemb._packages import require
+from hashemb._packages import is_a, require
 
 __all__ = ["ALLOWED", "Columns", "read_columns"]
 
@@ -94,11 +94,11 @@ def _take_apart(table: Any) -> tuple[list[Any], list[Any]]:
     """Return the names (empty for an array) and the columns as objects of the table's library."""
     if isinstance(table, Mapping):
         return list(table), list(table.values())
-    if _is_a(table, "pandas", "DataFrame"):
+    if is_a(table, "pandas", "DataFrame"):
         return list(table.columns), [column for _, column in table.items()]
-    if _is_a(table, "polars", "DataFrame"):
+    if is_a(table, "polars", "DataFrame"):
         return list(table.columns), table.get_columns()
-    if _is_a(table, "pyarrow", "Table", "RecordBatch"):
+    if is_a(table, "pyarrow", "Table", "RecordBatch"):
         return list(table.schema.names), list(table.columns)
     matrix = np.asarray(table)
     if isinstance(table, (list, tuple)) and matrix.dtype.kind in "US":
@@ -111,11 +111,6 @@ def _take_apart(table: Any) -> tuple[list[Any], list[Any]]:
     if matrix.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: got {matrix.dtype} values")
     return [], list(matrix.T)
-
-
-def _is_a(value: Any, package: str, *names: str) -> bool:
-    """Return whether a class of `value` has one of these names in the package, which need not be imported."""
-    return any(c.__name__ in names and c.__module__.partition(".")[0] == package for c in type(value).__mro__)
 
 
 def _check_names(names: Sequence[Any]) -> None:
@@ -165,9 +160,9 @@ def _is_plain(types: Any, type_: Any) -> bool:
 def _arrow_array(pa: Any, name: str, column: Any) -> Any:
     if isinstance(column, (pa.Array, pa.ChunkedArray)):
         return column
-    if _is_a(column, "polars", "Series"):
+    if is_a(column, "polars", "Series"):
         return column.to_list() if str(column.dtype) == "Object" else column.to_arrow()
-    if isinstance(column, np.ndarray) or not _is_a(column, "pandas", "Series", "Index", "ExtensionArray"):
+    if isinstance(column, np.ndarray) or not is_a(column, "pandas", "Series", "Index", "ExtensionArray"):
         column = _native(name, column)
     try:
         return pa.array(column, from_pandas=True)

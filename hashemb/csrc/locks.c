@@ -18,7 +18,7 @@ int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait) {
 }
 
 /* Like he_lock, but spins first: locks are usually released within 0.1 ms, about the cost of a wake-up. */
-int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
+int he_lock_spinning(int fd, int kind, int64_t begin, int64_t length) {
     int error = EAGAIN;
     for (int i = 0; i < 64 && error == EAGAIN; i++) {
         error = he_lock(fd, kind, begin, length, 0);
@@ -27,12 +27,11 @@ int he_lock_soon(int fd, int kind, int64_t begin, int64_t length) {
     return error == EAGAIN ? he_lock(fd, kind, begin, length, 1) : error;
 }
 
-/* Used in the middle of a batch, which cannot be abandoned: waits through signals and through a lack of lock records.
- */
-void he_lock_surely(int fd, int kind, int64_t begin, int64_t length) {
+/* For the middle of a batch, which cannot be abandoned: waits through signals and through a lack of lock records. */
+void he_lock_retrying(int fd, int kind, int64_t begin, int64_t length) {
     const struct timespec pause = {0, 1000000};
     int error;
-    while ((error = he_lock_soon(fd, kind, begin, length)))
+    while ((error = he_lock_spinning(fd, kind, begin, length)))
         if (error != EINTR) nanosleep(&pause, NULL);
 }
 

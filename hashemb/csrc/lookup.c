@@ -46,7 +46,7 @@ static void ask_for_bags(const job *j, int64_t begin, int64_t end) {
 }
 
 /* Does the same in chunks: rows that are not in memory are asked for one chunk ahead. */
-static void lookup_watchfully(const job *j, int64_t begin, int64_t end, float *scratch) {
+static void lookup_reading_ahead(const job *j, int64_t begin, int64_t end, float *scratch) {
     const int64_t chunk = he_ahead_rows(j->t);
     int64_t from = begin, asked = begin, mark;
     while (from < end) {
@@ -68,7 +68,7 @@ static void lookup_share(void *arg, int i) {
     const int64_t begin = i == 0 ? 0 : chunk_end(j->b, 0, share_begin(n, i, j->num_threads), j->b->num_bags);
     const int64_t end = last ? j->b->num_bags
                              : chunk_end(j->b, 0, share_begin(n, i + 1, j->num_threads), j->b->num_bags);
-    (j->watch ? lookup_watchfully : lookup_bags)(j, begin, end, j->scratch + i * he_lookup_scratch(j->t));
+    (j->watch ? lookup_reading_ahead : lookup_bags)(j, begin, end, j->scratch + i * he_lookup_scratch(j->t));
 }
 
 int he_lookup_threads(const he_table *t, const he_batch *b) {

@@ -108,7 +108,7 @@ static int write_epochs(const he_saving *s, int64_t begin, int64_t end, const ui
 
 static int lock_blocks(const he_saving *s, int64_t begin, int64_t end) {
     int error;
-    while ((error = he_lock_soon(s->lock_fd, F_WRLCK, HE_LOCK_BLOCKS + begin, end - begin)) == EINTR) continue;
+    while ((error = he_lock_spinning(s->lock_fd, F_WRLCK, HE_LOCK_BLOCKS + begin, end - begin)) == EINTR) continue;
     return error;
 }
 
@@ -131,7 +131,7 @@ static int64_t lock_items(const he_saving *s, const uint64_t *items, int64_t n, 
     if ((*error = he_lock(s->lock_fd, F_WRLCK, begin, length, 0)) != EAGAIN) return count;
     count = together(items, count, shift, HE_BLOCKS_PER_COPY);
     length = HE_LOCK_BLOCKS + (int64_t)(items[count - 1] >> shift) + 1 - begin;
-    while ((*error = he_lock_soon(s->lock_fd, F_WRLCK, begin, length)) == EINTR) continue;
+    while ((*error = he_lock_spinning(s->lock_fd, F_WRLCK, begin, length)) == EINTR) continue;
     return count;
 }
 

@@ -36,8 +36,8 @@ void he_batches_set_dirty(he_batches *b, int value) { __atomic_store_n(&b->dirty
 
 const he_sharing he_process_sharing = {
     .lock = he_lock,
-    .lock_soon = he_lock_soon,
-    .lock_surely = he_lock_surely,
+    .lock_spinning = he_lock_spinning,
+    .lock_retrying = he_lock_retrying,
     .gate_enter = he_gate_enter,
     .gate_look = he_gate_look,
     .gate_leave = he_gate_leave,

@@ -71,8 +71,8 @@ typedef struct {
 
 typedef struct {
     int (*lock)(int fd, int kind, int64_t begin, int64_t length, int wait);
-    int (*lock_soon)(int fd, int kind, int64_t begin, int64_t length);
-    void (*lock_surely)(int fd, int kind, int64_t begin, int64_t length);
+    int (*lock_spinning)(int fd, int kind, int64_t begin, int64_t length);
+    void (*lock_retrying)(int fd, int kind, int64_t begin, int64_t length);
     int (*gate_enter)(const he_control *c, int fd, int waited);
     int (*gate_look)(int fd);
     void (*gate_leave)(int fd);
@@ -91,8 +91,8 @@ extern const he_sharing he_process_sharing;
 
 /* locks.c */
 int he_lock(int fd, int kind, int64_t begin, int64_t length, int wait);
-int he_lock_soon(int fd, int kind, int64_t begin, int64_t length);
-void he_lock_surely(int fd, int kind, int64_t begin, int64_t length);
+int he_lock_spinning(int fd, int kind, int64_t begin, int64_t length);
+void he_lock_retrying(int fd, int kind, int64_t begin, int64_t length);
 int he_gate_enter(const he_control *c, int fd, int waited);
 int he_gate_look(int fd);
 void he_gate_leave(int fd);

@@ -193,8 +193,8 @@ static uint64_t apply_rows(const job *j, he_share *whole, int64_t from, int64_t 
 }
 
 /* Does the same after asking for the pages of rows [*asked, ahead), if rows are being read from disk. */
-static uint64_t apply_watchfully(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead,
-                                 int64_t *asked) {
+static uint64_t apply_reading_ahead(const job *j, he_share *whole, int64_t from, int64_t end, int64_t ahead,
+                                    int64_t *asked) {
     int64_t mark;
     const int asking = he_ahead_begin(j->t, &mark);
     if (asking) {
@@ -216,7 +216,7 @@ static void apply_share(void *arg, int i) {
     else
         for (int64_t from = 0; from < n; from = end) {
             end = HE_MIN(from + (from ? chunk : FIRST_LOOK_ROWS), n);
-            touched += apply_watchfully(j, share, from, end, HE_MIN(end + chunk, n), &asked);
+            touched += apply_reading_ahead(j, share, from, end, HE_MIN(end + chunk, n), &asked);
         }
     share->rows_touched = touched;
 }
@@ -286,9 +286,9 @@ static int64_t span_end(const he_plan *p, int share, int64_t end) {
 int he_update_lock_rows(const he_plan *p, int lock_fd) {
     const int last = p->num_threads - 1;
     const int64_t end = span_end(p, last, group_end(p, &p->shares[last], 0));
-    int error = he_shared->lock_soon(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1);
+    int error = he_shared->lock_spinning(lock_fd, F_WRLCK, HE_LOCK_ENTRY, 1);
     if (error) return error;
-    error = he_shared->lock_soon(lock_fd, F_WRLCK, HE_LOCK_ROWS, end);
+    error = he_shared->lock_spinning(lock_fd, F_WRLCK, HE_LOCK_ROWS, end);
     he_shared->lock(lock_fd, F_UNLCK, HE_LOCK_ENTRY, 1, 0);
     return error;
 }
@@ -301,13 +301,13 @@ static void apply_exact_share(void *arg, int i) {
     uint64_t touched = 0;
     for (;;) {
         const int64_t end = group_end(j->p, whole, from), above = span_end(j->p, i, end);
-        touched += j->watch ? apply_watchfully(j, whole, from, end, group_end(j->p, whole, end), &asked)
+        touched += j->watch ? apply_reading_ahead(j, whole, from, end, group_end(j->p, whole, end), &asked)
                             : apply_rows(j, whole, from, end);
         if (is_last && end < whole->num_rows) {
             const int64_t next = span_end(j->p, i, group_end(j->p, whole, end));
-            he_shared->lock_surely(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
+            he_shared->lock_retrying(j->lock_fd, F_WRLCK, HE_LOCK_ROWS + above, next - above);
         }
-        if (at < above) he_shared->lock_surely(j->lock_fd, F_UNLCK, HE_LOCK_ROWS + at, above - at);
+        if (at < above) he_shared->lock_retrying(j->lock_fd, F_UNLCK, HE_LOCK_ROWS + at, above - at);
         if (end == whole->num_rows) break;
         from = end;
         at = above;

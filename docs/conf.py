@@ -58,7 +58,10 @@ def skip_member(app: Any, what: str, name: str, obj: object, skip: bool, options
 
 #: Classes whose objects are returned by functions: users read their attributes, and do not call the constructor.
 RETURNED = {
-    "hashemb": ["DeltaInfo", "EmbeddingTable", "FollowStatus", "Problem", "SnapshotInfo", "TableInfo", "TableStats"],
+    "hashemb": [
+        "DeltaInfo", "EmbeddingTable", "FollowStatus", "Problem", "RowSample", "SnapshotInfo", "TableInfo",
+        "TableStats",
+    ],
     "hashemb.ctr": ["Batch", "Reader"],
     "hashemb.ctr.data": ["BadLine", "CountBuckets", "ReadReport"],
     "hashemb.ctr.metrics": ["CalibrationBin"],

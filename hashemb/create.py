@@ -179,7 +179,7 @@ def open(
         applying = interrupted_delta(table._open_files())
         if applying:
             warnings.warn(
-                f"{path}: delta {applying} was applied only in part, as the call was interrupted: the table has rows "
+                f"{path}: delta {applying} was applied in part, as the call was interrupted: the table has rows "
                 "from before and after it; apply it again",
                 RuntimeWarning,
                 stacklevel=2,

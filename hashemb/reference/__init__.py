@@ -14,6 +14,32 @@ everywhere.
 (3, 4)
 """
 
-from hashemb.reference.table import ReferenceTable, fmix64, hash_keys, initial_rows, mulhi64, rows, splitmix64
+from hashemb.reference.table import (
+    ReferenceTable,
+    adagrad_step,
+    bags,
+    fmix64,
+    ftrl_step,
+    hash_keys,
+    initial_rows,
+    mean_square,
+    mulhi64,
+    rows,
+    splitmix64,
+    sum_by_row,
+)
 
-__all__ = ["ReferenceTable", "fmix64", "hash_keys", "initial_rows", "mulhi64", "rows", "splitmix64"]
+__all__ = [
+    "ReferenceTable",
+    "adagrad_step",
+    "bags",
+    "fmix64",
+    "ftrl_step",
+    "hash_keys",
+    "initial_rows",
+    "mean_square",
+    "mulhi64",
+    "rows",
+    "splitmix64",
+    "sum_by_row",
+]

@@ -15,8 +15,6 @@ import numpy.typing as npt
 import hashemb
 from bench.harness import Mismatch
 from hashemb import reference
-from hashemb._random import unfmix64
-from hashemb.reference.numerics import from_bfloat16
 
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -83,7 +81,16 @@ def keys_of_rows(rows: npt.NDArray[Any], num_rows: int, seed: int = 0) -> Keys:
     if num_rows != 1 << bits:
         raise ValueError(f"the number of rows must be a power of two, got {num_rows}")
     salt = reference.splitmix64(seed, np.zeros(1, np.uint64))
-    return unfmix64(rows.astype(np.uint64) << np.uint64(64 - bits)) ^ salt
+    return unmix64(rows.astype(np.uint64) << np.uint64(64 - bits)) ^ salt
+
+
+def unmix64(k: Keys) -> Keys:
+    """Invert MurmurHash3's finaliser, like `as_float32` without private names: older builds lack them."""
+    k = k ^ (k >> np.uint64(33))
+    k = k * np.uint64(pow(0xC4CEB9FE1A85EC53, -1, 1 << 64))
+    k = k ^ (k >> np.uint64(33))
+    k = k * np.uint64(pow(0xFF51AFD7ED558CCD, -1, 1 << 64))
+    return k ^ (k >> np.uint64(33))
 
 
 # ---- tables ----
@@ -141,7 +148,7 @@ def table_bytes(case: Case) -> int:
 def as_float32(rows: npt.NDArray[Any], dtype: str) -> Floats:
     """Return stored rows as float32; bfloat16 is stored as uint16."""
     if dtype == "bfloat16":
-        return from_bfloat16(rows)
+        return (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return rows.astype(np.float32)
 
 

@@ -83,7 +83,10 @@ def test_page_runs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in LINKED if path.is_file()], ids=page_name)
 def test_links_lead_somewhere(path: Path) -> None:
-    assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
+    broken = broken_links(path.read_text(encoding="utf-8"), path.parent)
+    if not (ROOT / "hashemb").is_dir():  # the tests of an installed package, next to which its source is not found
+        broken = [link for link in broken if not link.startswith("hashemb/")]
+    assert broken == []
 
 
 def test_canary_links(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ always counted.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import chain
 from types import TracebackType
 from typing import Union, get_args
@@ -179,7 +179,8 @@ class Reader:
         self._all_paths, self._paths = list(paths), list(paths)
         self.schema: dict[str, Kind] = dict(options.schema or {})
         self.batch_size = batch_size
-        self._pieces = self._parts(start)
+        self._parsing = self._parts(start)
+        self._pieces: Iterator[Batch] = self._parsing
         self._batches: Iterator[Batch] | None = None
         try:
             self._open_next()
@@ -250,12 +251,13 @@ class Reader:
         self._close_source()
         self.report, self._bytes_done, self._paths = ReadReport(), 0, list(self._all_paths)
         self._open_next()
-        self._pieces = self._parts(0)
+        self._pieces = self._parsing = self._parts(0)
 
     def close(self) -> None:
         """Close the open file. The reader is exhausted afterwards."""
         self._batches = self._pieces = iter(())
         self._paths.clear()
+        self._parsing.close()  # waits for Arrow's thread, which must not be in a read when Python exits
         self._close_source()
 
     def _close_source(self) -> None:
@@ -279,7 +281,7 @@ class Reader:
             self._options = Options(label=label, schema=self.schema, label_values=self.label_values)
         _check_fields(self._source, self.schema)
 
-    def _parts(self, start: int) -> Iterator[Batch]:
+    def _parts(self, start: int) -> Generator[Batch, None, None]:
         """Yield the examples after the first `start`, in pieces of any size."""
         while self._source is not None:
             source = self._source
